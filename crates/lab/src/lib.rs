@@ -1,0 +1,1 @@
+//! Workloads, simulated engine, load generator, reports.

@@ -1,0 +1,1 @@
+//! Sockets and tasks: proxy, event subscribers, discovery, scraping, admin.

@@ -1,0 +1,1 @@
+//! Prompt to token ids: chat template, tokenizer, prefix cache.
