@@ -1,0 +1,369 @@
+//! What is each block of a prompt called?
+//!
+//! Every block has a 64-bit key that depends on its tokens and on everything before it, so equal
+//! keys mean equal prefixes. Keys are this project's own: an engine's hashes stay opaque, because
+//! its events carry the token ids from which the same keys follow. One chain of keys serves one
+//! block size; the root mixes in block size, token space and adapter, so that chains that mean
+//! different things never meet.
+//!
+//! `key_i = XXH3-64(tokens_i as little-endian u32, seed_i)`, where `seed_i` is `key_{i-1}` with
+//! the block's extras (salt, multimodal items, digests) folded in, each by
+//! `seed = XXH3-64(bytes, seed ^ EXTRA)`.
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::event::Extra;
+
+/// Name of a block within its whole prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockKey(pub u64);
+
+/// What the numbers called tokens are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TokenSpace {
+    /// Token ids as the engine sees them.
+    Exact,
+    /// Pseudo tokens, four prompt bytes each, little endian.
+    Estimated,
+}
+
+/// Which chain of a prompt is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChainSpec {
+    /// Tokens per block. A chain with block size 0 has no keys.
+    pub block_size: u32,
+    /// What the tokens are.
+    pub space: TokenSpace,
+    /// Whether a last, partly filled block gets a key too (knowledge from routing history only:
+    /// no engine caches such a block). Keys of full blocks do not depend on it.
+    pub partial_tail: bool,
+}
+
+impl ChainSpec {
+    /// The chain that matches an engine's events.
+    pub fn exact(block_size: u32) -> ChainSpec {
+        ChainSpec { block_size, space: TokenSpace::Exact, partial_tail: false }
+    }
+}
+
+/// Whose weights compute the blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Root<'a> {
+    /// The endpoint's base model.
+    Base,
+    /// A LoRA adapter, by name.
+    Adapter(&'a str),
+}
+
+/// A multimodal item in a prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct MultimodalSpan {
+    /// Content identifier, as the engine lists it in its events.
+    pub identifier: String,
+    /// First placeholder token.
+    pub offset: u32,
+    /// Number of placeholder tokens.
+    pub length: u32,
+}
+
+/// What a prompt mixes into its blocks besides tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptExtras<'a> {
+    /// Salt of the tenant: goes into the first block.
+    pub cache_salt: Option<&'a str>,
+    /// Items, in any order: each goes into every block that it overlaps.
+    pub items: &'a [MultimodalSpan],
+}
+
+/// The keys of a prompt, first block first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// Which chain this is.
+    pub spec: ChainSpec,
+    /// One key per full block, and one for the partial tail where the spec wants it.
+    pub keys: Vec<BlockKey>,
+    /// Tokens of the whole prompt, tail included.
+    pub tokens: u32,
+}
+
+const ROOT: u64 = 0x6b76_726f_7574_6501;
+const ADAPTER: u64 = 0x6b76_726f_7574_6502;
+const EXTRA: u64 = 0x6b76_726f_7574_6503;
+
+/// The key before the first block of a prompt.
+pub fn root(block_size: u32, space: TokenSpace, root: Root<'_>) -> BlockKey {
+    let mut shape = [0; 5];
+    shape[..4].copy_from_slice(&block_size.to_le_bytes());
+    shape[4] = match space {
+        TokenSpace::Exact => 0,
+        TokenSpace::Estimated => 1,
+    };
+    let base = xxh3_64_with_seed(&shape, ROOT);
+    BlockKey(match root {
+        Root::Base => base,
+        Root::Adapter(name) => xxh3_64_with_seed(name.as_bytes(), base ^ ADAPTER),
+    })
+}
+
+/// The chain of a prompt. Cost: one pass over the tokens, one allocation, two more when the prompt
+/// has multimodal items.
+pub fn chain(
+    spec: ChainSpec,
+    root_of: Root<'_>,
+    tokens: &[u32],
+    extras: &PromptExtras<'_>,
+) -> Chain {
+    let tokens_count = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+    let block_size = spec.block_size as usize;
+    if block_size == 0 {
+        return Chain { spec, keys: Vec::new(), tokens: tokens_count };
+    }
+    let full = tokens.len() / block_size;
+    let hashed = if spec.partial_tail { tokens.len() } else { full * block_size };
+    let mut items: Vec<&MultimodalSpan> = extras.items.iter().collect();
+    items.sort_by_key(|item| item.offset);
+    let mut keys = Vec::with_capacity(hashed.div_ceil(block_size));
+    let mut key = root(spec.block_size, spec.space, root_of).0;
+    for (index, block) in tokens[..hashed].chunks(block_size).enumerate() {
+        let mut seed = key;
+        if !items.is_empty() {
+            let start = (index * block_size) as u64;
+            let end = start + block.len() as u64;
+            for item in items.iter().filter(|item| overlaps(item, start, end)) {
+                seed = fold(seed, item.identifier.as_bytes());
+            }
+        }
+        if let (0, Some(salt)) = (index, extras.cache_salt) {
+            seed = fold(seed, salt.as_bytes());
+        }
+        key = hash(block, seed);
+        keys.push(BlockKey(key));
+    }
+    Chain { spec, keys, tokens: tokens_count }
+}
+
+/// Appends to `keys` the keys of the blocks of an event: `tokens` in blocks of `block_size` after
+/// `parent`, block `i` with `extras[i]` (none when there is no such element). Tokens that do not
+/// fill a block get no key.
+pub fn extend(
+    parent: BlockKey,
+    block_size: u32,
+    tokens: &[u32],
+    extras: &[Vec<Extra>],
+    keys: &mut Vec<BlockKey>,
+) {
+    if block_size == 0 {
+        return;
+    }
+    let mut key = parent.0;
+    for (index, block) in tokens.chunks_exact(block_size as usize).enumerate() {
+        let mut seed = key;
+        for extra in extras.get(index).into_iter().flatten() {
+            // An untagged string may be a salt or an item: old engines do not say which.
+            seed = match extra {
+                Extra::Text(text) | Extra::Multimodal(text) => fold(seed, text.as_bytes()),
+                Extra::Digest(bytes) => fold(seed, bytes),
+            };
+        }
+        key = hash(block, seed);
+        keys.push(BlockKey(key));
+    }
+}
+
+fn overlaps(item: &MultimodalSpan, start: u64, end: u64) -> bool {
+    let from = u64::from(item.offset);
+    item.length > 0 && from < end && from + u64::from(item.length) > start
+}
+
+fn fold(seed: u64, bytes: &[u8]) -> u64 {
+    xxh3_64_with_seed(bytes, seed ^ EXTRA)
+}
+
+#[cfg(target_endian = "little")]
+fn hash(tokens: &[u32], seed: u64) -> u64 {
+    xxh3_64_with_seed(bytemuck::cast_slice(tokens), seed)
+}
+
+#[cfg(target_endian = "big")]
+fn hash(tokens: &[u32], seed: u64) -> u64 {
+    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+    xxh3_64_with_seed(&bytes, seed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC: ChainSpec =
+        ChainSpec { block_size: 4, space: TokenSpace::Exact, partial_tail: false };
+
+    fn tokens(n: u32) -> Vec<u32> {
+        (1..=n).collect()
+    }
+
+    fn keys(spec: ChainSpec, root: Root<'_>, n: u32, extras: &PromptExtras<'_>) -> Vec<BlockKey> {
+        chain(spec, root, &tokens(n), extras).keys
+    }
+
+    fn plain(n: u32) -> Vec<BlockKey> {
+        keys(SPEC, Root::Base, n, &PromptExtras::default())
+    }
+
+    /// Which blocks of two chains have the same key.
+    fn same(a: &[BlockKey], b: &[BlockKey]) -> Vec<bool> {
+        a.iter().zip(b).map(|(a, b)| a == b).collect()
+    }
+
+    fn item(identifier: &str, offset: u32, length: u32) -> MultimodalSpan {
+        MultimodalSpan { identifier: identifier.into(), offset, length }
+    }
+
+    #[test]
+    fn keys_are_stable_across_versions() {
+        let salted = PromptExtras { cache_salt: Some("tenant-a"), items: &[] };
+        let golden = [
+            plain(8)[0].0,
+            plain(8)[1].0,
+            keys(SPEC, Root::Adapter("lora-a"), 4, &PromptExtras::default())[0].0,
+            keys(SPEC, Root::Base, 4, &salted)[0].0,
+        ];
+        assert_eq!(golden, GOLDEN, "a changed formula needs a new version of whatever stores keys");
+    }
+
+    const GOLDEN: [u64; 4] = [
+        6_730_911_069_162_785_757,
+        2_660_615_732_592_983_188,
+        2_591_536_607_161_415_407,
+        7_591_705_454_769_905_388,
+    ];
+
+    #[test]
+    fn a_key_depends_on_all_before_it() {
+        let mut other = tokens(12);
+        other[5] = 99;
+        let other = chain(SPEC, Root::Base, &other, &PromptExtras::default());
+        assert_eq!(same(&plain(12), &other.keys), [true, false, false]);
+        assert_eq!(plain(12)[..2], plain(8)[..]);
+    }
+
+    #[test]
+    fn a_salt_changes_every_block_because_it_enters_the_first() {
+        let a = PromptExtras { cache_salt: Some("a"), items: &[] };
+        let b = PromptExtras { cache_salt: Some("b"), items: &[] };
+        let [a, b] = [a, b].map(|extras| keys(SPEC, Root::Base, 8, &extras));
+        assert_eq!(same(&a, &b), [false, false]);
+        assert_eq!(same(&a, &plain(8)), [false, false]);
+        // The salt enters once: from there on the step is the plain one.
+        let mut rest = Vec::new();
+        extend(a[0], 4, &tokens(8)[4..], &[], &mut rest);
+        assert_eq!(rest, a[1..]);
+    }
+
+    #[test]
+    fn an_item_enters_the_blocks_it_overlaps() {
+        // (offset, length) -> the first block that differs from the plain chain of 4 blocks.
+        let table = [
+            ((0, 1), Some(0)),
+            ((3, 1), Some(0)),
+            ((4, 4), Some(1)),
+            ((7, 2), Some(1)),
+            ((15, 9), Some(3)),
+            ((16, 4), None),
+            ((6, 0), None),
+        ];
+        for ((offset, length), first) in table {
+            let items = [item("image", offset, length)];
+            let extras = PromptExtras { cache_salt: None, items: &items };
+            let got = same(&keys(SPEC, Root::Base, 16, &extras), &plain(16));
+            assert_eq!(got.iter().position(|same| !same), first, "item at {offset}+{length}");
+        }
+        // An item over blocks 1 and 2 is mixed into both, and not into block 3.
+        let items = [item("image", 7, 2)];
+        let keys = keys(SPEC, Root::Base, 16, &PromptExtras { cache_salt: None, items: &items });
+        let image = vec![Extra::Multimodal("image".into())];
+        let mut events = Vec::new();
+        let extras = [vec![], image.clone(), image, vec![]];
+        extend(root(4, TokenSpace::Exact, Root::Base), 4, &tokens(16), &extras, &mut events);
+        assert_eq!(keys, events);
+    }
+
+    #[test]
+    fn items_are_taken_by_offset_and_before_the_salt() {
+        let items = [item("b", 3, 2), item("a", 1, 1)];
+        let extras = PromptExtras { cache_salt: Some("s"), items: &items };
+        let mut events = Vec::new();
+        let listed = [
+            vec![
+                Extra::Multimodal("a".into()),
+                Extra::Multimodal("b".into()),
+                Extra::Text("s".into()),
+            ],
+            vec![Extra::Text("b".into())],
+        ];
+        extend(root(4, TokenSpace::Exact, Root::Base), 4, &tokens(8), &listed, &mut events);
+        assert_eq!(keys(SPEC, Root::Base, 8, &extras), events);
+    }
+
+    #[test]
+    fn both_sides_agree_in_every_combination() {
+        for block_size in [1, 3, 16] {
+            for adapter in [None, Some("lora-a"), Some("")] {
+                for salt in [None, Some("tenant-a"), Some("")] {
+                    let space = TokenSpace::Exact;
+                    let root_of = adapter.map_or(Root::Base, Root::Adapter);
+                    let spec = ChainSpec::exact(block_size);
+                    let extras = PromptExtras { cache_salt: salt, items: &[] };
+                    let request = chain(spec, root_of, &tokens(50), &extras);
+                    let listed: Vec<Vec<Extra>> =
+                        salt.map(|salt| vec![Extra::Text(salt.into())]).into_iter().collect();
+                    let mut events = Vec::new();
+                    let start = root(block_size, space, root_of);
+                    extend(start, block_size, &tokens(50), &listed, &mut events);
+                    assert_eq!(request.keys, events, "{block_size} {adapter:?} {salt:?}");
+                    assert_eq!(request.keys.len(), 50 / block_size as usize);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn chains_that_mean_different_things_never_meet() {
+        let none = PromptExtras::default();
+        let estimated = ChainSpec { space: TokenSpace::Estimated, ..SPEC };
+        let chains = [
+            plain(16),
+            keys(estimated, Root::Base, 16, &none),
+            keys(ChainSpec::exact(8), Root::Base, 16, &none),
+            keys(SPEC, Root::Adapter("a"), 16, &none),
+            keys(SPEC, Root::Adapter("b"), 16, &none),
+            keys(SPEC, Root::Adapter(""), 16, &none),
+        ];
+        for (i, a) in chains.iter().enumerate() {
+            for b in &chains[..i] {
+                assert!(a.iter().all(|key| !b.contains(key)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_partial_tail_has_a_key_only_where_it_is_wanted() {
+        let tail = ChainSpec { partial_tail: true, ..SPEC };
+        // tokens -> (keys without, keys with tail)
+        for (n, full, with_tail) in [(0, 0, 0), (3, 0, 1), (4, 1, 1), (7, 1, 2), (8, 2, 2)] {
+            let a = keys(SPEC, Root::Base, n, &PromptExtras::default());
+            let b = keys(tail, Root::Base, n, &PromptExtras::default());
+            assert_eq!((a.len(), b.len()), (full, with_tail), "{n} tokens");
+            assert_eq!(a[..], b[..full]);
+        }
+        let chain = chain(SPEC, Root::Base, &tokens(7), &PromptExtras::default());
+        assert_eq!(chain.tokens, 7);
+    }
+
+    #[test]
+    fn a_block_size_of_zero_gives_no_keys() {
+        assert!(keys(ChainSpec::exact(0), Root::Base, 8, &PromptExtras::default()).is_empty());
+        let mut none = Vec::new();
+        extend(BlockKey(1), 0, &tokens(8), &[], &mut none);
+        assert!(none.is_empty());
+    }
+}
