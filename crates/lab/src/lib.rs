@@ -1,1 +1,3 @@
 //! Workloads, simulated engine, load generator, reports.
+
+pub mod model;

@@ -1,0 +1,360 @@
+//! One scheduler step: who computes how many tokens, with which blocks, and what comes out.
+
+use kvroute_core::Time;
+use kvroute_core::event::{BlockRemoved, BlockStored, Extra, GroupKind, KvEvent, Tier};
+
+use super::pool::BlockId;
+use super::{
+    Arrival, Emitted, EngineModel, FinishReason, Finished, HashExtras, Request, RequestId, Step,
+    StepWork,
+};
+
+/// The share of one sequence in a step.
+struct Share {
+    id: RequestId,
+    start: u32,
+    tokens: u32,
+}
+
+impl EngineModel {
+    /// Takes in what arrived, schedules a step that begins `now`, and computes it. `None` when
+    /// there is nothing to compute; statistics are up to date then, too.
+    pub fn next_step(&mut self, now: Time) -> Option<Step> {
+        self.take_in();
+        if self.running.is_empty() && self.waiting.is_empty() {
+            self.publish_stats();
+            return None;
+        }
+        let mut shares = Vec::new();
+        let mut budget = self.config.max_num_batched_tokens;
+        let preempted = self.schedule_running(&mut budget, &mut shares);
+        if !preempted {
+            self.schedule_waiting(now, &mut budget, &mut shares);
+        }
+        let work = self.work(&shares);
+        let duration = self.profile.step_duration(&work);
+        let end = now + duration;
+        let (mut emitted, mut finished) = (Vec::new(), Vec::new());
+        for share in &shares {
+            self.compute(share, end, &mut emitted, &mut finished);
+        }
+        self.stats.steps += 1;
+        self.publish_stats();
+        Some(Step {
+            duration,
+            work,
+            tokens: shares.iter().map(|share| share.tokens).sum(),
+            emitted,
+            finished,
+            events: std::mem::take(&mut self.events),
+            stats: self.stats.clone(),
+        })
+    }
+
+    fn take_in(&mut self) {
+        while let Some(arrival) = self.inbox.pop_front() {
+            match arrival {
+                Arrival::Submit(id) => self.waiting.push_back(id),
+                Arrival::Abort(id) => {
+                    if let Some(request) = self.requests.remove(&id) {
+                        self.pool.release(request.blocks.into_iter().rev());
+                        self.running.retain(|&other| other != id);
+                        self.waiting.retain(|&other| other != id);
+                        self.stats.aborted += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Decodes and further prefill chunks. Says whether a sequence was preempted: then nobody is
+    /// admitted in this step.
+    fn schedule_running(&mut self, budget: &mut u32, shares: &mut Vec<Share>) -> bool {
+        let mut preempted = false;
+        let mut index = 0;
+        while index < self.running.len() && *budget > 0 {
+            let id = self.running[index];
+            let request = &self.requests[&id];
+            let (start, tokens) =
+                (request.computed, (request.len() - request.computed).min(*budget));
+            let mut placed = self.allocate(id, tokens, &[]);
+            while !placed {
+                let Some(victim) = self.running.pop() else { break };
+                self.preempt(victim);
+                preempted = true;
+                if victim == id {
+                    break;
+                }
+                placed = self.allocate(id, tokens, &[]);
+            }
+            if !placed {
+                break;
+            }
+            shares.push(Share { id, start, tokens });
+            *budget -= tokens;
+            index += 1;
+        }
+        preempted
+    }
+
+    /// First come, first served; a request whose adapter does not fit this step is passed over.
+    fn schedule_waiting(&mut self, now: Time, budget: &mut u32, shares: &mut Vec<Share>) {
+        let mut adapters: Vec<usize> =
+            shares.iter().filter_map(|share| self.requests[&share.id].adapter).collect();
+        adapters.sort_unstable();
+        adapters.dedup();
+        let mut passed_over = Vec::new();
+        while *budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
+            let Some(&id) = self.waiting.front() else { break };
+            let adapter = self.requests[&id].adapter;
+            let known = adapter.is_none_or(|adapter| adapters.contains(&adapter));
+            if !known && adapters.len() >= self.config.max_loras as usize {
+                self.waiting.pop_front();
+                passed_over.push(id);
+                continue;
+            }
+            let Some(share) = self.admit(now, id, *budget) else { break };
+            if !known {
+                adapters.extend(adapter);
+            }
+            *budget -= share.tokens;
+            shares.push(share);
+        }
+        self.stats.deferred = passed_over.len() as u32;
+        passed_over.into_iter().rev().for_each(|id| self.waiting.push_front(id));
+    }
+
+    fn admit(&mut self, now: Time, id: RequestId, budget: u32) -> Option<Share> {
+        let size = self.config.block_size;
+        let request = &self.requests[&id];
+        let reusable = ((request.len() - 1) / size) as usize;
+        let hits: Vec<BlockId> =
+            request.names[..reusable].iter().map_while(|&name| self.pool.find(name)).collect();
+        if request.report_reused && !hits.is_empty() {
+            let event = self.stored(request, 0, hits.len());
+            self.events.push(event);
+        }
+        let request = &self.requests[&id];
+        let start = hits.len() as u32 * size;
+        let tokens = (request.len() - start).min(budget);
+        let revived = hits.iter().filter(|&&block| self.pool.is_free(block)).count() as u32;
+        let needed = request.len().div_ceil(size) - hits.len() as u32 + revived;
+        if self.config.reserve_full_prompt && needed > self.pool.free() {
+            return None;
+        }
+        if !self.allocate(id, tokens, &hits) {
+            return None;
+        }
+        self.waiting.pop_front();
+        self.running.push(id);
+        let request = self.requests.get_mut(&id).expect("a waiting request is known");
+        request.computed = start;
+        request.admitted.get_or_insert(now);
+        request.cached_tokens.get_or_insert(start);
+        if request.preemptions == 0 {
+            self.stats.prefix_queries_tokens += u64::from(request.len());
+            self.stats.prefix_hits_tokens += u64::from(start);
+        }
+        Some(Share { id, start, tokens })
+    }
+
+    /// Gives a sequence the blocks it needs for `tokens` more, `hits` of them from the cache, and
+    /// names those that become full. Does nothing and says no when too few are free.
+    fn allocate(&mut self, id: RequestId, tokens: u32, hits: &[BlockId]) -> bool {
+        let size = self.config.block_size;
+        let request = self.requests.get_mut(&id).expect("a scheduled request is known");
+        let total = request.computed + hits.len() as u32 * size + tokens;
+        let held = request.blocks.len() + hits.len();
+        let missing = (total.div_ceil(size) as usize).saturating_sub(held);
+        let revived = hits.iter().filter(|&&block| self.pool.is_free(block)).count();
+        if missing + revived > self.pool.free() as usize {
+            return false;
+        }
+        hits.iter().for_each(|&block| self.pool.touch(block));
+        request.blocks.extend_from_slice(hits);
+        request.named += hits.len() as u32;
+        for _ in 0..missing {
+            let (block, evicted) = self.pool.take().expect("the count of free blocks was checked");
+            request.blocks.push(block);
+            if let Some(name) = evicted {
+                self.events.push(KvEvent::Removed(BlockRemoved {
+                    hashes: vec![name],
+                    tier: Tier::Gpu,
+                    group: Some(0),
+                }));
+            }
+        }
+        self.name_full_blocks(id, total / size);
+        true
+    }
+
+    fn name_full_blocks(&mut self, id: RequestId, full: u32) {
+        let request = self.requests.get_mut(&id).expect("a scheduled request is known");
+        let (from, to) = (request.named as usize, full as usize);
+        if from >= to {
+            return;
+        }
+        request.named = full;
+        for i in from..to {
+            self.pool.name(request.blocks[i], request.names[i]);
+        }
+        let event = self.stored(&self.requests[&id], from, to);
+        self.events.push(event);
+    }
+
+    fn stored(&self, request: &Request, from: usize, to: usize) -> KvEvent {
+        let size = self.config.block_size as usize;
+        let salt = request.cache_salt.as_ref().filter(|_| from == 0);
+        let mut extras = Vec::new();
+        if let Some(salt) = salt {
+            extras.resize(to - from, Vec::new());
+            extras[0].push(Extra::Text(salt.clone()));
+        }
+        KvEvent::Stored(BlockStored {
+            hashes: request.names[from..to].to_vec(),
+            parent: from.checked_sub(1).map(|parent| request.names[parent]),
+            tokens: request.tokens[from * size..to * size].to_vec(),
+            block_size: self.config.block_size,
+            lora_name: request.adapter.map(|i| self.config.adapters[i].name.clone()),
+            tier: Tier::Gpu,
+            extras,
+            group: Some(0),
+            kind: GroupKind::Full,
+        })
+    }
+
+    fn preempt(&mut self, id: RequestId) {
+        let request = self.requests.get_mut(&id).expect("a running request is known");
+        let blocks = std::mem::take(&mut request.blocks);
+        (request.computed, request.named) = (0, 0);
+        request.preemptions += 1;
+        self.pool.release(blocks.into_iter().rev());
+        self.waiting.push_front(id);
+        self.stats.preemptions += 1;
+    }
+
+    fn work(&self, shares: &[Share]) -> StepWork {
+        let mut work = StepWork {
+            sequences: shares.len() as u64,
+            unique_tokens: u64::from(self.pool.used()) * u64::from(self.config.block_size),
+            ..StepWork::default()
+        };
+        for share in shares {
+            let (start, tokens) = (u64::from(share.start), u64::from(share.tokens));
+            if tokens == 1 && start > 0 {
+                work.decode_context_tokens += start + 1;
+            } else {
+                work.prefill_tokens += tokens;
+                work.prefill_positions_doubled += 2 * tokens * start + tokens * tokens;
+            }
+        }
+        work
+    }
+
+    /// Advances one sequence; when all its tokens are computed, it says the next one.
+    fn compute(
+        &mut self,
+        share: &Share,
+        end: Time,
+        emitted: &mut Vec<Emitted>,
+        finished: &mut Vec<Finished>,
+    ) {
+        let mut request = self.requests.remove(&share.id).expect("a scheduled request is known");
+        request.computed += share.tokens;
+        if request.computed < request.len() {
+            self.requests.insert(share.id, request);
+            return;
+        }
+        let index = request.output_tokens();
+        if index == 0 {
+            request.first_token = Some(end);
+            self.stats.prompt_tokens += u64::from(request.prompt_tokens);
+        }
+        let drawn = self.config.output_ids[request.rng.below(self.config.output_ids.len())];
+        let token = request.script.pop_front().unwrap_or(drawn);
+        let gap = end.since(request.last_token);
+        request.last_token = end;
+        request.tokens.push(token);
+        self.extend_names(&mut request);
+        self.stats.generation_tokens += 1;
+        let finish = match request.output_tokens() {
+            n if n >= request.stop_after => Some(FinishReason::Stop),
+            n if n >= request.max_tokens => Some(FinishReason::Length),
+            _ => None,
+        };
+        let cached_tokens = request.cached_tokens.unwrap_or(0);
+        emitted.push(Emitted { id: share.id, token, index, gap, cached_tokens, finish });
+        match finish {
+            Some(reason) => finished.push(self.finish(share.id, request, reason, end)),
+            None => {
+                self.requests.insert(share.id, request);
+            }
+        }
+    }
+
+    fn finish(
+        &mut self,
+        id: RequestId,
+        request: Request,
+        reason: FinishReason,
+        end: Time,
+    ) -> Finished {
+        self.running.retain(|&other| other != id);
+        match reason {
+            FinishReason::Stop => self.stats.finished_stop += 1,
+            FinishReason::Length => self.stats.finished_length += 1,
+        }
+        let since = |time: Option<Time>| time.unwrap_or(end).since(request.submitted);
+        let summary = Finished {
+            id,
+            reason,
+            prompt_tokens: request.prompt_tokens,
+            output_tokens: request.output_tokens(),
+            max_tokens: request.max_tokens,
+            cached_tokens: request.cached_tokens.unwrap_or(0),
+            preemptions: request.preemptions,
+            queue: since(request.admitted),
+            first_token: since(request.first_token),
+            total: since(Some(end)),
+        };
+        self.pool.release(request.blocks.into_iter().rev());
+        summary
+    }
+
+    /// Names the blocks that have become complete.
+    pub(super) fn extend_names(&mut self, request: &mut Request) {
+        let size = self.config.block_size as usize;
+        let adapter = request.adapter.map(|i| &self.config.adapters[i]);
+        while (request.names.len() + 1) * size <= request.tokens.len() {
+            let from = request.names.len() * size;
+            let cache_salt = request.cache_salt.as_deref().filter(|_| from == 0);
+            let extras = HashExtras { adapter, cache_salt };
+            let tokens = &request.tokens[from..from + size];
+            request.last_hash = self.hasher.next(&request.last_hash, tokens, extras);
+            request.names.push(request.last_hash.key());
+        }
+    }
+
+    fn publish_stats(&mut self) {
+        let usable = self.pool.used() + self.pool.free();
+        self.stats.running = self.running.len() as u32;
+        self.stats.waiting = self.waiting.len() as u32;
+        self.stats.kv_usage = f64::from(self.pool.used()) / f64::from(usable);
+        if !self.config.adapters.is_empty() {
+            self.stats.running_adapters = self.adapter_names(&self.running);
+            let waiting: Vec<RequestId> = self.waiting.iter().copied().collect();
+            self.stats.waiting_adapters = self.adapter_names(&waiting);
+        }
+    }
+
+    fn adapter_names(&self, ids: &[RequestId]) -> Vec<String> {
+        let mut indices: Vec<usize> =
+            ids.iter().filter_map(|id| self.requests[id].adapter).collect();
+        indices.sort_unstable();
+        indices.dedup();
+        let mut names: Vec<String> =
+            indices.into_iter().map(|i| self.config.adapters[i].name.clone()).collect();
+        names.sort_unstable();
+        names
+    }
+}

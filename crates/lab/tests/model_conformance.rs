@@ -1,0 +1,236 @@
+//! The engine model against recorded runs of a real vLLM 0.32: the same requests in the same order
+//! must give the same `cached_tokens` and, byte for byte, the same event messages.
+//!
+//! A real model's output is random here (dummy weights). Output tokens that filled a block are
+//! known from the recorded events and repeated; those of a last, partial block are not, and cannot
+//! matter to the cache.
+
+mod recording;
+
+use kvroute_core::Time;
+use kvroute_core::event::{EngineHash, EventBatch, KvEvent};
+use kvroute_lab::model::{
+    Adapter, BlockHasher, EngineModel, HashAlgorithm, HashExtras, ModelConfig, NewRequest, Output,
+    Profile, Step,
+};
+use kvroute_wire::kv_event;
+use recording::{Recording, Request};
+
+struct Replayer {
+    recording: Recording,
+    engine: EngineModel,
+    batches: Vec<Vec<KvEvent>>,
+    used: Vec<bool>,
+    stored: Vec<(Option<EngineHash>, Vec<u32>, EngineHash)>,
+    next_id: u64,
+}
+
+impl Replayer {
+    fn new(name: &str) -> Replayer {
+        let recording = Recording::load(name);
+        let adapters = recording.engine.adapters.iter();
+        let config = ModelConfig {
+            block_size: recording.engine.block_size,
+            blocks: recording.engine.blocks,
+            max_model_len: recording.engine.max_model_len,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 2048,
+            max_loras: 2,
+            hash: HashAlgorithm::from_name(&recording.engine.hash).unwrap(),
+            hash_seed: recording.engine.seed.clone(),
+            adapters: adapters
+                .map(|(name, path)| Adapter { name: name.clone(), path: path.clone() })
+                .collect(),
+            ..ModelConfig::default()
+        };
+        let engine = EngineModel::new(config, Profile::built_in("tiny").unwrap()).unwrap();
+        let mut stored = Vec::new();
+        for batch in &recording.batches {
+            for event in &batch.batch.events {
+                if let KvEvent::Stored(event) = event {
+                    let mut parent = event.parent;
+                    for (i, hash) in event.hashes.iter().enumerate() {
+                        let size = event.block_size as usize;
+                        let tokens = event.tokens[i * size..(i + 1) * size].to_vec();
+                        stored.push((parent, tokens, *hash));
+                        parent = Some(*hash);
+                    }
+                }
+            }
+        }
+        let used = vec![false; stored.len()];
+        Replayer { recording, engine, batches: Vec::new(), used, stored, next_id: 0 }
+    }
+
+    /// The recorded output of a request as far as it filled blocks.
+    fn script(&mut self, request: &Request, prompt: &[u32]) -> Vec<u32> {
+        let size = self.recording.engine.block_size as usize;
+        let config = self.engine.config();
+        let mut hasher = BlockHasher::new(config.hash, &config.hash_seed);
+        let adapter = config.adapters.iter().find(|adapter| adapter.name == request.model);
+        let mut hash = hasher.root();
+        let mut parent = None;
+        for (i, tokens) in prompt.chunks_exact(size).enumerate() {
+            let cache_salt = request.salt.as_deref().filter(|_| i == 0);
+            hash = hasher.next(&hash, tokens, HashExtras { adapter, cache_salt });
+            parent = Some(hash.key());
+        }
+        let mut tail = prompt.chunks_exact(size).remainder().to_vec();
+        let mut output = Vec::new();
+        loop {
+            // The last output token is never computed, so it fills no block.
+            if output.len() + size - tail.len() >= request.max_tokens as usize {
+                return output;
+            }
+            let found = (0..self.stored.len()).find(|&i| {
+                let (p, tokens, _) = &self.stored[i];
+                !self.used[i] && *p == parent && tokens.starts_with(&tail)
+            });
+            let Some(i) = found else { return output };
+            let (_, tokens, hash) = &self.stored[i];
+            self.used[i] = true;
+            output.extend_from_slice(&tokens[tail.len()..]);
+            parent = Some(*hash);
+            tail.clear();
+        }
+    }
+
+    fn submit(&mut self, request: &Request, prompt: &[u32]) -> u64 {
+        let script = self.script(request, prompt);
+        let adapters = &self.engine.config().adapters;
+        let adapter = adapters.iter().find(|a| a.name == request.model).map(|a| a.name.clone());
+        self.next_id += 1;
+        let new = NewRequest {
+            id: self.next_id,
+            tokens: prompt.to_vec(),
+            max_tokens: request.max_tokens,
+            cache_salt: request.salt.clone(),
+            adapter,
+            output: Output::Scripted(script),
+            report_reused: request.full,
+            ..NewRequest::default()
+        };
+        self.engine.submit(Time::ZERO, new).unwrap();
+        self.next_id
+    }
+
+    fn step(&mut self) -> Option<Step> {
+        let step = self.engine.next_step(Time::ZERO)?;
+        if !step.events.is_empty() {
+            self.batches.push(step.events.clone());
+        }
+        Some(step)
+    }
+
+    /// Sequences that ran together. How many of them reached the scheduler before its first step
+    /// is a race that only the recording knows: as many as stored something in its next message, and one more if that message ends
+    /// with an eviction for a sequence that filled no block.
+    fn run(&mut self, group: &[(Request, Vec<u32>)]) -> Vec<u32> {
+        let next = self.recording.batches.get(self.batches.len());
+        let early = next.map_or(0, |next| {
+            let events = &next.batch.events;
+            let stored = events.iter().filter(|e| matches!(e, KvEvent::Stored(_))).count();
+            stored + usize::from(matches!(events.last(), Some(KvEvent::Removed(_))))
+        });
+        let early = early.clamp(1, group.len());
+        let mut ids = Vec::new();
+        for (request, prompt) in &group[..early] {
+            ids.push(self.submit(request, prompt));
+        }
+        let mut finished: Vec<_> = self.step().into_iter().flat_map(|s| s.finished).collect();
+        for (request, prompt) in &group[early..] {
+            ids.push(self.submit(request, prompt));
+        }
+        while let Some(step) = self.step() {
+            finished.extend(step.finished);
+        }
+        let cached = |id: &u64| finished.iter().find(|f| f.id == *id).unwrap().cached_tokens;
+        ids.iter().map(cached).collect()
+    }
+}
+
+fn replay(name: &str) -> Replayer {
+    let mut replayer = Replayer::new(name);
+    let requests = replayer.recording.requests.clone();
+    let mut i = 0;
+    while i < requests.len() {
+        let request = &requests[i];
+        if request.label == "reset" {
+            assert!(replayer.engine.reset_prefix_cache());
+            i += 1;
+            continue;
+        }
+        let together =
+            requests[i..].iter().take_while(|r| r.label.starts_with("concurrent")).count().max(1);
+        let mut group = Vec::new();
+        for request in &requests[i..i + together] {
+            for prompt in &request.prompts {
+                (0..request.n).for_each(|_| group.push((request.clone(), prompt.clone())));
+            }
+        }
+        let cached = replayer.run(&group);
+        if together == 1 {
+            let details = request.usage.prompt_tokens_details.as_ref().unwrap();
+            assert_eq!(cached.last(), Some(&details.cached_tokens), "{name} {}", request.label);
+        }
+        i += together;
+    }
+    replayer
+}
+
+/// Hashes replaced by the order in which they first appear. The recording with adapters names them
+/// by a path that it does not tell (it is part of the hash), so only identity can be compared
+/// there; the hashes themselves are compared with vectors in the model's own tests.
+fn anonymous(batches: &[Vec<KvEvent>]) -> Vec<Vec<KvEvent>> {
+    let mut seen: Vec<EngineHash> = Vec::new();
+    let mut rename = |hash: &mut EngineHash| {
+        let at = seen.iter().position(|known| known == hash).unwrap_or_else(|| {
+            seen.push(*hash);
+            seen.len() - 1
+        });
+        *hash = EngineHash(at as u64);
+    };
+    let mut batches = batches.to_vec();
+    for event in batches.iter_mut().flatten() {
+        match event {
+            KvEvent::Stored(stored) => {
+                stored.parent.iter_mut().for_each(&mut rename);
+                stored.hashes.iter_mut().for_each(&mut rename);
+            }
+            KvEvent::Removed(removed) => removed.hashes.iter_mut().for_each(&mut rename),
+            KvEvent::Cleared => {}
+        }
+    }
+    batches
+}
+
+#[test]
+fn whole_runs_give_the_recorded_cached_tokens_and_event_messages() {
+    for name in ["sha256_cbor", "xxhash_cbor", "byteshash"] {
+        let replayer = replay(name);
+        let recorded = &replayer.recording.batches;
+        for (i, (batch, ours)) in recorded.iter().zip(&replayer.batches).enumerate() {
+            assert_eq!(ours, &batch.batch.events, "{name} batch {i}");
+            if name == "byteshash" || batch.has_session {
+                continue;
+            }
+            let ours = EventBatch { events: ours.clone(), ..batch.batch.clone() };
+            let mut payload = Vec::new();
+            kv_event::encode_batch(&ours, &mut payload);
+            assert_eq!(payload, batch.payload, "{name} batch {i}");
+        }
+        assert_eq!(replayer.batches.len(), recorded.len(), "{name}");
+    }
+}
+
+#[test]
+fn a_run_with_adapters_gives_the_recorded_cached_tokens_and_events() {
+    let replayer = replay("lora");
+    let recorded: Vec<_> =
+        replayer.recording.batches.iter().map(|batch| batch.batch.events.clone()).collect();
+    let (ours, recorded) = (anonymous(&replayer.batches), anonymous(&recorded));
+    for (i, (ours, recorded)) in ours.iter().zip(&recorded).enumerate() {
+        assert_eq!(ours, recorded, "batch {i}");
+    }
+    assert_eq!(ours.len(), recorded.len());
+}
