@@ -1,0 +1,580 @@
+//! What in a request body decides where the request goes?
+//!
+//! One pass over the body, borrowing from it; no tree. Only what routing needs is checked: the
+//! engine answers for everything else, so a field of a wrong type that merely hints (`stream`,
+//! `max_tokens`, `n`, ...) counts as absent. A field given twice counts as its last value, as in
+//! Python's `json`.
+
+mod loose;
+mod responses;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::fmt;
+
+use kvroute_core::blocks::MultimodalSpan;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+use thiserror::Error;
+
+use crate::api::Api;
+use loose::{Loose, LoosePrompt, Wrong};
+
+/// Most prompts of one request that are looked at. A request with more is routed by load: OpenAI
+/// allows 2,048 inputs of an embeddings request.
+pub const PROMPTS_PER_REQUEST_MAX: usize = 2048;
+
+/// Most multimodal items of one request that are looked at.
+pub const MULTIMODAL_ITEMS_MAX: usize = 4096;
+
+/// Why a body is refused. The fault is the client's: status 400.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum BodyError {
+    /// Not JSON.
+    #[error("the request body is not valid JSON: {message} at byte {at}")]
+    BadJson {
+        /// What the parser says.
+        message: String,
+        /// Offset in the body.
+        at: usize,
+    },
+    /// JSON, but not an object.
+    #[error("the request body must be a JSON object, found {found}")]
+    NotObject {
+        /// What it is.
+        found: &'static str,
+    },
+    /// A field of a wrong type.
+    #[error("`{field}` must be {expected}, found {found}")]
+    WrongType {
+        /// Name of the field.
+        field: &'static str,
+        /// The types that are right.
+        expected: &'static str,
+        /// What is there.
+        found: String,
+    },
+    /// A field that this API requires is missing.
+    #[error("`{field}` is missing; {api} needs it")]
+    Missing {
+        /// Name of the field.
+        field: &'static str,
+        /// Name of the API.
+        api: &'static str,
+    },
+}
+
+/// Why a request has no prompt that can be turned into tokens. It is routed by load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NoPrompt {
+    /// The path belongs to no API that is understood.
+    OtherApi,
+    /// The prompt is given as embeddings.
+    PromptEmbeds,
+    /// More than [`PROMPTS_PER_REQUEST_MAX`] prompts.
+    TooManyPrompts,
+    /// `truncate_prompt_tokens`: the engine cuts the prompt by rules of its own.
+    Truncated,
+    /// A part of the prompt is stored in the engine (`previous_response_id`, `conversation`,
+    /// `prompt` of the responses API).
+    StoredInEngine,
+    /// The responses API names tools, which the engine rewrites for its template.
+    ResponsesTools,
+    /// The responses API holds an item other than a message of text (a function call and its
+    /// output, reasoning, an image, ...), for which engines differ in what they make of it.
+    ResponsesItem,
+}
+
+impl NoPrompt {
+    /// All reasons.
+    pub const ALL: [NoPrompt; 7] = [
+        NoPrompt::OtherApi,
+        NoPrompt::PromptEmbeds,
+        NoPrompt::TooManyPrompts,
+        NoPrompt::Truncated,
+        NoPrompt::StoredInEngine,
+        NoPrompt::ResponsesTools,
+        NoPrompt::ResponsesItem,
+    ];
+
+    /// The name in metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NoPrompt::OtherApi => "other_api",
+            NoPrompt::PromptEmbeds => "prompt_embeds",
+            NoPrompt::TooManyPrompts => "too_many_prompts",
+            NoPrompt::Truncated => "truncated",
+            NoPrompt::StoredInEngine => "stored_in_engine",
+            NoPrompt::ResponsesTools => "responses_tools",
+            NoPrompt::ResponsesItem => "responses_item",
+        }
+    }
+}
+
+/// What routing needs to know of one request body.
+#[derive(Clone, Debug)]
+pub struct RequestBody<'a> {
+    /// Model or adapter name; `None` when the body names none.
+    pub model: Option<Cow<'a, str>>,
+    /// The answer comes as server-sent events.
+    pub stream: bool,
+    /// `stream_options.include_usage`: the stream ends with a usage object.
+    pub include_usage: bool,
+    /// Most tokens to generate (`max_completion_tokens`, `max_tokens`, `max_output_tokens` or
+    /// `sampling_params.max_tokens`).
+    pub max_tokens: Option<u32>,
+    /// Answers per prompt; `None` when the body does not say (1).
+    pub n: Option<u32>,
+    /// Separates the prefix caches of tenants.
+    pub cache_salt: Option<Cow<'a, str>>,
+    /// vLLM's `session_id`.
+    pub session_id: Option<Cow<'a, str>>,
+    /// The engine adds special tokens (BOS) to [`Prompt::Texts`].
+    pub add_special_tokens: bool,
+    /// What the model is asked.
+    pub prompt: Prompt<'a>,
+    /// Multimodal items of [`Prompt::TokenIds`], by offset.
+    pub items: Vec<MultimodalSpan>,
+}
+
+/// The prompt or prompts of a request.
+#[derive(Clone, Debug)]
+pub enum Prompt<'a> {
+    /// None that can be turned into tokens.
+    None(NoPrompt),
+    /// Plain texts, each one prompt.
+    Texts(Vec<Cow<'a, str>>),
+    /// Token ids, each list one prompt.
+    TokenIds(Vec<Vec<u32>>),
+    /// A conversation, to be rendered by the model's template.
+    Chat(Chat<'a>),
+}
+
+/// A conversation and what its template is told.
+#[derive(Clone, Debug)]
+pub struct Chat<'a> {
+    /// The messages.
+    pub messages: Messages<'a>,
+    /// `tools`, JSON.
+    pub tools: Option<&'a RawValue>,
+    /// `documents`, JSON.
+    pub documents: Option<&'a RawValue>,
+    /// A template that replaces the model's.
+    pub chat_template: Option<Cow<'a, str>>,
+    /// `chat_template_kwargs`, a JSON object.
+    pub chat_template_kwargs: Option<&'a RawValue>,
+    /// The template opens the assistant's turn.
+    pub add_generation_prompt: bool,
+    /// The last message stays open.
+    pub continue_final_message: bool,
+    /// The engine adds special tokens to the rendered text.
+    pub add_special_tokens: bool,
+    /// `reasoning_effort`, which vLLM passes to the template.
+    pub reasoning_effort: Option<Cow<'a, str>>,
+}
+
+/// A JSON array of chat messages.
+#[derive(Clone, Debug)]
+pub enum Messages<'a> {
+    /// As in the body.
+    Raw(&'a RawValue),
+    /// Made from the input of the responses API.
+    Built(String),
+}
+
+impl Messages<'_> {
+    /// The JSON text of the array.
+    pub fn json(&self) -> &str {
+        match self {
+            Messages::Raw(raw) => raw.get(),
+            Messages::Built(text) => text,
+        }
+    }
+}
+
+/// Reads a request body of `api`. For [`Api::Other`] the body may be anything: nothing is refused,
+/// and a `model` is reported where there is one.
+///
+/// # Errors
+/// [`BodyError`], whose text can be shown to the client as it is.
+pub fn parse(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
+    if api == Api::Other {
+        let is_object = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+        let fields =
+            if is_object { read_fields(api, body).unwrap_or_default() } else { Fields::default() };
+        return Ok(fields.into_passed_through());
+    }
+    read_fields(api, body)?.into_body(api)
+}
+
+fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let read = deserializer.deserialize_map(FieldsVisitor { api });
+    match read.and_then(|fields| deserializer.end().map(|()| fields)) {
+        Ok(fields) => Ok(fields),
+        Err(error) => Err(match serde_json::from_slice::<Loose<'_>>(body) {
+            Ok(value) if value != Loose::Object => {
+                BodyError::NotObject { found: value.type_name() }
+            }
+            _ => bad_json(body, &error),
+        }),
+    }
+}
+
+fn bad_json(body: &[u8], error: &serde_json::Error) -> BodyError {
+    let line_start = match error.line() {
+        0 | 1 => 0,
+        line => {
+            let mut newlines = body.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
+            newlines.nth(line - 2).map_or(0, |(at, _)| at + 1)
+        }
+    };
+    let at = (line_start + error.column().saturating_sub(1)).min(body.len());
+    let message = error.to_string();
+    let message = message.split(" at line ").next().unwrap_or_default().to_owned();
+    BodyError::BadJson { message, at }
+}
+
+/// The fields of a body that matter to any API.
+#[derive(Default)]
+struct Fields<'a> {
+    model: Loose<'a>,
+    stream: Loose<'a>,
+    stream_options: Nested<'a>,
+    max_tokens: Loose<'a>,
+    max_completion_tokens: Loose<'a>,
+    max_output_tokens: Loose<'a>,
+    sampling_params: Nested<'a>,
+    n: Loose<'a>,
+    cache_salt: Loose<'a>,
+    session_id: Loose<'a>,
+    truncate_prompt_tokens: Loose<'a>,
+    prompt_embeds: Loose<'a>,
+    prompt: LoosePrompt<'a>,
+    features: Option<&'a RawValue>,
+    messages: Option<&'a RawValue>,
+    tools: Option<&'a RawValue>,
+    documents: Option<&'a RawValue>,
+    chat_template: Loose<'a>,
+    chat_template_kwargs: Option<&'a RawValue>,
+    add_generation_prompt: Loose<'a>,
+    continue_final_message: Loose<'a>,
+    add_special_tokens: Loose<'a>,
+    reasoning_effort: Loose<'a>,
+    reasoning: Nested<'a>,
+    input: Option<&'a RawValue>,
+    instructions: Loose<'a>,
+    stored_in_engine: [Loose<'a>; 3],
+}
+
+/// The few entries of nested objects that matter; other types of value count as empty objects.
+#[derive(Default)]
+struct Nested<'a> {
+    include_usage: Loose<'a>,
+    max_tokens: Loose<'a>,
+    effort: Loose<'a>,
+}
+
+struct FieldsVisitor {
+    api: Api,
+}
+
+/// A key of the body; the text is needed for a comparison only.
+struct Key<'a>(Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Key<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Key<'de>, D::Error> {
+        match Loose::deserialize(deserializer)? {
+            Loose::Text(text) => Ok(Key(text)),
+            other => Err(serde::de::Error::custom(format_args!(
+                "expected a string as key, found {}",
+                other.type_name()
+            ))),
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for FieldsVisitor {
+    type Value = Fields<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+        let mut fields = Fields::default();
+        let is_responses = self.api == Api::Responses;
+        while let Some(key) = map.next_key::<Key<'de>>()? {
+            match &*key.0 {
+                "model" => fields.model = map.next_value()?,
+                "stream" => fields.stream = map.next_value()?,
+                "stream_options" => fields.stream_options = map.next_value()?,
+                "max_tokens" => fields.max_tokens = map.next_value()?,
+                "max_completion_tokens" => fields.max_completion_tokens = map.next_value()?,
+                "max_output_tokens" => fields.max_output_tokens = map.next_value()?,
+                "sampling_params" => fields.sampling_params = map.next_value()?,
+                "n" => fields.n = map.next_value()?,
+                "cache_salt" => fields.cache_salt = map.next_value()?,
+                "session_id" => fields.session_id = map.next_value()?,
+                "truncate_prompt_tokens" => fields.truncate_prompt_tokens = map.next_value()?,
+                "prompt_embeds" => fields.prompt_embeds = map.next_value()?,
+                "prompt" if self.api == Api::Completions => fields.prompt = map.next_value()?,
+                "input" if self.api == Api::Embeddings => fields.prompt = map.next_value()?,
+                "token_ids" if self.api == Api::VllmGenerate => fields.prompt = map.next_value()?,
+                "features" => fields.features = Some(map.next_value()?),
+                "messages" => fields.messages = Some(map.next_value()?),
+                "tools" => fields.tools = Some(map.next_value()?),
+                "documents" => fields.documents = Some(map.next_value()?),
+                "chat_template" => fields.chat_template = map.next_value()?,
+                "chat_template_kwargs" => fields.chat_template_kwargs = Some(map.next_value()?),
+                "add_generation_prompt" => fields.add_generation_prompt = map.next_value()?,
+                "continue_final_message" => fields.continue_final_message = map.next_value()?,
+                "add_special_tokens" => fields.add_special_tokens = map.next_value()?,
+                "reasoning_effort" => fields.reasoning_effort = map.next_value()?,
+                "reasoning" => fields.reasoning = map.next_value()?,
+                "input" if is_responses => fields.input = Some(map.next_value()?),
+                "instructions" => fields.instructions = map.next_value()?,
+                "previous_response_id" => fields.stored_in_engine[0] = map.next_value()?,
+                "conversation" => fields.stored_in_engine[1] = map.next_value()?,
+                "prompt" if is_responses => fields.stored_in_engine[2] = map.next_value()?,
+                _ => _ = map.next_value::<IgnoredAny>()?,
+            }
+        }
+        Ok(fields)
+    }
+}
+
+impl<'de> Deserialize<'de> for Nested<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Nested<'de>, D::Error> {
+        let raw = <&RawValue>::deserialize(deserializer)?;
+        let mut nested = Nested::default();
+        if raw.get().starts_with('{') {
+            let mut inner = serde_json::Deserializer::from_str(raw.get());
+            nested = inner.deserialize_map(NestedVisitor).map_err(serde::de::Error::custom)?;
+        }
+        Ok(nested)
+    }
+}
+
+struct NestedVisitor;
+
+impl<'de> Visitor<'de> for NestedVisitor {
+    type Value = Nested<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Nested<'de>, A::Error> {
+        let mut nested = Nested::default();
+        while let Some(key) = map.next_key::<Key<'de>>()? {
+            match &*key.0 {
+                "include_usage" => nested.include_usage = map.next_value()?,
+                "max_tokens" => nested.max_tokens = map.next_value()?,
+                "effort" => nested.effort = map.next_value()?,
+                _ => _ = map.next_value::<IgnoredAny>()?,
+            }
+        }
+        Ok(nested)
+    }
+}
+
+/// A JSON value that is there and not `null`.
+fn present(raw: Option<&RawValue>) -> Option<&RawValue> {
+    raw.filter(|raw| raw.get() != "null")
+}
+
+fn raw_type_name(raw: &RawValue) -> &'static str {
+    match raw.get().as_bytes().first() {
+        Some(b'{') => "an object",
+        Some(b'[') => "an array",
+        Some(b'"') => "a string",
+        Some(b't' | b'f') => "a boolean",
+        Some(b'n') => "null",
+        _ => "a number",
+    }
+}
+
+fn text<'a>(field: &'static str, value: Loose<'a>) -> Result<Option<Cow<'a, str>>, BodyError> {
+    match value {
+        Loose::Missing | Loose::Null => Ok(None),
+        Loose::Text(text) => Ok(Some(text)),
+        other => {
+            let found = other.type_name().to_owned();
+            Err(BodyError::WrongType { field, expected: "a string", found })
+        }
+    }
+}
+
+/// The text of a hint; another type of value counts as absent.
+fn hint(value: Loose<'_>) -> Option<Cow<'_, str>> {
+    match value {
+        Loose::Text(text) => Some(text),
+        _ => None,
+    }
+}
+
+impl<'a> Fields<'a> {
+    fn into_passed_through(self) -> RequestBody<'a> {
+        RequestBody {
+            model: hint(self.model),
+            stream: self.stream.flag().unwrap_or(false),
+            include_usage: false,
+            max_tokens: self.max_tokens.count(),
+            n: self.n.count(),
+            cache_salt: hint(self.cache_salt),
+            session_id: hint(self.session_id),
+            add_special_tokens: false,
+            prompt: Prompt::None(NoPrompt::OtherApi),
+            items: Vec::new(),
+        }
+    }
+
+    fn into_body(mut self, api: Api) -> Result<RequestBody<'a>, BodyError> {
+        let max_tokens = match api {
+            Api::Responses => self.max_output_tokens.count(),
+            Api::VllmGenerate => self.sampling_params.max_tokens.count(),
+            _ => self.max_completion_tokens.count().or(self.max_tokens.count()),
+        };
+        let items = match present(self.features) {
+            Some(features) if api == Api::VllmGenerate => read_items(features)?,
+            _ => Vec::new(),
+        };
+        Ok(RequestBody {
+            model: text("model", std::mem::take(&mut self.model))?,
+            stream: self.stream.flag().unwrap_or(false),
+            include_usage: self.stream_options.include_usage.flag().unwrap_or(false),
+            max_tokens,
+            n: self.n.count(),
+            cache_salt: text("cache_salt", std::mem::take(&mut self.cache_salt))?,
+            session_id: hint(std::mem::take(&mut self.session_id)),
+            add_special_tokens: self.add_special_tokens.flag().unwrap_or(true),
+            prompt: self.into_prompt(api)?,
+            items,
+        })
+    }
+
+    fn into_prompt(mut self, api: Api) -> Result<Prompt<'a>, BodyError> {
+        let prompt = std::mem::take(&mut self.prompt);
+        let is_truncated = self.truncate_prompt_tokens.is_set();
+        let prompt = match api {
+            Api::Completions if self.prompt_embeds.is_set() => Prompt::None(NoPrompt::PromptEmbeds),
+            Api::Completions => prompt_of("prompt", api, prompt, PROMPT_FORMS)?,
+            Api::Embeddings if present(self.messages).is_some() => self.into_chat(api)?,
+            Api::Embeddings => prompt_of("input", api, prompt, PROMPT_FORMS)?,
+            Api::VllmGenerate => token_ids_of(prompt, api)?,
+            Api::ChatCompletions => self.into_chat(api)?,
+            Api::Responses => responses::into_prompt(self)?,
+            Api::Other => Prompt::None(NoPrompt::OtherApi),
+        };
+        Ok(if is_truncated { Prompt::None(NoPrompt::Truncated) } else { prompt })
+    }
+
+    fn into_chat(self, api: Api) -> Result<Prompt<'a>, BodyError> {
+        let Some(messages) = present(self.messages) else {
+            return Err(BodyError::Missing { field: "messages", api: api.as_str() });
+        };
+        if !messages.get().starts_with('[') {
+            return Err(BodyError::WrongType {
+                field: "messages",
+                expected: "an array of messages",
+                found: raw_type_name(messages).to_owned(),
+            });
+        }
+        let opens_turn = api != Api::Embeddings;
+        Ok(Prompt::Chat(Chat {
+            messages: Messages::Raw(messages),
+            tools: present(self.tools),
+            documents: present(self.documents),
+            chat_template: hint(self.chat_template),
+            chat_template_kwargs: present(self.chat_template_kwargs),
+            add_generation_prompt: self.add_generation_prompt.flag().unwrap_or(opens_turn),
+            continue_final_message: self.continue_final_message.flag().unwrap_or(false),
+            add_special_tokens: self.add_special_tokens.flag().unwrap_or(false),
+            reasoning_effort: hint(self.reasoning_effort),
+        }))
+    }
+}
+
+const PROMPT_FORMS: &str = "a string, an array of strings, an array of token ids, or an array of \
+                            arrays of token ids";
+
+fn prompt_of<'a>(
+    field: &'static str,
+    api: Api,
+    prompt: LoosePrompt<'a>,
+    expected: &'static str,
+) -> Result<Prompt<'a>, BodyError> {
+    let wrong = |found: String| Err(BodyError::WrongType { field, expected, found });
+    match prompt {
+        LoosePrompt::Text(text) => Ok(Prompt::Texts(vec![text])),
+        LoosePrompt::Texts(texts) => Ok(Prompt::Texts(texts)),
+        LoosePrompt::Ids(ids) => Ok(Prompt::TokenIds(vec![ids])),
+        LoosePrompt::IdLists(lists) => Ok(Prompt::TokenIds(lists)),
+        LoosePrompt::TooMany => Ok(Prompt::None(NoPrompt::TooManyPrompts)),
+        LoosePrompt::Missing => Err(BodyError::Missing { field, api: api.as_str() }),
+        LoosePrompt::Empty => wrong("an empty array".to_owned()),
+        LoosePrompt::Wrong(Wrong { found, index: None }) => wrong(found.to_owned()),
+        LoosePrompt::Wrong(Wrong { found, index: Some(index) }) => {
+            wrong(format!("{found} at position {index}"))
+        }
+    }
+}
+
+fn token_ids_of(prompt: LoosePrompt<'_>, api: Api) -> Result<Prompt<'_>, BodyError> {
+    const EXPECTED: &str = "an array of token ids";
+    let found = match prompt {
+        LoosePrompt::Text(_) => "a string",
+        LoosePrompt::Texts(_) => "an array of strings",
+        LoosePrompt::IdLists(_) | LoosePrompt::TooMany => "an array of arrays",
+        other => return prompt_of("token_ids", api, other, EXPECTED),
+    };
+    Err(BodyError::WrongType { field: "token_ids", expected: EXPECTED, found: found.to_owned() })
+}
+
+/// `features` of vLLM's generate API: per modality the hashes of the items and, in the same
+/// order, where each lies in the prompt.
+#[derive(Deserialize)]
+struct Features {
+    #[serde(default)]
+    mm_hashes: Option<std::collections::BTreeMap<String, Vec<String>>>,
+    #[serde(default)]
+    mm_placeholders: Option<std::collections::BTreeMap<String, Vec<Placeholder>>>,
+}
+
+#[derive(Deserialize)]
+struct Placeholder {
+    offset: u32,
+    length: u32,
+}
+
+fn read_items(features: &RawValue) -> Result<Vec<MultimodalSpan>, BodyError> {
+    let wrong = |found: String| BodyError::WrongType {
+        field: "features",
+        expected: "an object with mm_hashes and mm_placeholders of equal length per modality",
+        found,
+    };
+    let features: Features =
+        serde_json::from_str(features.get()).map_err(|error| wrong(error.to_string()))?;
+    let placeholders = features.mm_placeholders.unwrap_or_default();
+    let mut items = Vec::new();
+    for (modality, hashes) in features.mm_hashes.unwrap_or_default() {
+        let places = placeholders.get(&modality).map_or(&[][..], Vec::as_slice);
+        if places.len() != hashes.len() || items.len() + hashes.len() > MULTIMODAL_ITEMS_MAX {
+            return Err(wrong(format!(
+                "{} hashes and {} placeholders of {modality} (at most {MULTIMODAL_ITEMS_MAX})",
+                hashes.len(),
+                places.len()
+            )));
+        }
+        items.extend(hashes.into_iter().zip(places).map(|(identifier, place)| MultimodalSpan {
+            identifier,
+            offset: place.offset,
+            length: place.length,
+        }));
+    }
+    items.sort_by_key(|item| item.offset);
+    Ok(items)
+}

@@ -1,0 +1,231 @@
+use super::*;
+
+fn prompt_text(body: &RequestBody<'_>) -> String {
+    match &body.prompt {
+        Prompt::None(reason) => format!("none {}", reason.as_str()),
+        Prompt::Texts(texts) => format!("texts {texts:?}"),
+        Prompt::TokenIds(ids) => format!("ids {ids:?}"),
+        Prompt::Chat(chat) => format!("chat {}", chat.messages.json()),
+    }
+}
+
+#[test]
+fn prompts_of_every_form() {
+    use Api::*;
+    let many = format!(r#"{{"input":[{}"x"]}}"#, r#""x","#.repeat(PROMPTS_PER_REQUEST_MAX));
+    let table: &[(Api, &str, &str)] = &[
+        (Completions, r#"{"prompt":"a\nb"}"#, r#"texts ["a\nb"]"#),
+        (Completions, r#"{"prompt":["a","b"]}"#, r#"texts ["a", "b"]"#),
+        (Completions, r#"{"prompt":[1,2]}"#, "ids [[1, 2]]"),
+        (Completions, r#"{"prompt":[[1],[2,3]]}"#, "ids [[1], [2, 3]]"),
+        (Completions, r#"{"prompt":[[]]}"#, "ids [[]]"),
+        (Completions, r#"{"prompt":7,"prompt":"last"}"#, r#"texts ["last"]"#),
+        (Completions, r#"{"prompt":"x","messages":3,"input":{}}"#, r#"texts ["x"]"#),
+        (Completions, r#"{"prompt_embeds":"AAAA"}"#, "none prompt_embeds"),
+        (Completions, r#"{"prompt":"x","truncate_prompt_tokens":5}"#, "none truncated"),
+        (Completions, r#"{"prompt":"x","truncate_prompt_tokens":null}"#, r#"texts ["x"]"#),
+        (ChatCompletions, r#"{"messages": [ {"a":1} ] }"#, r#"chat [ {"a":1} ]"#),
+        (ChatCompletions, r#"{"messages":[],"messages":[1]}"#, "chat [1]"),
+        (Embeddings, r#"{"input":"a"}"#, r#"texts ["a"]"#),
+        (Embeddings, r#"{"input":[[7]]}"#, "ids [[7]]"),
+        (Embeddings, &many, "none too_many_prompts"),
+        (Embeddings, r#"{"messages":[2]}"#, "chat [2]"),
+        (VllmGenerate, r#"{"token_ids":[4,5]}"#, "ids [[4, 5]]"),
+        (Responses, r#"{"input":"hi"}"#, r#"chat [{"role":"user","content":"hi"}]"#),
+        (
+            Responses,
+            r#"{"input":"hi","instructions":"be \"brief\"","tools":[ ]}"#,
+            r#"chat [{"role":"system","content":"be \"brief\""},{"role":"user","content":"hi"}]"#,
+        ),
+        (
+            Responses,
+            r#"{"input":[{"role":"user","content":[{"type":"input_text","text":"a"}]},
+                {"type":"message","role":"assistant","content":[{"type":"output_text","text":"b"}]},
+                {"role":"user","content":"c"}]}"#,
+            concat!(
+                r#"chat [{"role":"user","content":[{"type":"text","text":"a"}]},"#,
+                r#"{"role":"assistant","content":"b"},{"role":"user","content":"c"}]"#
+            ),
+        ),
+        (Responses, r#"{"input":[{"type":"function_call","name":"f"}]}"#, "none responses_item"),
+        (
+            Responses,
+            r#"{"input":[{"role":"user","content":[{"type":"input_image"}]}]}"#,
+            "none responses_item",
+        ),
+        (Responses, r#"{"input":"x","tools":[{"type":"function"}]}"#, "none responses_tools"),
+        (Responses, r#"{"input":"x","previous_response_id":"r"}"#, "none stored_in_engine"),
+        (Responses, r#"{"prompt":{"id":"p"}}"#, "none stored_in_engine"),
+        (Other, r#"{"prompt":"x","model":"m"}"#, "none other_api"),
+        (Other, "not json", "none other_api"),
+        (Other, r#"{"broken"#, "none other_api"),
+        (Other, "", "none other_api"),
+    ];
+    for (api, body, expected) in table {
+        match parse(*api, body.as_bytes()) {
+            Ok(parsed) => assert_eq!(prompt_text(&parsed), *expected, "{api:?} {body}"),
+            Err(error) => panic!("{api:?} {body}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn bodies_that_are_refused() {
+    use Api::*;
+    let forms = "a string, an array of strings, an array of token ids, or an array of arrays of \
+                 token ids";
+    let wrong_prompt = |found: &str| format!("`prompt` must be {forms}, found {found}");
+    let bad = |rest: &str| format!("the request body is not valid JSON: {rest}");
+    let table: &[(Api, &str, String)] = &[
+        (Completions, "", bad("EOF while parsing a value at byte 0")),
+        (Completions, r#"{"prompt":"x""#, bad("EOF while parsing an object at byte 12")),
+        (Completions, "{\n \"prompt\":\n ?}", bad("expected value at byte 14")),
+        (Completions, r#"{"prompt":"x"} x"#, bad("trailing characters at byte 15")),
+        (Completions, "[1]", "the request body must be a JSON object, found an array".into()),
+        (Completions, "null", "the request body must be a JSON object, found null".into()),
+        (Completions, r#"{"prompt":{}}"#, wrong_prompt("an object")),
+        (Completions, r#"{"prompt":3}"#, wrong_prompt("an integer")),
+        (Completions, r#"{"prompt":[]}"#, wrong_prompt("an empty array")),
+        (Completions, r#"{"prompt":["a",1]}"#, wrong_prompt("an integer at position 1")),
+        (Completions, r#"{"prompt":[1,"a"]}"#, wrong_prompt("a string at position 1")),
+        (Completions, r#"{"prompt":[1.5]}"#, wrong_prompt("a fraction at position 0")),
+        (
+            Completions,
+            r#"{"prompt":[-1]}"#,
+            wrong_prompt("an integer that is no token id at position 0"),
+        ),
+        (Completions, r#"{"prompt":[[1],[null]]}"#, wrong_prompt("null at position 1")),
+        (Completions, r#"{"prompt":null}"#, "`prompt` is missing; completions needs it".into()),
+        (
+            Completions,
+            r#"{"model":5,"prompt":"x"}"#,
+            "`model` must be a string, found an integer".into(),
+        ),
+        (
+            Completions,
+            r#"{"cache_salt":["x"],"prompt":"x"}"#,
+            "`cache_salt` must be a string, found an array".into(),
+        ),
+        (ChatCompletions, "{}", "`messages` is missing; chat_completions needs it".into()),
+        (
+            ChatCompletions,
+            r#"{"messages":"hi"}"#,
+            "`messages` must be an array of messages, found a string".into(),
+        ),
+        (Embeddings, "{}", "`input` is missing; embeddings needs it".into()),
+        (Responses, "{}", "`input` is missing; responses needs it".into()),
+        (
+            Responses,
+            r#"{"input":7}"#,
+            "`input` must be a string or an array of items, found a number".into(),
+        ),
+        (VllmGenerate, "{}", "`token_ids` is missing; vllm_generate needs it".into()),
+        (
+            VllmGenerate,
+            r#"{"token_ids":"x"}"#,
+            "`token_ids` must be an array of token ids, found a string".into(),
+        ),
+        (
+            VllmGenerate,
+            r#"{"token_ids":[1],"features":{"mm_hashes":{"image":["h"]}}}"#,
+            "`features` must be an object with mm_hashes and mm_placeholders of equal length per \
+             modality, found 1 hashes and 0 placeholders of image (at most 4096)"
+                .into(),
+        ),
+    ];
+    for (api, body, expected) in table {
+        match parse(*api, body.as_bytes()) {
+            Ok(parsed) => panic!("{body} was accepted: {parsed:?}"),
+            Err(error) => assert_eq!(error.to_string(), *expected, "{body}"),
+        }
+    }
+}
+
+#[test]
+fn what_else_routing_reads() {
+    let body = br#"{"model":"m","stream":true,"stream_options":{"include_usage":true,"x":[{}]},
+        "max_tokens":3,"max_completion_tokens":4,"n":2,"cache_salt":"s","session_id":"i",
+        "messages":[],"tools":[1],"documents":null,"chat_template":"{{x}}",
+        "chat_template_kwargs":{"enable_thinking":false},"add_generation_prompt":false,
+        "continue_final_message":true,"add_special_tokens":true,"reasoning_effort":"low",
+        "unknown":{"a":[1,{"b":"c"}]}}"#;
+    let body = parse(Api::ChatCompletions, body).unwrap();
+    assert_eq!(body.model.as_deref(), Some("m"));
+    assert!(body.stream && body.include_usage && body.add_special_tokens);
+    assert_eq!((body.max_tokens, body.n), (Some(4), Some(2)));
+    assert_eq!((body.cache_salt.as_deref(), body.session_id.as_deref()), (Some("s"), Some("i")));
+    let Prompt::Chat(chat) = body.prompt else { panic!("no chat") };
+    assert_eq!(chat.tools.map(RawValue::get), Some("[1]"));
+    assert!(chat.documents.is_none());
+    assert_eq!(chat.chat_template.as_deref(), Some("{{x}}"));
+    assert_eq!(chat.chat_template_kwargs.map(RawValue::get), Some(r#"{"enable_thinking":false}"#));
+    assert!(!chat.add_generation_prompt && chat.continue_final_message && chat.add_special_tokens);
+    assert_eq!(chat.reasoning_effort.as_deref(), Some("low"));
+}
+
+#[test]
+fn defaults_are_the_engine_s() {
+    let body = parse(Api::ChatCompletions, br#"{"messages":[]}"#).unwrap();
+    let Prompt::Chat(chat) = body.prompt else { panic!("no chat") };
+    assert!(chat.add_generation_prompt && !chat.continue_final_message && !chat.add_special_tokens);
+    assert!(!body.stream && body.max_tokens.is_none() && body.model.is_none());
+    let body = parse(Api::Embeddings, br#"{"messages":[]}"#).unwrap();
+    let Prompt::Chat(chat) = body.prompt else { panic!("no chat") };
+    assert!(!chat.add_generation_prompt);
+    assert!(parse(Api::Completions, br#"{"prompt":""}"#).unwrap().add_special_tokens);
+}
+
+#[test]
+fn hints_of_a_wrong_type_are_ignored() {
+    let body = br#"{"prompt":"x","stream":"yes","stream_options":7,"max_tokens":-1,"n":{},
+        "session_id":5}"#;
+    let body = parse(Api::Completions, body).unwrap();
+    assert!(!body.stream && !body.include_usage);
+    assert!(body.max_tokens.is_none() && body.n.is_none() && body.session_id.is_none());
+    let body = parse(Api::Completions, br#"{"prompt":"x","max_tokens":8.0}"#).unwrap();
+    assert_eq!(body.max_tokens, Some(8));
+}
+
+#[test]
+fn generate_brings_its_items() {
+    let body = br#"{"token_ids":[1,2,3,4],"model":"m","cache_salt":"s","sampling_params":
+        {"max_tokens":9},"features":{"mm_hashes":{"image":["h2","h1"],"audio":["a"]},
+        "mm_placeholders":{"image":[{"offset":2,"length":1},{"offset":0,"length":2,"x":1}],
+        "audio":[{"offset":3,"length":1}]},"kwargs_data":null}}"#;
+    let body = parse(Api::VllmGenerate, body).unwrap();
+    let items: Vec<(&str, u32, u32)> =
+        body.items.iter().map(|item| (&*item.identifier, item.offset, item.length)).collect();
+    assert_eq!(items, [("h1", 0, 2), ("h2", 2, 1), ("a", 3, 1)]);
+    assert_eq!(body.max_tokens, Some(9));
+    let body = parse(Api::VllmGenerate, br#"{"token_ids":[1],"features":null}"#).unwrap();
+    assert!(body.items.is_empty());
+}
+
+#[test]
+fn responses_hints() {
+    let body = br#"{"input":[{"role":"assistant","content":"so","status":"in_progress"}],
+        "max_output_tokens":12,"reasoning":{"effort":"high"}}"#;
+    let body = parse(Api::Responses, body).unwrap();
+    assert_eq!(body.max_tokens, Some(12));
+    let Prompt::Chat(chat) = body.prompt else { panic!("no chat") };
+    assert!(chat.continue_final_message && !chat.add_generation_prompt);
+    assert_eq!(chat.reasoning_effort.as_deref(), Some("high"));
+}
+
+#[test]
+fn plain_strings_are_borrowed() {
+    let body = parse(Api::Completions, br#"{"model":"m","prompt":["long"]}"#).unwrap();
+    assert!(matches!(body.model, Some(Cow::Borrowed("m"))));
+    assert!(matches!(&body.prompt, Prompt::Texts(texts) if matches!(texts[0], Cow::Borrowed(_))));
+}
+
+#[test]
+fn depth_costs_no_stack() {
+    let deep = "[".repeat(500_000);
+    for field in ["prompt", "messages", "tools", "model", "x", "stream_options", "features"] {
+        let open = format!(r#"{{"{field}":{deep}"#);
+        assert!(parse(Api::Completions, open.as_bytes()).is_err());
+        let closed = format!("{open}{}}}", "]".repeat(500_000));
+        let _ = parse(Api::Completions, closed.as_bytes());
+    }
+}
