@@ -310,12 +310,14 @@ impl Request {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
 enum Arrival {
     Submit(RequestId),
     Abort(RequestId),
 }
 
-/// One engine.
+/// One engine. A clone goes its own way: for asking what would happen.
+#[derive(Clone)]
 pub struct EngineModel {
     config: ModelConfig,
     profile: Profile,

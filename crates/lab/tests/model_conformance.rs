@@ -11,7 +11,7 @@ use kvroute_core::Time;
 use kvroute_core::event::{EngineHash, EventBatch, KvEvent};
 use kvroute_lab::model::{
     Adapter, BlockHasher, EngineModel, HashAlgorithm, HashExtras, ModelConfig, NewRequest, Output,
-    Profile, Step,
+    Profile,
 };
 use kvroute_wire::kv_event;
 use recording::{Recording, Request};
@@ -95,12 +95,12 @@ impl Replayer {
         }
     }
 
-    fn submit(&mut self, request: &Request, prompt: &[u32]) -> u64 {
+    fn new_request(&mut self, request: &Request, prompt: &[u32]) -> NewRequest {
         let script = self.script(request, prompt);
         let adapters = &self.engine.config().adapters;
         let adapter = adapters.iter().find(|a| a.name == request.model).map(|a| a.name.clone());
         self.next_id += 1;
-        let new = NewRequest {
+        NewRequest {
             id: self.next_id,
             tokens: prompt.to_vec(),
             max_tokens: request.max_tokens,
@@ -109,44 +109,80 @@ impl Replayer {
             output: Output::Scripted(script),
             report_reused: request.full,
             ..NewRequest::default()
-        };
-        self.engine.submit(Time::ZERO, new).unwrap();
-        self.next_id
-    }
-
-    fn step(&mut self) -> Option<Step> {
-        let step = self.engine.next_step(Time::ZERO)?;
-        if !step.events.is_empty() {
-            self.batches.push(step.events.clone());
         }
-        Some(step)
     }
 
-    /// Sequences that ran together. How many of them reached the scheduler before its first step
-    /// is a race that only the recording knows: as many as stored something in its next message, and one more if that message ends
-    /// with an eviction for a sequence that filled no block.
+    /// Sequences that ran together; gives the cached tokens of each. Before which step each
+    /// reached the scheduler is a race that only the recording knows: of all orders, the one is
+    /// taken whose messages have the recorded shapes.
     fn run(&mut self, group: &[(Request, Vec<u32>)]) -> Vec<u32> {
-        let next = self.recording.batches.get(self.batches.len());
-        let early = next.map_or(0, |next| {
-            let events = &next.batch.events;
-            let stored = events.iter().filter(|e| matches!(e, KvEvent::Stored(_))).count();
-            stored + usize::from(matches!(events.last(), Some(KvEvent::Removed(_))))
-        });
-        let early = early.clamp(1, group.len());
-        let mut ids = Vec::new();
-        for (request, prompt) in &group[..early] {
-            ids.push(self.submit(request, prompt));
-        }
-        let mut finished: Vec<_> = self.step().into_iter().flat_map(|s| s.finished).collect();
-        for (request, prompt) in &group[early..] {
-            ids.push(self.submit(request, prompt));
-        }
-        while let Some(step) = self.step() {
-            finished.extend(step.finished);
-        }
-        let cached = |id: &u64| finished.iter().find(|f| f.id == *id).unwrap().cached_tokens;
-        ids.iter().map(cached).collect()
+        let requests: Vec<NewRequest> =
+            group.iter().map(|(request, prompt)| self.new_request(request, prompt)).collect();
+        let recorded =
+            &self.recording.batches[self.batches.len().min(self.recording.batches.len())..];
+        let races: Vec<Race> =
+            arrivals(requests.len()).iter().map(|at| race(&self.engine, &requests, at)).collect();
+        let fits = |race: &Race| {
+            race.batches.iter().zip(recorded).all(|(a, b)| shape(a) == shape(&b.batch.events))
+        };
+        let chosen = races.iter().position(fits).unwrap_or(0);
+        let race = races.into_iter().nth(chosen).unwrap();
+        self.engine = race.engine;
+        self.batches.extend(race.batches);
+        race.cached
     }
+}
+
+struct Race {
+    engine: EngineModel,
+    batches: Vec<Vec<KvEvent>>,
+    cached: Vec<u32>,
+}
+
+/// For each of `count` sequences the step before which it arrives, in all ways that keep order.
+fn arrivals(count: usize) -> Vec<Vec<usize>> {
+    let mut all = vec![vec![0]];
+    for _ in 1..count {
+        all = all
+            .into_iter()
+            .flat_map(|at| {
+                let last = at[at.len() - 1];
+                (last..last + 3).map(move |next| at.iter().copied().chain([next]).collect())
+            })
+            .collect();
+    }
+    all
+}
+
+fn race(engine: &EngineModel, requests: &[NewRequest], arrivals: &[usize]) -> Race {
+    let mut engine = engine.clone();
+    let (mut batches, mut finished) = (Vec::new(), Vec::new());
+    for step in 0.. {
+        for (request, _) in requests.iter().zip(arrivals).filter(|(_, at)| **at == step) {
+            engine.submit(Time::ZERO, request.clone()).unwrap();
+        }
+        match engine.next_step(Time::ZERO) {
+            None if step > arrivals[arrivals.len() - 1] => break,
+            None => {}
+            Some(step) => {
+                finished.extend(step.finished);
+                batches.extend((!step.events.is_empty()).then_some(step.events));
+            }
+        }
+    }
+    let cached = |r: &NewRequest| finished.iter().find(|f| f.id == r.id).unwrap().cached_tokens;
+    Race { cached: requests.iter().map(cached).collect(), engine, batches }
+}
+
+fn shape(events: &[KvEvent]) -> Vec<(bool, usize)> {
+    events
+        .iter()
+        .map(|event| match event {
+            KvEvent::Stored(stored) => (true, stored.hashes.len()),
+            KvEvent::Removed(removed) => (false, removed.hashes.len()),
+            KvEvent::Cleared => (false, 0),
+        })
+        .collect()
 }
 
 fn replay(name: &str) -> Replayer {
