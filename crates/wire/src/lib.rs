@@ -8,3 +8,4 @@ pub mod base64;
 pub mod kv_event;
 pub mod msgpack;
 pub mod request;
+pub mod usage;
