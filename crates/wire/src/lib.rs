@@ -5,7 +5,16 @@
 
 pub mod api;
 pub mod base64;
+pub mod discovery;
+pub mod engine_api;
+pub mod error_body;
+#[doc(hidden)]
+pub mod fuzz_entry;
 pub mod kv_event;
+pub mod models;
 pub mod msgpack;
+pub mod prometheus;
 pub mod request;
+pub mod trace;
 pub mod usage;
+pub mod yaml;

@@ -179,18 +179,13 @@ impl UsageScanner {
     /// Takes over what the complete object says; one that is no usage object says nothing.
     fn merge(&mut self) {
         let Ok(object) = serde_json::from_slice::<UsageObject>(&self.object) else { return };
-        let prompt = object.prompt_tokens.or(object.input_tokens);
-        let completion = object.completion_tokens.or(object.output_tokens);
-        let details = object.prompt_tokens_details.or(object.input_tokens_details);
-        let cached = details.and_then(|details| details.cached_tokens);
-        if prompt.is_none() && completion.is_none() {
-            return;
-        }
-        let found = self.found.get_or_insert_default();
-        found.prompt_tokens = prompt.unwrap_or(found.prompt_tokens);
-        found.completion_tokens = completion.unwrap_or(found.completion_tokens);
-        found.cached_tokens = cached.or(found.cached_tokens);
+        self.found = object.merged_into(self.found);
     }
+}
+
+/// Reads a usage object alone, as recordings keep it; `None` when it is none.
+pub fn parse_object(json: &[u8]) -> Option<Usage> {
+    serde_json::from_slice::<UsageObject>(json).ok()?.merged_into(None)
 }
 
 #[derive(Deserialize)]
@@ -201,6 +196,24 @@ struct UsageObject {
     input_tokens: Option<u32>,
     output_tokens: Option<u32>,
     input_tokens_details: Option<Details>,
+}
+
+impl UsageObject {
+    fn merged_into(self, found: Option<Usage>) -> Option<Usage> {
+        let prompt = self.prompt_tokens.or(self.input_tokens);
+        let completion = self.completion_tokens.or(self.output_tokens);
+        let details = self.prompt_tokens_details.or(self.input_tokens_details);
+        let cached = details.and_then(|details| details.cached_tokens);
+        if prompt.is_none() && completion.is_none() {
+            return found;
+        }
+        let before = found.unwrap_or_default();
+        Some(Usage {
+            prompt_tokens: prompt.unwrap_or(before.prompt_tokens),
+            completion_tokens: completion.unwrap_or(before.completion_tokens),
+            cached_tokens: cached.or(before.cached_tokens),
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -232,7 +245,8 @@ mod tests {
         "\"created_cache_tokens\":null,\"multimodal_tokens\":{}}}}\n\ndata: [DONE]\n\n"
     );
     const RESPONSES_STREAM: &str = concat!(
-        "event: response.completed\ndata: {\"type\":\"response.completed\",\"response\":{\"tools\":",
+        "event: response.completed\ndata: {\"type\":\"response.completed\",",
+        "\"response\":{\"tools\":",
         "[{\"usage\":{\"type\":\"}\"}}],\"usage\" : {\"input_tokens\":10,\"input_tokens_details\":",
         "{\"cached_tokens\":4},\"output_tokens\":7,\"output_tokens_details\":null}}}\n\n"
     );
