@@ -449,6 +449,10 @@ fn read_tokens(reader: &mut Reader<'_>) -> Result<Vec<u32>, EventFault> {
     let len = reader.array("an array of token ids")? as usize;
     let mut tokens = Vec::with_capacity(len.min(reader.remaining()));
     for _ in 0..len {
+        if let Some(token) = reader.short_uint() {
+            tokens.push(token);
+            continue;
+        }
         let at = reader.position();
         match reader.head()? {
             Head::Uint(token) => tokens.push(token_of(token, at)?),

@@ -110,13 +110,34 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    fn be(&mut self, len: usize, start: usize) -> Result<u64, ReadError> {
-        let bytes = self.take(len, start)?;
-        Ok(bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    /// Big-endian bytes of a fixed number: one bounds check and one load.
+    #[inline]
+    fn fixed<const N: usize>(&mut self, start: usize) -> Result<[u8; N], ReadError> {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let taken = rest.first_chunk::<N>().ok_or(ReadError::Truncated { at: start })?;
+        self.at += N;
+        Ok(*taken)
     }
 
-    fn length(&mut self, len: usize, start: usize) -> Result<usize, ReadError> {
-        Ok(self.be(len, start)? as usize)
+    fn u16(&mut self, start: usize) -> Result<u16, ReadError> {
+        self.fixed(start).map(u16::from_be_bytes)
+    }
+
+    fn u32(&mut self, start: usize) -> Result<u32, ReadError> {
+        self.fixed(start).map(u32::from_be_bytes)
+    }
+
+    fn u64(&mut self, start: usize) -> Result<u64, ReadError> {
+        self.fixed(start).map(u64::from_be_bytes)
+    }
+
+    /// A length of 1, 2 or 4 bytes, for the first, second and third marker of a family.
+    fn length(&mut self, which: u8, start: usize) -> Result<usize, ReadError> {
+        Ok(match which {
+            0 => usize::from(self.fixed::<1>(start)?[0]),
+            1 => usize::from(self.u16(start)?),
+            _ => self.u32(start)? as usize,
+        })
     }
 
     /// Reads the next head; of a container the children remain to be read.
@@ -127,14 +148,30 @@ impl<'a> Reader<'a> {
         self.at += 1;
         Ok(match marker {
             0x00..=0x7f => Head::Uint(u64::from(marker)),
-            0xcd => Head::Uint(self.be(2, at)?),
-            0xce => Head::Uint(self.be(4, at)?),
+            0xcd => Head::Uint(u64::from(self.u16(at)?)),
+            0xce => Head::Uint(u64::from(self.u32(at)?)),
             0x80..=0x8f => Head::Map(u32::from(marker & 0x0f)),
             0x90..=0x9f => Head::Array(u32::from(marker & 0x0f)),
             0xa0..=0xbf => Head::Str(self.take(usize::from(marker & 0x1f), at)?),
             0xe0..=0xff => Head::Int(i64::from(marker as i8)),
             _ => self.long_head(marker, at)?,
         })
+    }
+
+    /// Reads an unsigned integer of at most 32 bits in one of the forms that token ids have;
+    /// `None`, with nothing read, for anything else. Token ids are nearly all of an event's bytes,
+    /// so they have a path of their own beside `head`.
+    #[inline]
+    pub fn short_uint(&mut self) -> Option<u32> {
+        let rest = self.bytes.get(self.at..)?;
+        let (value, len) = match *rest.first()? {
+            marker @ 0x00..=0x7f => (u32::from(marker), 1),
+            0xcd => (u32::from(u16::from_be_bytes(*rest[1..].first_chunk()?)), 3),
+            0xce => (u32::from_be_bytes(*rest[1..].first_chunk()?), 5),
+            _ => return None,
+        };
+        self.at += len;
+        Some(value)
     }
 
     fn long_head(&mut self, marker: u8, at: usize) -> Result<Head<'a>, ReadError> {
@@ -146,26 +183,26 @@ impl<'a> Reader<'a> {
             0xc0 => Head::Nil,
             0xc2 => Head::Bool(false),
             0xc3 => Head::Bool(true),
-            0xcc => Head::Uint(self.be(1, at)?),
-            0xcf => Head::Uint(self.be(8, at)?),
-            0xd0 => signed(i64::from(self.be(1, at)? as i8)),
-            0xd1 => signed(i64::from(self.be(2, at)? as i16)),
-            0xd2 => signed(i64::from(self.be(4, at)? as i32)),
-            0xd3 => signed(self.be(8, at)? as i64),
-            0xca => Head::Float(f64::from(f32::from_bits(self.be(4, at)? as u32))),
-            0xcb => Head::Float(f64::from_bits(self.be(8, at)?)),
+            0xcc => Head::Uint(u64::from(self.fixed::<1>(at)?[0])),
+            0xcf => Head::Uint(self.u64(at)?),
+            0xd0 => signed(i64::from(self.fixed::<1>(at)?[0] as i8)),
+            0xd1 => signed(i64::from(self.u16(at)? as i16)),
+            0xd2 => signed(i64::from(self.u32(at)? as i32)),
+            0xd3 => signed(self.u64(at)? as i64),
+            0xca => Head::Float(f64::from(f32::from_bits(self.u32(at)?))),
+            0xcb => Head::Float(f64::from_bits(self.u64(at)?)),
             0xd9..=0xdb => {
-                let len = self.length(1 << (marker - 0xd9), at)?;
+                let len = self.length(marker - 0xd9, at)?;
                 Head::Str(self.take(len, at)?)
             }
             0xc4..=0xc6 => {
-                let len = self.length(1 << (marker - 0xc4), at)?;
+                let len = self.length(marker - 0xc4, at)?;
                 Head::Bin(self.take(len, at)?)
             }
-            0xdc | 0xdd => Head::Array(self.be(2 << (marker - 0xdc), at)? as u32),
-            0xde | 0xdf => Head::Map(self.be(2 << (marker - 0xde), at)? as u32),
+            0xdc | 0xdd => Head::Array(self.length(marker - 0xdb, at)? as u32),
+            0xde | 0xdf => Head::Map(self.length(marker - 0xdd, at)? as u32),
             0xc7..=0xc9 => {
-                let len = self.length(1 << (marker - 0xc7), at)?;
+                let len = self.length(marker - 0xc7, at)?;
                 self.take(len.saturating_add(1), at)?;
                 Head::Ext
             }
@@ -339,6 +376,20 @@ mod tests {
             }
         }
         assert_eq!(Reader::new(&[0xc1]).head(), Err(ReadError::Reserved { at: 0 }));
+    }
+
+    #[test]
+    fn the_short_path_reads_what_head_reads() {
+        for bytes in [&b"\x00"[..], b"\x7f", b"\xcd\x01\x02", b"\xce\xff\0\0\x01"] {
+            let mut reader = Reader::new(bytes);
+            let value = reader.short_uint().map(u64::from);
+            assert_eq!(value.map(Head::Uint), Reader::new(bytes).head().ok());
+            assert_eq!(reader.remaining(), 0);
+        }
+        for bytes in [&b""[..], b"\xcc\x80", b"\xcd\x01", b"\xce\0\0\0", b"\xff", b"\xc0"] {
+            let mut reader = Reader::new(bytes);
+            assert_eq!((reader.short_uint(), reader.position()), (None, 0));
+        }
     }
 
     #[test]
