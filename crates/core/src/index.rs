@@ -1,0 +1,351 @@
+//! Who holds which block, and how far does a prompt's chain reach on each endpoint?
+//!
+//! Three kinds of knowledge share one table from block key to holders: *resident* (the engine
+//! said so, per tier), *speculative* (a request that will fill the block is on its way) and
+//! *history* (a request with this block was routed there). Engines name blocks by hashes of their
+//! own; each endpoint has a map from those names to our keys, because names need not agree between
+//! engines.
+//!
+//! Invariants:
+//! - A resident bit is set exactly while some engine hash of the endpoint with that key has at
+//!   least one copy in that tier; a copy ends with one removal.
+//! - `usage().bytes` counts capacities, not entries, and never exceeds `bytes_max` because of
+//!   blocks, speculations, history or pending events; the fixed part of endpoints (some hundred
+//!   bytes each) comes on top when the budget is smaller than that.
+//! - Removing an endpoint costs its own blocks only and leaves nothing behind.
+//! - Nothing depends on the order of a randomly seeded map: the same calls give the same answers.
+
+mod applied;
+mod apply;
+mod budget;
+mod endpoint;
+mod history;
+mod holders;
+mod lookup;
+mod pending;
+#[cfg(test)]
+mod reference;
+mod speculations;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use serde::Serialize;
+
+pub use applied::{Applied, SkipReason};
+pub use budget::Evicted;
+pub use lookup::{Hit, Hits, TierWeights};
+pub use speculations::SpeculationId;
+
+use crate::blocks::{BlockKey, Chain};
+use crate::{EndpointId, Time};
+use budget::Class;
+use endpoint::Endpoint;
+use holders::{Blocks, Holder};
+use speculations::{Speculation, Speculations};
+
+/// What the index may grow to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexLimits {
+    /// Bytes on the heap, allocated capacity, everything included.
+    pub bytes_max: usize,
+    /// Blocks of routing history per endpoint; 0 keeps none.
+    pub history_blocks_per_endpoint_max: u32,
+    /// Blocks with an unknown parent per endpoint; 0 keeps none.
+    pub pending_blocks_per_endpoint_max: u32,
+    /// Speculations at one time, of all endpoints.
+    pub speculations_max: u32,
+}
+
+impl Default for IndexLimits {
+    /// 1 GiB (some 10 million resident blocks), 31,250 history blocks per endpoint (the default of
+    /// llm-d's approximate producer), 8,192 pending blocks, 65,536 speculations.
+    fn default() -> IndexLimits {
+        IndexLimits {
+            bytes_max: 1 << 30,
+            history_blocks_per_endpoint_max: 31_250,
+            pending_blocks_per_endpoint_max: 8192,
+            speculations_max: 65_536,
+        }
+    }
+}
+
+/// Numbers about the whole index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct IndexUsage {
+    /// Bytes on the heap, by capacity.
+    pub bytes: usize,
+    /// The limit for them.
+    pub bytes_max: usize,
+    /// Endpoints.
+    pub endpoints: usize,
+    /// Distinct blocks that anybody holds in any way.
+    pub blocks: usize,
+    /// Pairs of block and endpoint.
+    pub holders: usize,
+    /// Resident engine hashes, of all endpoints.
+    pub resident: usize,
+    /// Blocks of routing history, of all endpoints.
+    pub history: usize,
+    /// Requests whose blocks are speculated.
+    pub speculations: usize,
+    /// Blocks that wait for their parent, of all endpoints.
+    pub pending: usize,
+    /// What a limit drove out, since the start.
+    pub evicted: Evicted,
+}
+
+/// Numbers about one endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct EndpointUsage {
+    /// Tokens per block, as its events told.
+    pub block_size: Option<u32>,
+    /// Resident engine hashes.
+    pub resident: usize,
+    /// The same per tier, by `Tier::index()`.
+    pub by_tier: [u32; 4],
+    /// Copies beyond the first of the same block in the same tier.
+    pub copies_extra: u64,
+    /// KV cache groups seen.
+    pub groups: usize,
+    /// Blocks that wait for their parent.
+    pub pending: u32,
+    /// Blocks of routing history.
+    pub history: usize,
+    /// Requests whose blocks are speculated.
+    pub speculations: usize,
+    /// Bytes on the heap that belong to it alone.
+    pub bytes: usize,
+}
+
+/// The residency index. See the module's documentation.
+#[derive(Debug)]
+pub struct Index {
+    limits: IndexLimits,
+    blocks: Blocks,
+    slots: Vec<Option<Box<Endpoint>>>,
+    /// Sum of `Endpoint::bytes` of all endpoints.
+    endpoint_bytes: usize,
+    speculations: Speculations,
+    /// Counts calls of `record`: orders history by age.
+    stamp: u32,
+    evicted: Evicted,
+}
+
+impl Index {
+    /// An index that knows nothing.
+    pub fn new(limits: IndexLimits) -> Index {
+        Index {
+            limits,
+            blocks: Blocks::new(),
+            slots: Vec::new(),
+            endpoint_bytes: 0,
+            speculations: Speculations::new(),
+            stamp: 0,
+            evicted: Evicted::default(),
+        }
+    }
+
+    /// Makes room for what an endpoint will say. Another endpoint in the same slot is removed;
+    /// adding the same one twice does nothing.
+    pub fn add_endpoint(&mut self, id: EndpointId) {
+        let slot = usize::from(id.slot);
+        if self.slots.len() <= slot {
+            self.slots.reserve_exact(slot + 1 - self.slots.len());
+            self.slots.resize_with(slot + 1, || None);
+        }
+        if let Some(old) = &self.slots[slot] {
+            if old.generation == id.generation {
+                return;
+            }
+            self.take_endpoint(id.slot);
+        }
+        let endpoint = Box::new(Endpoint::new(id.slot, id.generation));
+        self.endpoint_bytes += endpoint.bytes();
+        self.slots[slot] = Some(endpoint);
+    }
+
+    /// Forgets an endpoint. Cost: its own blocks, and giving back memory that it filled.
+    pub fn remove_endpoint(&mut self, id: EndpointId) {
+        if self.endpoint(id).is_some() {
+            self.take_endpoint(id.slot);
+            let used = self.slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+            self.slots.truncate(used);
+            self.slots.shrink_to_fit();
+        }
+    }
+
+    fn take_endpoint(&mut self, slot: u16) {
+        let Some(mut endpoint) = self.slots[usize::from(slot)].take() else { return };
+        self.endpoint_bytes -= endpoint.bytes();
+        endpoint.clear(&mut self.blocks);
+        for key in endpoint.history.keys() {
+            self.blocks.unset(key, slot, Holder::HISTORY);
+        }
+        for id in endpoint.speculations {
+            self.end_speculation(id);
+        }
+        self.blocks.trim(2);
+    }
+
+    fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
+        let endpoint = self.slots.get(usize::from(id.slot))?.as_deref()?;
+        (endpoint.generation == id.generation).then_some(endpoint)
+    }
+
+    /// Changes one endpoint and the blocks, and keeps the running sum of bytes right. The slot
+    /// must be taken.
+    fn change<R>(&mut self, slot: u16, change: impl FnOnce(&mut Endpoint, &mut Blocks) -> R) -> R {
+        let endpoint = self.slots[usize::from(slot)].as_mut().expect("callers checked the slot");
+        let before = endpoint.bytes();
+        let result = change(endpoint, &mut self.blocks);
+        self.endpoint_bytes = self.endpoint_bytes + endpoint.bytes() - before;
+        result
+    }
+
+    /// Forgets what the engine reported about an endpoint, pending events included. Routing
+    /// history, speculations and the block size stay.
+    pub fn clear_resident(&mut self, id: EndpointId) {
+        if self.endpoint(id).is_some() {
+            self.change(id.slot, |endpoint, blocks| endpoint.clear(blocks));
+            self.blocks.trim(4);
+        }
+    }
+
+    /// Tokens per block of an endpoint, once its events told.
+    pub fn block_size(&self, id: EndpointId) -> Option<u32> {
+        self.endpoint(id).map(|endpoint| endpoint.block_size).filter(|&size| size > 0)
+    }
+
+    /// Notes that a prompt was routed to an endpoint. Of a prompt longer than the limit the first
+    /// blocks are kept.
+    pub fn record(&mut self, id: EndpointId, chain: &Chain) {
+        if self.endpoint(id).is_none() {
+            return;
+        }
+        let limit = self.limits.history_blocks_per_endpoint_max as usize;
+        self.stamp = self.stamp.wrapping_add(1);
+        let stamp = self.stamp;
+        // From the end, so that of two blocks of a prompt the earlier one stays longer.
+        for key in chain.keys.iter().take(limit).rev() {
+            if !self.make_room(id.slot, 0, Class::History) {
+                return;
+            }
+            let slot = id.slot;
+            self.change(slot, |endpoint, blocks| {
+                if endpoint.history.touch(key.0, stamp) {
+                    blocks.set(key.0, slot, Holder::HISTORY);
+                }
+                if endpoint.history.len() > limit
+                    && let Some(old) = endpoint.history.pop()
+                {
+                    blocks.unset(old, slot, Holder::HISTORY);
+                }
+            });
+        }
+    }
+
+    /// Notes that a request which will fill a chain's blocks is on its way to an endpoint. It ends
+    /// at `until`, by [`Index::withdraw`], or once the engine has stored the last block.
+    pub fn speculate(&mut self, id: EndpointId, chain: &Chain, until: Time) -> SpeculationId {
+        let limit = self.limits.speculations_max as usize;
+        if self.endpoint(id).is_none() || chain.keys.is_empty() || limit == 0 {
+            return SpeculationId::NONE;
+        }
+        while self.speculations.len() >= limit {
+            self.evict_speculation();
+        }
+        // Counted before it is known, so that making room cannot end this very speculation.
+        for (counted, key) in chain.keys.iter().enumerate() {
+            if !self.make_room(id.slot, 0, Class::Speculative) {
+                return self.give_up(id, &chain.keys[..counted]);
+            }
+            self.blocks.speculate(key.0, id.slot);
+        }
+        let entry = chain.keys.len() * 8 + speculations::ENTRY_BYTES_MAX + 64;
+        if !self.make_room(id.slot, entry, Class::Speculative) {
+            return self.give_up(id, &chain.keys);
+        }
+        let keys: Box<[u64]> = chain.keys.iter().map(|key| key.0).collect();
+        let made = self.speculations.push(Speculation { slot: id.slot, until, keys });
+        self.change(id.slot, |endpoint, _| endpoint.speculations.push(made));
+        made
+    }
+
+    fn give_up(&mut self, id: EndpointId, counted: &[BlockKey]) -> SpeculationId {
+        counted.iter().for_each(|key| self.blocks.withdraw(key.0, id.slot));
+        self.blocks.trim(2);
+        SpeculationId::NONE
+    }
+
+    /// Ends a speculation, if it has not ended.
+    pub fn withdraw(&mut self, speculation: SpeculationId) {
+        if let Some(slot) = self.speculations.get(speculation).map(|s| s.slot) {
+            self.change(slot, |endpoint, _| {
+                endpoint.speculations.retain(|&id| id != speculation);
+                if endpoint.speculations.is_empty() {
+                    endpoint.speculations = Vec::new();
+                }
+            });
+            self.end_speculation(speculation);
+            self.blocks.trim(4);
+        }
+    }
+
+    fn end_speculation(&mut self, id: SpeculationId) {
+        let Some(speculation) = self.speculations.remove(id) else { return };
+        for &key in &speculation.keys {
+            self.blocks.withdraw(key, speculation.slot);
+        }
+    }
+
+    /// Ends the speculations whose time has come.
+    pub fn expire(&mut self, now: Time) {
+        while let Some((until, id)) = self.speculations.first()
+            && until <= now
+        {
+            self.withdraw(id);
+        }
+    }
+
+    /// Bytes on the heap.
+    fn bytes(&self) -> usize {
+        self.blocks.bytes()
+            + self.slots.capacity() * size_of::<Option<Box<Endpoint>>>()
+            + self.endpoint_bytes
+            + self.speculations.bytes()
+    }
+
+    /// Numbers about the whole index. Cost: the number of endpoints.
+    pub fn usage(&self) -> IndexUsage {
+        let endpoints = || self.slots.iter().flatten();
+        IndexUsage {
+            bytes: self.bytes(),
+            bytes_max: self.limits.bytes_max,
+            endpoints: endpoints().count(),
+            blocks: self.blocks.len(),
+            holders: self.blocks.entries(),
+            resident: endpoints().map(|endpoint| endpoint.resident()).sum(),
+            history: endpoints().map(|endpoint| endpoint.history.len()).sum(),
+            speculations: self.speculations.len(),
+            pending: endpoints().map(|endpoint| endpoint.pending.blocks() as usize).sum(),
+            evicted: self.evicted,
+        }
+    }
+
+    /// Numbers about one endpoint; all zero when it is not known.
+    pub fn endpoint_usage(&self, id: EndpointId) -> EndpointUsage {
+        let Some(endpoint) = self.endpoint(id) else { return EndpointUsage::default() };
+        EndpointUsage {
+            block_size: self.block_size(id),
+            resident: endpoint.resident(),
+            by_tier: endpoint.by_tier,
+            copies_extra: endpoint.copies_extra(),
+            groups: endpoint.groups_count(),
+            pending: endpoint.pending.blocks(),
+            history: endpoint.history.len(),
+            speculations: endpoint.speculations.len(),
+            bytes: endpoint.bytes(),
+        }
+    }
+}
