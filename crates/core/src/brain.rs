@@ -1,0 +1,463 @@
+//! Who serves this request? The one object that hosts talk to.
+//!
+//! The live router, the simulation and `explain` call the same methods. All state is in here; the
+//! host adds sockets, a clock and one mutex.
+
+mod decide;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::decision::{Reason, ResponseEvent};
+use crate::fleet::{EndpointId, EndpointSpec, Fleet, FleetError, RootKind, ServedModel};
+use crate::fleet::{EngineMetrics, Name};
+use crate::index::{Applied, Index, SpeculationId};
+pub use crate::knowledge::ChainSpecs;
+use crate::knowledge::Knowledge;
+use crate::ledger::{Conclusion, Expectation, Ledger};
+use crate::load::{Load, Reservations, Ticket};
+use crate::pipeline::{Pipeline, Survivors};
+use crate::plan::Plan;
+use crate::settings::ms;
+use crate::stream::{
+    Stream, StreamCounters, StreamEffect, StreamInput, StreamLimits, StreamOrder, StreamState,
+};
+use crate::{Rng, Time};
+
+/// How often the table of tickets is searched for forgotten ones.
+const TICKETS_SWEEP: Duration = Duration::from_secs(1);
+
+/// Everything that decides.
+pub struct Brain {
+    plan: Plan,
+    speculative: bool,
+    speculative_ttl: Duration,
+    fleet: Fleet,
+    index: Index,
+    ledger: Ledger,
+    reservations: Reservations<InFlight>,
+    streams: Vec<Option<EndpointStream>>,
+    pipeline: Pipeline,
+    knowledge: Knowledge,
+    survivors: Survivors,
+    specs: ChainSpecs,
+    rng: Rng,
+    orders: Vec<(EndpointId, StreamOrder)>,
+    ending: VecDeque<(Time, SpeculationId)>,
+    swept: Time,
+    counters: BrainCounters,
+    builtin: BuiltinStages,
+}
+
+/// Names of the stages that every plan has.
+struct BuiltinStages {
+    failing: Name,
+    model: Name,
+}
+
+/// The event stream of one endpoint.
+struct EndpointStream {
+    generation: u32,
+    stream: Stream,
+    applied: Applied,
+}
+
+/// What is remembered with a ticket.
+#[derive(Debug)]
+struct InFlight {
+    expectation: Expectation,
+    /// What the next best endpoints would be held to.
+    alternatives: Vec<Alternative>,
+    speculations: Vec<SpeculationId>,
+    answered: bool,
+    reported: bool,
+}
+
+/// Another endpoint that may serve the request.
+#[derive(Clone, Copy, Debug)]
+struct Alternative {
+    endpoint: EndpointId,
+    expectation: Expectation,
+    uncached_tokens: u32,
+}
+
+/// Counts since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BrainCounters {
+    /// Decisions, by `Reason::index()` of the chosen endpoint's knowledge; their sum is all
+    /// decisions.
+    pub decisions: [u64; Reason::ALL.len()],
+    /// Candidates, by `Reason::index()` of the knowledge about them.
+    pub candidates: [u64; Reason::ALL.len()],
+    /// No endpoint: empty fleet, or none allowed.
+    pub rejected_no_endpoints: u64,
+    /// A filter removed the last candidate.
+    pub rejected_saturated: u64,
+    /// The router's own limit.
+    pub rejected_in_flight: u64,
+    /// Candidates passed over because they had just failed.
+    pub avoided_failing: u64,
+    /// Candidates passed over because they do not serve the model.
+    pub avoided_model: u64,
+    /// Scores for which a scorer had no data (metrics missing or stale).
+    pub scores_missing: u64,
+    /// Requests moved to another endpoint.
+    pub redirected: u64,
+    /// Failures reported by the host.
+    pub endpoints_failed: u64,
+    /// Scrapes that failed.
+    pub scrapes_failed: u64,
+    /// Caches emptied through the router.
+    pub caches_reset: u64,
+    /// Tickets that nobody ended.
+    pub tickets_expired: u64,
+    /// Speculative entries made.
+    pub speculations: u64,
+    /// Endpoints whose events were put in doubt by the ledger.
+    pub drifts: u64,
+}
+
+impl Brain {
+    /// An empty fleet under a plan. The seed fixes every random choice.
+    pub fn new(plan: Plan, seed: u64) -> Brain {
+        let settings = &plan.settings;
+        let precise = plan.precise_producer();
+        let indexing = precise.is_some_and(|precise| precise.speculative_indexing);
+        let ttl = precise.and_then(|precise| precise.speculative_ttl).map(|ttl| ttl.0);
+        // A plan has exactly one profile.
+        let pipeline = Pipeline::new(&plan.profiles[0], settings);
+        let mut brain = Brain {
+            speculative: settings.speculative.unwrap_or(indexing),
+            speculative_ttl: ttl.unwrap_or(ms(settings.speculative_ttl_ms)),
+            fleet: Fleet::default(),
+            index: Index::new(plan.index_limits()),
+            ledger: Ledger::new(settings),
+            reservations: Reservations::new(settings.inflight_requests_max),
+            streams: Vec::new(),
+            pipeline,
+            knowledge: Knowledge::default(),
+            survivors: Survivors::default(),
+            specs: ChainSpecs::default(),
+            rng: Rng::seeded(seed),
+            orders: Vec::new(),
+            ending: VecDeque::new(),
+            swept: Time::ZERO,
+            counters: BrainCounters::default(),
+            builtin: BuiltinStages {
+                failing: Name::from("kvroute:failing"),
+                model: Name::from("kvroute:model"),
+            },
+            plan,
+        };
+        brain.collect_specs();
+        brain
+    }
+
+    /// What runs.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The endpoints and what is known about them.
+    pub fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
+    /// Who holds which block.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Predicted and delivered hits.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Counts since the start.
+    pub fn counters(&self) -> &BrainCounters {
+        &self.counters
+    }
+
+    /// What is in flight on an endpoint.
+    pub fn load(&self, id: EndpointId) -> Load {
+        self.reservations.load(id)
+    }
+
+    /// Requests in flight, over all endpoints.
+    pub fn inflight_requests(&self) -> usize {
+        self.reservations.len()
+    }
+
+    /// The state of an endpoint's event stream; `None` once it has left.
+    pub fn stream_state(&self, id: EndpointId) -> Option<StreamState> {
+        self.stream(id).map(|entry| entry.stream.state())
+    }
+
+    /// Counts about an endpoint's event stream; `None` once it has left.
+    pub fn stream_counters(&self, id: EndpointId) -> Option<&StreamCounters> {
+        self.stream(id).map(|entry| entry.stream.counters())
+    }
+
+    /// What an endpoint's events did to the index; `None` once it has left.
+    pub fn stream_applied(&self, id: EndpointId) -> Option<&Applied> {
+        self.stream(id).map(|entry| &entry.applied)
+    }
+
+    /// The chains that requests must come with now. Changes as block sizes are learned: ask for
+    /// each request.
+    pub fn chain_specs(&self) -> ChainSpecs {
+        self.specs
+    }
+
+    /// How the chains of a request for a model are rooted.
+    pub fn root_of(&self, model: &str) -> RootKind {
+        self.fleet.root_of(model)
+    }
+
+    /// An endpoint has been discovered.
+    pub fn add_endpoint(
+        &mut self,
+        _now: Time,
+        spec: EndpointSpec,
+    ) -> Result<EndpointId, FleetError> {
+        let settings = &self.plan.settings;
+        let limits = StreamLimits {
+            replay_available: spec.replay_available,
+            held_batches_max: settings.stream_held_batches_max,
+            replay_cooldown: ms(settings.replay_cooldown_ms),
+        };
+        let id = self.fleet.add(spec, settings.endpoints_max)?;
+        self.index.add_endpoint(id);
+        self.ledger.open(id);
+        let slot = usize::from(id.slot);
+        if self.streams.len() <= slot {
+            self.streams.resize_with(slot + 1, || None);
+        }
+        let stream = Stream::new(limits);
+        let generation = id.generation;
+        self.streams[slot] =
+            Some(EndpointStream { generation, stream, applied: Applied::default() });
+        self.collect_specs();
+        Ok(id)
+    }
+
+    /// An endpoint has gone: nothing about it remains, but its share of the fleet's sums.
+    pub fn remove_endpoint(&mut self, _now: Time, id: EndpointId) {
+        if !self.fleet.remove(id) {
+            return;
+        }
+        self.index.remove_endpoint(id);
+        self.ledger.close(id);
+        self.reservations.forget(id);
+        self.streams[usize::from(id.slot)] = None;
+        self.pipeline.forget(id);
+        self.orders.retain(|(of, _)| *of != id);
+        self.collect_specs();
+    }
+
+    /// A scrape succeeded.
+    pub fn on_metrics(&mut self, now: Time, id: EndpointId, metrics: &EngineMetrics) {
+        let block_size = |fleet: &Fleet| fleet.get(id).and_then(|endpoint| endpoint.block_size());
+        let before = block_size(&self.fleet);
+        self.fleet.on_metrics(now, id, metrics);
+        if block_size(&self.fleet) != before {
+            self.collect_specs();
+        }
+    }
+
+    /// A scrape failed. Signals go stale by their age, not by this.
+    pub fn on_scrape_failed(&mut self, _now: Time, id: EndpointId) {
+        self.counters.scrapes_failed += 1;
+        self.fleet.on_scrape_failed(id);
+    }
+
+    /// An endpoint listed its models.
+    pub fn on_models(&mut self, id: EndpointId, models: Vec<ServedModel>) {
+        self.fleet.on_models(id, models);
+    }
+
+    /// The endpoint refused or reset a connection: others go first for a while.
+    pub fn on_endpoint_failed(&mut self, now: Time, id: EndpointId) {
+        self.counters.endpoints_failed += 1;
+        self.fleet.on_failed(now, id, &self.plan.settings);
+    }
+
+    /// A request that emptied the endpoint's cache passed through and succeeded: what was known is
+    /// void, the routing history and requests on their way included.
+    pub fn on_cache_reset(&mut self, _now: Time, id: EndpointId) {
+        if self.fleet.get(id).is_some() {
+            self.counters.caches_reset += 1;
+            self.index.remove_endpoint(id);
+            self.index.add_endpoint(id);
+        }
+    }
+
+    /// Something came from an endpoint's event stream, or about it. The answer is what the host
+    /// must do.
+    pub fn on_stream(&mut self, now: Time, id: EndpointId, input: StreamInput) -> StreamOrder {
+        let slot = usize::from(id.slot);
+        let entry = self.streams.get_mut(slot).and_then(Option::as_mut);
+        let Some(entry) = entry.filter(|entry| entry.generation == id.generation) else {
+            return StreamOrder::None;
+        };
+        let EndpointStream { stream, applied, .. } = entry;
+        let (index, ledger) = (&mut self.index, &mut self.ledger);
+        let order = stream.on(now, input, &mut |effect| match effect {
+            StreamEffect::Apply(batch) => {
+                batch.events.iter().for_each(|event| *applied += index.apply(id, event));
+            }
+            StreamEffect::Reset => {
+                index.clear_resident(id);
+                ledger.settled(id);
+            }
+        });
+        if self.fleet.on_block_size(id, self.index.block_size(id)) {
+            self.collect_specs();
+        }
+        order
+    }
+
+    /// A response said something about itself. Unknown and ended tickets are ignored.
+    pub fn on_response(&mut self, now: Time, ticket: Ticket, event: ResponseEvent) {
+        match event {
+            ResponseEvent::FirstChunk => self.on_first_chunk(now, ticket),
+            ResponseEvent::Usage { prompt_tokens, cached_tokens, .. } => {
+                self.on_usage(now, ticket, prompt_tokens, cached_tokens);
+            }
+            ResponseEvent::End { status } => {
+                self.on_end(now, ticket, (200..300).contains(&status));
+            }
+            ResponseEvent::Aborted => self.on_end(now, ticket, false),
+        }
+    }
+
+    fn on_first_chunk(&mut self, now: Time, ticket: Ticket) {
+        let Some((endpoint, inflight)) = self.reservations.touch(now, ticket) else { return };
+        if std::mem::replace(&mut inflight.answered, true) {
+            return;
+        }
+        let until = now + ms(self.plan.settings.speculative_grace_ms);
+        self.ending.extend(inflight.speculations.drain(..).map(|id| (until, id)));
+        self.reservations.release_prompt(ticket);
+        self.fleet.on_answered(endpoint);
+    }
+
+    fn on_usage(
+        &mut self,
+        now: Time,
+        ticket: Ticket,
+        prompt_tokens: u32,
+        cached_tokens: Option<u32>,
+    ) {
+        let Some((endpoint, inflight)) = self.reservations.touch(now, ticket) else { return };
+        let Some(cached_tokens) = cached_tokens else { return };
+        if std::mem::replace(&mut inflight.reported, true) {
+            return;
+        }
+        let expectation = inflight.expectation;
+        let conclusion =
+            self.ledger.delivered(endpoint, &expectation, prompt_tokens, cached_tokens);
+        let input = match conclusion {
+            None => return,
+            Some(Conclusion::Drift) => {
+                self.counters.drifts += 1;
+                StreamInput::Drift
+            }
+            Some(Conclusion::Agrees) => StreamInput::Agrees,
+        };
+        let order = self.on_stream(now, endpoint, input);
+        self.push_order(endpoint, order);
+    }
+
+    fn on_end(&mut self, now: Time, ticket: Ticket, succeeded: bool) {
+        let Some((endpoint, inflight)) = self.reservations.end(ticket) else { return };
+        self.settle(now, endpoint, inflight, succeeded);
+    }
+
+    fn settle(&mut self, now: Time, endpoint: EndpointId, inflight: InFlight, succeeded: bool) {
+        let InFlight { speculations, reported, answered, .. } = inflight;
+        if succeeded && answered {
+            let until = now + ms(self.plan.settings.speculative_grace_ms);
+            self.ending.extend(speculations.into_iter().map(|id| (until, id)));
+        } else {
+            speculations.into_iter().for_each(|id| self.index.withdraw(id));
+        }
+        if succeeded && !reported {
+            self.ledger.unreported(endpoint);
+        }
+    }
+
+    /// The host tries another endpoint: what was reserved moves there. Speculative residency ends,
+    /// because the first endpoint will not fill those blocks.
+    pub fn redirect(&mut self, now: Time, ticket: Ticket, to: EndpointId) {
+        let known = self.fleet.get(to).is_some();
+        let Some((from, inflight)) = self.reservations.touch(now, ticket) else { return };
+        if from == to || !known {
+            return;
+        }
+        let found = inflight.alternatives.iter().find(|other| other.endpoint == to).copied();
+        let alternative = found.unwrap_or(Alternative {
+            endpoint: to,
+            expectation: Expectation {
+                chosen_tokens: 0,
+                promised_tokens: None,
+                ..inflight.expectation
+            },
+            uncached_tokens: inflight.expectation.prompt_tokens,
+        });
+        inflight.expectation = alternative.expectation;
+        inflight.answered = false;
+        for id in std::mem::take(&mut inflight.speculations) {
+            self.index.withdraw(id);
+        }
+        self.counters.redirected += 1;
+        self.reservations.redirect(ticket, to, alternative.uncached_tokens);
+    }
+
+    /// Time passes: what is due ends. Call it about ten times a second, and carry out the orders
+    /// that it returns: they come from the passing of time and from the ledger.
+    #[must_use = "orders ask the host to replay event streams"]
+    pub fn tick(&mut self, now: Time) -> Vec<(EndpointId, StreamOrder)> {
+        self.index.expire(now);
+        while let Some((until, id)) = self.ending.front().copied()
+            && until <= now
+        {
+            self.ending.pop_front();
+            self.index.withdraw(id);
+        }
+        if now.since(self.swept) >= TICKETS_SWEEP {
+            self.swept = now;
+            let age_max = Duration::from_secs(self.plan.settings.inflight_age_max_s.into());
+            for (endpoint, inflight) in self.reservations.expire(now, age_max) {
+                self.counters.tickets_expired += 1;
+                self.settle(now, endpoint, inflight, false);
+            }
+        }
+        let ids: Vec<EndpointId> = self.fleet.iter().map(|endpoint| endpoint.id).collect();
+        for id in ids {
+            let order = self.on_stream(now, id, StreamInput::Tick);
+            self.push_order(id, order);
+        }
+        std::mem::take(&mut self.orders)
+    }
+
+    fn push_order(&mut self, id: EndpointId, order: StreamOrder) {
+        if !matches!(order, StreamOrder::None) {
+            self.orders.retain(|(of, _)| *of != id);
+            self.orders.push((id, order));
+        }
+    }
+
+    fn stream(&self, id: EndpointId) -> Option<&EndpointStream> {
+        let entry = self.streams.get(usize::from(id.slot))?.as_ref()?;
+        (entry.generation == id.generation).then_some(entry)
+    }
+
+    fn collect_specs(&mut self) {
+        self.specs = ChainSpecs::needed(&self.plan, &self.fleet);
+    }
+}

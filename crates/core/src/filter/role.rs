@@ -1,0 +1,70 @@
+//! `decode-filter` and `prefill-filter`: does the endpoint play that role?
+
+use serde::Deserialize;
+
+use crate::Rng;
+use crate::stage::{Filter, View};
+
+/// The label that names an endpoint's role.
+pub const ROLE_LABEL: &str = "llm-d.ai/role";
+
+const DECODE: &[&str] = &["decode", "prefill-decode", "both", "encode-prefill-decode"];
+const PREFILL: &[&str] =
+    &["prefill", "encode-prefill", "prefill-decode", "both", "encode-prefill-decode"];
+
+/// `decode-filter`: the role includes decoding, or there is no role label.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Decode {}
+
+/// `prefill-filter`: the role includes prefill; an endpoint without a role label does not pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prefill {}
+
+impl Filter for Decode {
+    fn filter(&self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
+        by_role(view, keep, |role| role.is_none_or(|role| DECODE.contains(&role)));
+    }
+}
+
+impl Filter for Prefill {
+    fn filter(&self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
+        by_role(view, keep, |role| role.is_some_and(|role| PREFILL.contains(&role)));
+    }
+}
+
+fn by_role(view: &View<'_>, keep: &mut [bool], passes: impl Fn(Option<&str>) -> bool) {
+    for (row, keep) in view.rows.iter().zip(keep) {
+        let labels = view.endpoint(row).map(|endpoint| &endpoint.labels);
+        *keep = passes(labels.and_then(|labels| labels.get(ROLE_LABEL)).map(String::as_str));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::Fixture;
+
+    #[test]
+    fn roles_decide_and_only_decode_accepts_a_missing_label() {
+        let table: [(&str, bool, bool); 8] = [
+            ("", true, false),
+            ("decode", true, false),
+            ("prefill", false, true),
+            ("encode", false, false),
+            ("both", true, true),
+            ("prefill-decode", true, true),
+            ("encode-prefill", false, true),
+            ("encode-prefill-decode", true, true),
+        ];
+        for (role, decode, prefill) in table {
+            let mut fixture = Fixture::new(1);
+            if !role.is_empty() {
+                fixture.label(0, ROLE_LABEL, role);
+            }
+            assert_eq!(fixture.filter(&Decode {}), [decode], "{role:?}");
+            assert_eq!(fixture.filter(&Prefill {}), [prefill], "{role:?}");
+        }
+    }
+}

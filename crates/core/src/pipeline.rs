@@ -1,0 +1,210 @@
+//! In which order do stages run, and what does each see? Filters, scorers, picker: one profile.
+
+use crate::EndpointId;
+use crate::Rng;
+use crate::Time;
+use crate::decision::{FilterRecord, Reject, Request, Score, ScoreColumn, ScoreMatrix, ScoreRow};
+use crate::fleet::{Fleet, Name};
+use crate::knowledge::Column;
+use crate::plan::{ProfilePlan, StagePlan};
+use crate::settings::Settings;
+use crate::stage::{Filter, Picked, Picker, PrefixMatch, ResponseHeader, Row, Scorer, View};
+
+/// A profile with the state of its plugins.
+pub(crate) struct Pipeline {
+    pub profile: Name,
+    filters: Vec<FilterStage>,
+    scorers: Vec<ScorerStage>,
+    picker: Box<dyn Picker>,
+    keep: Vec<bool>,
+    column: Vec<f64>,
+    totals: Vec<f64>,
+    order: Vec<usize>,
+}
+
+struct FilterStage {
+    name: Name,
+    filter: Box<dyn Filter>,
+    prefix: Option<usize>,
+}
+
+struct ScorerStage {
+    name: Name,
+    weight: f64,
+    scorer: Box<dyn Scorer>,
+    prefix: Option<usize>,
+}
+
+/// What a pipeline reads.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    pub now: Time,
+    pub request: &'a Request<'a>,
+    pub fleet: &'a Fleet,
+    pub columns: &'a [Column],
+}
+
+/// What filters leave behind: the rows, who removed the others, and how it went.
+#[derive(Default)]
+pub(crate) struct Survivors {
+    /// By name.
+    pub rows: Vec<Row>,
+    /// By `Row::at`.
+    pub removed_by: Vec<Option<Name>>,
+    /// In order.
+    pub filters: Vec<FilterRecord>,
+}
+
+/// What a pipeline concludes.
+pub(crate) struct Outcome {
+    /// Rows in order of preference, never empty.
+    pub order: Vec<EndpointId>,
+    /// All scores.
+    pub scores: ScoreMatrix,
+    /// Candidates with exactly the best total.
+    pub tied: u32,
+    /// Total of the chosen one less the best of the others.
+    pub margin: Option<f64>,
+    /// Scores for which a scorer had no data.
+    pub scores_missing: u32,
+}
+
+impl<'a> Inputs<'a> {
+    fn view<'v>(&'v self, rows: &'v [Row], prefix: Option<usize>) -> View<'v>
+    where
+        'a: 'v,
+    {
+        let column = prefix.and_then(|at| self.columns.get(at));
+        let prefix: &[PrefixMatch] = column.map_or(&[], |column| &column.prefix);
+        View { now: self.now, request: self.request, fleet: self.fleet, rows, prefix }
+    }
+}
+
+impl Survivors {
+    /// Removes rows in the name of a stage.
+    pub fn retain(&mut self, name: &Name, mut keep: impl FnMut(usize, &Row) -> bool) {
+        let candidates = self.rows.len() as u32;
+        let removed_by = &mut self.removed_by;
+        let mut at = 0;
+        self.rows.retain(|row| {
+            let kept = keep(at, row);
+            at += 1;
+            if !kept && let Some(by) = removed_by.get_mut(row.at as usize) {
+                *by = Some(name.clone());
+            }
+            kept
+        });
+        let kept = self.rows.len() as u32;
+        self.filters.push(FilterRecord { name: name.clone(), candidates, kept });
+    }
+}
+
+impl Pipeline {
+    /// Fresh state.
+    pub fn new(profile: &ProfilePlan, settings: &Settings) -> Pipeline {
+        let filter = |stage: &StagePlan| {
+            let filter = stage.spec.parts().filter?;
+            Some(FilterStage { name: stage.name.clone(), filter, prefix: stage.prefix })
+        };
+        let scorer = |stage: &StagePlan| {
+            let mut scorer = stage.spec.parts().scorer?;
+            scorer.prepare(settings);
+            let (name, weight, prefix) = (stage.name.clone(), stage.weight, stage.prefix);
+            Some(ScorerStage { name, weight, scorer, prefix })
+        };
+        let picker = profile.picker.spec.parts().picker;
+        Pipeline {
+            profile: profile.name.clone(),
+            filters: profile.filters.iter().filter_map(filter).collect(),
+            scorers: profile.scorers.iter().filter_map(scorer).collect(),
+            picker: picker.expect("a plan's picker is a picker"),
+            keep: Vec::new(),
+            column: Vec::new(),
+            totals: Vec::new(),
+            order: Vec::new(),
+        }
+    }
+
+    /// How many endpoints are offered to a proxy.
+    pub fn endpoints_max(&self) -> usize {
+        self.picker.endpoints_max()
+    }
+
+    /// Runs the filters.
+    pub fn filter(
+        &mut self,
+        inputs: &Inputs<'_>,
+        rng: &mut Rng,
+        survivors: &mut Survivors,
+    ) -> Result<(), Reject> {
+        for stage in &self.filters {
+            self.keep.clear();
+            self.keep.resize(survivors.rows.len(), true);
+            stage.filter.filter(&inputs.view(&survivors.rows, stage.prefix), rng, &mut self.keep);
+            let candidates = survivors.rows.len() as u32;
+            let keep = &self.keep;
+            survivors.retain(&stage.name, |at, _| keep[at]);
+            if survivors.rows.is_empty() {
+                return Err(Reject::Saturated { filter: stage.name.clone(), candidates });
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the scorers and the picker on at least one row.
+    pub fn choose(&mut self, inputs: &Inputs<'_>, rng: &mut Rng, rows: &[Row]) -> Outcome {
+        let mut scores = self.empty_matrix(inputs, rows);
+        let mut scores_missing = 0;
+        self.totals.clear();
+        self.totals.resize(rows.len(), 0.0);
+        let columns = self.scorers.len();
+        for (at, stage) in self.scorers.iter_mut().enumerate() {
+            self.column.clear();
+            self.column.resize(rows.len(), f64::NAN);
+            stage.scorer.score(&inputs.view(rows, stage.prefix), &mut self.column);
+            for (row, raw) in self.column.iter().enumerate() {
+                scores.raw[row * columns + at] = *raw;
+                scores_missing += u32::from(raw.is_nan());
+                self.totals[row] += Score::of(*raw, stage.weight).contribution;
+            }
+        }
+        scores.rows.iter_mut().zip(&self.totals).for_each(|(row, total)| row.total = *total);
+        self.order.clear();
+        self.picker.pick(&inputs.view(rows, None), &self.totals, rng, &mut self.order);
+        let first = self.order.first().copied().unwrap_or(0);
+        let best = self.totals.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let others = self.totals.iter().enumerate().filter(|(at, _)| *at != first);
+        let second = others.map(|(_, total)| *total).reduce(f64::max);
+        Outcome {
+            order: self.order.iter().map(|at| rows[*at].id).collect(),
+            scores,
+            tied: self.totals.iter().filter(|total| **total == best).count() as u32,
+            margin: second.map(|second| self.totals[first] - second),
+            scores_missing,
+        }
+    }
+
+    fn empty_matrix(&self, inputs: &Inputs<'_>, rows: &[Row]) -> ScoreMatrix {
+        let endpoint = |row: &Row| inputs.fleet.get(row.id).map(|e| e.name.clone());
+        let column = |s: &ScorerStage| ScoreColumn { name: s.name.clone(), weight: s.weight };
+        ScoreMatrix {
+            columns: self.scorers.iter().map(column).collect(),
+            rows: rows
+                .iter()
+                .filter_map(endpoint)
+                .map(|endpoint| ScoreRow { endpoint, total: 0.0 })
+                .collect(),
+            raw: vec![f64::NAN; rows.len() * self.scorers.len()],
+        }
+    }
+
+    /// Tells the scorers what was picked.
+    pub fn picked(&mut self, picked: &Picked<'_>) -> Vec<ResponseHeader> {
+        self.scorers.iter_mut().filter_map(|stage| stage.scorer.picked(picked)).collect()
+    }
+
+    /// The endpoint has left.
+    pub fn forget(&mut self, id: EndpointId) {
+        self.scorers.iter_mut().for_each(|stage| stage.scorer.forget(id));
+    }
+}

@@ -1,0 +1,14 @@
+//! What must be known before candidates are filtered and rated? One file per producer.
+
+mod approx_prefix;
+mod inflight_load;
+mod precise_prefix;
+mod tokens;
+
+pub use approx_prefix::ApproxPrefix;
+pub use inflight_load::{InflightLoad, uncached_tokens};
+pub use precise_prefix::{
+    CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
+    PodDiscovery, PrecisePrefix, Redis, TokenProcessor,
+};
+pub use tokens::{ImageEstimate, TokenEstimate, Tokens, VideoEstimate, VllmRender};

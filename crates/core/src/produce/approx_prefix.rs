@@ -1,0 +1,94 @@
+//! `approx-prefix-cache-producer`: what was routed to an endpoint is probably in its cache.
+
+use serde::Deserialize;
+
+use crate::blocks::{ChainSpec, TokenSpace};
+
+/// Smallest block, whatever is configured or learned: llm-d clamps to it, and shorter blocks would
+/// change the meaning of scores in existing configurations.
+const BLOCK_TOKENS_MIN: u32 = 64;
+
+/// Parameters of `approx-prefix-cache-producer`. A match is contiguous from the first block on
+/// each endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct ApproxPrefix {
+    /// Take the block size from the endpoints, the largest there is.
+    pub auto_tune: bool,
+    /// Tokens per block when not tuned; less than 64 means 64.
+    pub block_size_tokens: u32,
+    /// Deprecated: characters per block. Four make a token.
+    pub block_size: Option<u32>,
+    /// Tokens of a prompt that are looked at; 0: `maxPrefixBlocksToMatch` decides.
+    pub max_prefix_tokens_to_match: u32,
+    /// Blocks of a prompt that are looked at, when the limit in tokens is 0; 0: all.
+    pub max_prefix_blocks_to_match: u32,
+    /// Blocks remembered per endpoint. One history serves all producers; the largest value counts.
+    pub lru_capacity_per_server: u32,
+}
+
+impl Default for ApproxPrefix {
+    fn default() -> ApproxPrefix {
+        ApproxPrefix {
+            auto_tune: true,
+            block_size_tokens: 16,
+            block_size: None,
+            max_prefix_tokens_to_match: 131_072,
+            max_prefix_blocks_to_match: 2_048,
+            lru_capacity_per_server: 31_250,
+        }
+    }
+}
+
+impl ApproxPrefix {
+    /// Tokens per block, given the largest block size that the endpoints have shown.
+    pub fn block_tokens(&self, engines: Option<u32>) -> u32 {
+        let configured = self.block_size.map_or(self.block_size_tokens, |chars| chars / 4);
+        let wanted = if self.auto_tune { engines.unwrap_or(configured) } else { configured };
+        wanted.max(BLOCK_TOKENS_MIN)
+    }
+
+    /// The chain that history is kept for: a last partial block counts, too.
+    pub fn chain_spec(&self, engines: Option<u32>, space: TokenSpace) -> ChainSpec {
+        ChainSpec { block_size: self.block_tokens(engines), space, partial_tail: true }
+    }
+
+    /// Blocks of a prompt that are looked at.
+    pub fn blocks_max(&self, block_tokens: u32) -> u32 {
+        match (self.max_prefix_tokens_to_match, self.max_prefix_blocks_to_match) {
+            (0, 0) => u32::MAX,
+            (0, blocks) => blocks,
+            (tokens, _) => (tokens / block_tokens.max(1)).max(1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn block_size_is_learned_or_configured_and_never_below_64() {
+        let tuned = ApproxPrefix::default();
+        let fixed =
+            ApproxPrefix { auto_tune: false, block_size_tokens: 128, ..ApproxPrefix::default() };
+        let chars = ApproxPrefix { auto_tune: false, block_size: Some(400), ..fixed.clone() };
+        let table = [(&tuned, None, 64), (&tuned, Some(16), 64), (&tuned, Some(256), 256)];
+        let table = table.into_iter().chain([(&fixed, Some(256), 128), (&chars, None, 100)]);
+        for (producer, engines, tokens) in table {
+            assert_eq!(producer.block_tokens(engines), tokens, "{producer:?} {engines:?}");
+        }
+    }
+
+    #[test]
+    fn the_limit_in_tokens_wins_over_the_one_in_blocks() {
+        let with = |tokens, blocks| ApproxPrefix {
+            max_prefix_tokens_to_match: tokens,
+            max_prefix_blocks_to_match: blocks,
+            ..ApproxPrefix::default()
+        };
+        assert_eq!(with(131_072, 5).blocks_max(64), 2_048);
+        assert_eq!(with(0, 5).blocks_max(64), 5);
+        assert_eq!(with(0, 0).blocks_max(64), u32::MAX);
+    }
+}

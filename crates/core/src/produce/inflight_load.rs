@@ -1,0 +1,79 @@
+//! `inflight-load-producer`: what has this router sent to an endpoint that is not answered yet?
+
+use serde::Deserialize;
+
+use crate::stage::PrefixMatch;
+
+/// Parameters of `inflight-load-producer`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct InflightLoad {
+    /// Whether expected output is charged, too.
+    pub add_estimated_output_tokens: bool,
+    /// Expected output per prompt token.
+    pub output_ratio: f64,
+    /// Upper end of that expectation; `max_tokens` of the request is one, too.
+    pub max_estimated_output_tokens: Option<u32>,
+    /// Producer of the matches that are subtracted.
+    pub prefix_match_info_producer_name: Option<String>,
+    /// Accepted; replicas do not tell each other.
+    pub sync_cross_replica_state: bool,
+}
+
+impl Default for InflightLoad {
+    fn default() -> InflightLoad {
+        InflightLoad {
+            add_estimated_output_tokens: false,
+            output_ratio: 1.5,
+            max_estimated_output_tokens: None,
+            prefix_match_info_producer_name: None,
+            sync_cross_replica_state: true,
+        }
+    }
+}
+
+impl InflightLoad {
+    /// Output tokens charged from pick to end.
+    pub fn output_tokens(&self, prompt_tokens: u32, max_tokens: Option<u32>) -> u32 {
+        if !self.add_estimated_output_tokens {
+            return 0;
+        }
+        let estimate = (f64::from(prompt_tokens) * self.output_ratio).max(0.0) as u32;
+        let limit = self.max_estimated_output_tokens.unwrap_or(u32::MAX);
+        estimate.min(limit).min(max_tokens.unwrap_or(u32::MAX))
+    }
+}
+
+/// Prompt tokens an endpoint must compute: `(total - match) * block_size` plus the tail that has
+/// no key, `max(0, prompt - total * block_size)`. Never more than the prompt: a partial last block
+/// with a key is charged by its tokens.
+pub fn uncached_tokens(prompt_tokens: u32, prefix: PrefixMatch) -> u32 {
+    let keyed = prefix.total.saturating_mul(prefix.block_size).min(prompt_tokens);
+    let matched = prefix.blocks.saturating_mul(prefix.block_size).min(keyed);
+    prompt_tokens - matched
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uncached_is_what_no_block_covers() {
+        let prefix = |blocks, total| PrefixMatch { weighted: 0.0, blocks, total, block_size: 16 };
+        let table =
+            [(100, 0, 6, 100), (100, 4, 6, 36), (100, 6, 6, 4), (100, 7, 7, 0), (10, 0, 0, 10)];
+        for (prompt, blocks, total, uncached) in table {
+            assert_eq!(uncached_tokens(prompt, prefix(blocks, total)), uncached);
+        }
+    }
+
+    #[test]
+    fn expected_output_is_capped_by_both_limits() {
+        let on = InflightLoad { add_estimated_output_tokens: true, ..Default::default() };
+        let capped = InflightLoad { max_estimated_output_tokens: Some(50), ..on.clone() };
+        assert_eq!(InflightLoad::default().output_tokens(100, None), 0);
+        assert_eq!(on.output_tokens(100, None), 150);
+        assert_eq!(on.output_tokens(100, Some(20)), 20);
+        assert_eq!(capped.output_tokens(100, None), 50);
+    }
+}

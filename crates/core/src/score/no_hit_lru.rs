@@ -1,0 +1,127 @@
+//! `no-hit-lru-scorer`: prompts that no cache knows go where a cold prompt went longest ago, so
+//! that new prefixes spread evenly.
+
+use serde::Deserialize;
+
+use crate::fleet::EndpointId;
+use crate::lru::Lru;
+use crate::stage::{Inputs, PREFIX_DEFAULT, Picked, ProducerRef, ResponseHeader, Scorer, View};
+
+/// `no-hit-lru-scorer`: 0.5 for all when any candidate has a hit. Else, of `n` candidates, the one
+/// of rank `r` gets `1 - r / (n - 1)`: first those that never had a cold request, by name, then
+/// the others, the longest unused first. Cold requests alone move the order.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct NoHitLru {
+    /// Endpoints remembered.
+    pub lru_size: usize,
+    /// Producer of prefix matches.
+    pub prefix_match_info_producer_name: Option<String>,
+    /// Deprecated and without effect.
+    pub prefix_plugin_type: Option<String>,
+    /// Deprecated name of `prefixMatchInfoProducerName`.
+    pub prefix_plugin_name: Option<String>,
+    #[serde(skip)]
+    used: Lru<EndpointId, ()>,
+    #[serde(skip)]
+    cold: bool,
+    #[serde(skip)]
+    ranks: Vec<(Option<u64>, usize)>,
+}
+
+impl Default for NoHitLru {
+    fn default() -> NoHitLru {
+        NoHitLru {
+            lru_size: 1024,
+            prefix_match_info_producer_name: None,
+            prefix_plugin_type: None,
+            prefix_plugin_name: None,
+            used: Lru::default(),
+            cold: false,
+            ranks: Vec::new(),
+        }
+    }
+}
+
+impl NoHitLru {
+    /// One that reads the named producer.
+    pub fn reading(producer: &str) -> NoHitLru {
+        let name = Some(producer.to_owned());
+        NoHitLru { prefix_match_info_producer_name: name, ..NoHitLru::default() }
+    }
+}
+
+impl Scorer for NoHitLru {
+    fn inputs(&self) -> Inputs<'_> {
+        let prefix = ProducerRef::of(&self.prefix_match_info_producer_name, PREFIX_DEFAULT);
+        Inputs { prefix: Some(prefix), ..Inputs::default() }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.lru_size > 0 { Ok(()) } else { Err("lruSize must be positive".into()) }
+    }
+
+    fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
+        self.cold = view.rows.iter().all(|row| view.prefix(row).blocks == 0);
+        if !self.cold {
+            column.fill(0.5);
+            return;
+        }
+        self.ranks.clear();
+        let used = &self.used;
+        self.ranks.extend(view.rows.iter().enumerate().map(|(i, row)| (used.tick(&row.id), i)));
+        self.ranks.sort_unstable();
+        let last = self.ranks.len().saturating_sub(1).max(1) as f64;
+        for (rank, (_, i)) in self.ranks.iter().enumerate() {
+            column[*i] = 1.0 - rank as f64 / last;
+        }
+    }
+
+    fn picked(&mut self, picked: &Picked<'_>) -> Option<ResponseHeader> {
+        if self.cold {
+            self.used.put(picked.endpoint.id, (), self.lru_size);
+        }
+        None
+    }
+
+    fn forget(&mut self, id: EndpointId) {
+        self.used.remove(&id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fixture, assert_scores};
+
+    #[test]
+    fn cold_requests_go_round_and_hits_do_not_count() {
+        let mut fixture = Fixture::new(3);
+        let mut scorer = NoHitLru::default();
+        assert_scores(&fixture.score(&mut scorer), &[1.0, 0.5, 0.0]);
+        fixture.picked(&mut scorer, 0);
+        assert_scores(&fixture.score(&mut scorer), &[0.0, 1.0, 0.5]);
+        fixture.picked(&mut scorer, 2);
+        assert_scores(&fixture.score(&mut scorer), &[0.5, 1.0, 0.0]);
+        fixture.prefix(1, 1.0, 10, 16);
+        assert_scores(&fixture.score(&mut scorer), &[0.5, 0.5, 0.5]);
+        fixture.picked(&mut scorer, 1);
+        fixture.prefix(1, 0.0, 10, 16);
+        assert_scores(&fixture.score(&mut scorer), &[0.5, 1.0, 0.0]);
+        scorer.forget(fixture.id(2));
+        assert_scores(&fixture.score(&mut scorer), &[0.0, 1.0, 0.5]);
+    }
+
+    #[test]
+    fn one_endpoint_gets_all_and_memory_is_bounded() {
+        let fixture = Fixture::new(1);
+        assert_scores(&fixture.score(&mut NoHitLru::default()), &[1.0]);
+        let fixture = Fixture::new(5);
+        let mut scorer = NoHitLru { lru_size: 2, ..Default::default() };
+        for at in 0..5 {
+            fixture.score(&mut scorer);
+            fixture.picked(&mut scorer, at);
+        }
+        assert_eq!(scorer.used.len(), 2);
+    }
+}

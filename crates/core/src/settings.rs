@@ -1,0 +1,171 @@
+//! Which limits hold in one process? The `kvroute:` key of the configuration.
+//!
+//! Every queue, cache, body, wait and label set of the product is bounded by a field here; the
+//! unit is part of the name. A configuration of llm-d has no such key and gets the defaults.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// All limits, with defaults. Each field may be left out.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Largest request body; a larger one is answered with 413.
+    pub body_bytes_max: usize,
+    /// Largest request head (request line and headers).
+    pub header_bytes_max: usize,
+    /// Client connections at once.
+    pub connections_max: u32,
+    /// Requests between decision and end of response, over all endpoints.
+    pub inflight_requests_max: u32,
+    /// A request that shows no sign of life for this long is taken as over, and what it reserved
+    /// is given back.
+    pub inflight_age_max_s: u32,
+    /// Endpoints in the fleet.
+    pub endpoints_max: u16,
+    /// Memory of the residency index.
+    pub index_bytes_max: usize,
+    /// Routing history per endpoint, in blocks. An `approx-prefix-cache-producer` that asks for
+    /// more (`lruCapacityPerServer`) raises it.
+    pub history_blocks_per_endpoint_max: u32,
+    /// Blocks per endpoint that wait for their parent to become known.
+    pub pending_blocks_per_endpoint_max: u32,
+    /// Speculative entries at once.
+    pub speculations_max: u32,
+    /// Whether precise knowledge counts blocks of requests on their way; when left out, what the
+    /// producer's `speculativeIndexing` says.
+    pub speculative: Option<bool>,
+    /// Longest life of a speculative entry whose producer sets no `speculativeTTL`.
+    pub speculative_ttl_ms: u32,
+    /// How long a speculative entry outlives the first response chunk, so that the engine's own
+    /// event can take over without a gap.
+    pub speculative_grace_ms: u32,
+    /// Memory of the last decisions kept for `/decisions`.
+    pub decisions_bytes_max: usize,
+    /// Further endpoints tried when one fails before its first response byte.
+    pub retries_max: u32,
+    /// TCP connect to an endpoint.
+    pub connect_timeout_ms: u32,
+    /// From the request's last byte to the response's first.
+    pub first_byte_timeout_s: u32,
+    /// Between two chunks of a response.
+    pub response_idle_timeout_s: u32,
+    /// A client has this long for the request head.
+    pub client_header_timeout_ms: u32,
+    /// Between two parts of a request body.
+    pub client_body_timeout_s: u32,
+    /// Idle keep-alive connections to endpoints are closed after this.
+    pub upstream_idle_timeout_s: u32,
+    /// Idle keep-alive connections kept per endpoint.
+    pub upstream_idle_connections_max: u32,
+    /// After SIGTERM, requests in flight have this long.
+    pub drain_timeout_s: u32,
+    /// Between two scrapes of an endpoint's metrics.
+    pub scrape_interval_ms: u32,
+    /// One scrape, connect included.
+    pub scrape_timeout_ms: u32,
+    /// Largest metrics page that is read.
+    pub scrape_bytes_max: usize,
+    /// Longest wait between scrapes of an endpoint that does not answer.
+    pub scrape_backoff_max_ms: u32,
+    /// Metrics older than this count as missing.
+    pub metrics_staleness_ms: u32,
+    /// Between two readings of an endpoint's `/v1/models`.
+    pub models_interval_s: u32,
+    /// An endpoint that refused or reset a connection is avoided this long; doubled each time.
+    pub failure_backoff_ms: u32,
+    /// Upper end of that doubling.
+    pub failure_backoff_max_ms: u32,
+    /// Event batches held back while a replay fills a gap.
+    pub stream_held_batches_max: u32,
+    /// Between two replays of one endpoint.
+    pub replay_cooldown_ms: u32,
+    /// One replay, from request to end marker.
+    pub replay_timeout_ms: u32,
+    /// A silent event stream of a busy endpoint is reconnected after this.
+    pub event_idle_watchdog_s: u32,
+    /// Largest event message that is read.
+    pub event_bytes_max: usize,
+    /// Decoded event batches waiting to be applied, per endpoint.
+    pub event_queue_batches_max: u32,
+    /// Between two looks at discovery files and host names.
+    pub discovery_interval_ms: u32,
+    /// Memory of the tokenizer's prefix cache.
+    pub tokenizer_cache_bytes_max: usize,
+    /// Prompts tokenized at once; 0: one per core.
+    pub tokenize_concurrency_max: u32,
+    /// Distinct values of a metrics label that clients control (model names); more become `other`.
+    pub label_values_max: u32,
+    /// Sessions that `session-affinity-scorer` remembers.
+    pub sessions_max: u32,
+    /// Evidence at which an endpoint's event knowledge is put in doubt: a prediction that was too
+    /// high adds 2, or 1 when other requests ran beside it; one that was right clears it.
+    pub drift_evidence_max: u32,
+    /// Correct predictions in a row after which that doubt ends.
+    pub drift_agreements_min: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        const MIB: usize = 1 << 20;
+        Settings {
+            body_bytes_max: 32 * MIB,
+            header_bytes_max: 64 << 10,
+            connections_max: 16_384,
+            inflight_requests_max: 16_384,
+            inflight_age_max_s: 3_600,
+            endpoints_max: 4_096,
+            index_bytes_max: 1_024 * MIB,
+            history_blocks_per_endpoint_max: 31_250,
+            pending_blocks_per_endpoint_max: 65_536,
+            speculations_max: 65_536,
+            speculative: None,
+            speculative_ttl_ms: 30_000,
+            speculative_grace_ms: 250,
+            decisions_bytes_max: 16 * MIB,
+            retries_max: 2,
+            connect_timeout_ms: 2_000,
+            first_byte_timeout_s: 600,
+            response_idle_timeout_s: 300,
+            client_header_timeout_ms: 10_000,
+            client_body_timeout_s: 30,
+            upstream_idle_timeout_s: 90,
+            upstream_idle_connections_max: 256,
+            drain_timeout_s: 30,
+            scrape_interval_ms: 50,
+            scrape_timeout_ms: 1_000,
+            scrape_bytes_max: 4 * MIB,
+            scrape_backoff_max_ms: 5_000,
+            metrics_staleness_ms: 2_000,
+            models_interval_s: 10,
+            failure_backoff_ms: 500,
+            failure_backoff_max_ms: 10_000,
+            stream_held_batches_max: 4_096,
+            replay_cooldown_ms: 5_000,
+            replay_timeout_ms: 30_000,
+            event_idle_watchdog_s: 30,
+            event_bytes_max: 64 * MIB,
+            event_queue_batches_max: 1_024,
+            discovery_interval_ms: 1_000,
+            tokenizer_cache_bytes_max: 64 * MIB,
+            tokenize_concurrency_max: 0,
+            label_values_max: 1_000,
+            sessions_max: 65_536,
+            drift_evidence_max: 6,
+            drift_agreements_min: 5,
+        }
+    }
+}
+
+impl Settings {
+    /// Age from which metrics count as missing.
+    pub fn metrics_staleness(&self) -> Duration {
+        ms(self.metrics_staleness_ms)
+    }
+}
+
+/// A setting in milliseconds as a duration.
+pub fn ms(value: u32) -> Duration {
+    Duration::from_millis(u64::from(value))
+}
