@@ -184,7 +184,7 @@ mod tests {
             (entry("address: x\n  port: 1\n- {name: a, address: y, port: 2}"), Some(5), "twice"),
             ("endpoints:\n- {name: \"\", address: y, port: 2}".to_owned(), Some(2), "needs a name"),
             ("endpoints: [".to_owned(), Some(1), ""),
-            (String::new(), Some(1), "unexpected end of input"),
+            (String::new(), Some(1), "unexpected end of file"),
             (long, None, "more than the limit of 1048576"),
         ];
         for (text, line, message) in table {

@@ -6,17 +6,18 @@
 use crate::api::Api;
 use crate::request::Prompt;
 use crate::usage::UsageScanner;
-use crate::{discovery, kv_event, models, prometheus, request};
+use crate::{config, discovery, kv_event, models, prometheus, request};
 
 /// A fuzz target by name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; the names are those of the corpus folders.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("kv_event", kv_event),
     ("request", request),
     ("usage", usage),
     ("prometheus", prometheus),
+    ("config", config),
     ("discovery", discovery),
     ("models", models),
 ];
@@ -85,6 +86,14 @@ pub fn usage(bytes: &[u8]) {
 pub fn prometheus(bytes: &[u8]) {
     if let Ok(scrape) = prometheus::parse(bytes) {
         assert!((0.0..=1.0).contains(&scrape.metrics.kv_usage));
+    }
+}
+
+/// An error names its file.
+pub fn config(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Err(error) = config::parse(text, "fuzz.yaml") {
+        assert!(error.rendered.contains("fuzz.yaml"), "{error}");
     }
 }
 

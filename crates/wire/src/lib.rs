@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod base64;
+pub mod config;
 pub mod discovery;
 pub mod engine_api;
 pub mod error_body;

@@ -25,13 +25,13 @@ pub struct YamlError {
 impl YamlError {
     /// An error at no particular place.
     pub fn of_file(file: &str, message: &str) -> YamlError {
-        let rendered = format!("{file}: {message}");
+        let rendered = format!("error in {file}: {message}");
         YamlError { file: file.to_owned(), line: None, column: None, rendered }
     }
 
     /// An error at a place that the parser itself had no objection to.
     pub fn at(file: &str, line: u64, column: u64, message: &str) -> YamlError {
-        let rendered = format!("{file}:{line}:{column}: {message}");
+        let rendered = format!("error in {file}:{line}:{column}: {message}");
         YamlError { file: file.to_owned(), line: Some(line), column: Some(column), rendered }
     }
 }
@@ -51,12 +51,17 @@ pub(crate) fn read<T: DeserializeOwned>(
     };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
         let place = error.location();
-        let mut rendered = error.render_with_options(serde_saphyr::render_options! {
+        let rendered = error.render_with_options(serde_saphyr::render_options! {
+            formatter: &serde_saphyr::UserMessageFormatter,
             source_name: Some(file),
         });
-        if !rendered.contains(file) {
-            rendered = format!("{file}: {rendered}");
-        }
+        // The first line repeats what the snippet says at its caret.
+        let rendered = match rendered.split_once('\n') {
+            Some((_, snippet)) if snippet.trim_start().starts_with("-->") => {
+                format!("error in {file}\n{snippet}")
+            }
+            _ => format!("error in {file}: {rendered}"),
+        };
         YamlError {
             file: file.to_owned(),
             line: place.map(|place| place.line()),
