@@ -1,3 +1,7 @@
-//! The one binary.
+//! The one binary. Everything it does lives in the library beside it, so that tests reach it too.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    kvroute::cli::main()
+}

@@ -1,0 +1,258 @@
+//! What can be typed: commands and flags, nothing of what they do.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::{demo, engine, replay, serve};
+
+const EXAMPLES: &str = "\
+Examples:
+  kvroute demo
+      8 simulated engines, round robin beside precise routing, in one minute
+  kvroute serve --endpoint http://10.0.0.1:8000 --endpoint http://10.0.0.2:8000 --tokenizer tokenizer.json
+      route to two vLLM servers by what their caches hold
+  kvroute replay recordings/run-1 --tokenizer tokenizer.json
+      would the predictions have been right?
+
+Exit codes: 0 done, 1 failed or found wrong, 2 wrong usage or configuration.";
+
+/// Routes each LLM request to the endpoint that already holds its KV cache.
+#[derive(Debug, Parser)]
+#[command(name = "kvroute", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// What to log: error, warn, info, debug, trace, or per module (`kvroute_router=debug`).
+    #[arg(long, global = true, value_name = "FILTER", env = "KVROUTE_LOG")]
+    log: Option<String>,
+
+    /// How a log line looks.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The router: an HTTP proxy in front of model servers.
+    Serve(Box<Serve>),
+    /// Simulated engines, the router and a load, beside round robin.
+    Demo(Demo),
+    /// A simulated vLLM server.
+    Engine(Box<Engine>),
+    /// Checks predictions against a recording of a real engine.
+    Replay(Replay),
+    /// Prints a shell's completion script.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `kvroute serve`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer qwen3/tokenizer.json
+  kvroute serve --config config/precise.yaml --endpoints-file endpoints.yaml --http 0.0.0.0:8080
+  kvroute serve --endpoint http://gpu1:8000            # no tokenizer, no events: learns from history
+
+An endpoint may name its event sockets:  URL,events=tcp://HOST:PORT,replay=tcp://HOST:PORT
+Without them the engine is asked (GET /kv_event_sources).")]
+pub struct Serve {
+    /// An engine's base URL; a host name stands for all its addresses. Repeat for more.
+    #[arg(long = "endpoint", value_name = "URL")]
+    pub endpoints: Vec<String>,
+
+    /// Endpoints from a file (llm-d's file-discovery format), read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub endpoints_file: Option<PathBuf>,
+
+    /// An EndpointPickerConfig; without it a built-in one.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Where clients connect.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    pub http: SocketAddr,
+
+    /// Metrics, health, decisions, index. Reachable by whoever can reach the address.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
+    pub admin: SocketAddr,
+
+    /// `tokenizer.json` of the engines' model, its configuration beside it; `MODEL=FILE` for one
+    /// model of several. Without it prompts are estimated and routing is approximate.
+    #[arg(long = "tokenizer", value_name = "[MODEL=]FILE")]
+    pub tokenizers: Vec<String>,
+
+    /// Model that requests without a `model` field mean.
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+
+    /// First KV event port of every engine (rank N: port + N) instead of asking the engine.
+    #[arg(long, value_name = "PORT")]
+    pub kv_events_port: Option<u16>,
+
+    /// First replay port of every engine, with `--kv-events-port`.
+    #[arg(long, value_name = "PORT", requires = "kv_events_port")]
+    pub kv_replay_port: Option<u16>,
+
+    /// Certificate chain (PEM) to serve TLS with.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Its private key (PEM).
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Seed of tie-breaks.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `kvroute engine`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Example:
+  kvroute engine --http 127.0.0.1:8000 --kv-events tcp://*:5557 --replay tcp://*:5558")]
+pub struct Engine {
+    /// Where clients connect.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    pub http: SocketAddr,
+
+    /// Served model name.
+    #[arg(long, value_name = "NAME", default_value = "demo")]
+    pub model: String,
+
+    /// LoRA adapters it offers.
+    #[arg(long = "adapter", value_name = "NAME")]
+    pub adapters: Vec<String>,
+
+    /// `tokenizer.json`; without it a small built-in one.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// Tokens per KV block.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub block_size: u32,
+
+    /// KV blocks of the cache.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub kv_blocks: u32,
+
+    /// Publish KV events there.
+    #[arg(long, value_name = "tcp://ADDR")]
+    pub kv_events: Option<String>,
+
+    /// Answer replay requests there.
+    #[arg(long, value_name = "tcp://ADDR")]
+    pub replay: Option<String>,
+
+    /// Hardware profile: how long a step takes.
+    #[arg(long, value_name = "NAME", default_value = "qwen3-32b-tp2-h100")]
+    pub profile: String,
+
+    /// Run this many times faster than the profile says.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub speed: f64,
+
+    /// Longest prompt plus answer, in tokens.
+    #[arg(long, value_name = "N", default_value_t = 131_072)]
+    pub max_model_len: u32,
+
+    /// Seed of the generated tokens.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `kvroute demo`.
+#[derive(Clone, Debug, Args)]
+pub struct Demo {
+    /// Seed of the workload and of tie-breaks.
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    pub seed: u64,
+
+    /// A third of the load, for a first look or a smoke test.
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Print the summary as one JSON object on the last line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `kvroute replay`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+The folder holds requests.jsonl and any number of kv_events*.jsonl, one for each engine.
+Exit code 1 when a prediction or a token differs.")]
+pub struct Replay {
+    /// Folder of the recording.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+
+    /// Also render and tokenize each prompt with this `tokenizer.json` and compare the ids.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// Print one JSON object on the last line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Parses the command line, runs the command and says what went wrong.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let quiet = matches!(cli.command, Command::Demo(_) | Command::Replay(_));
+    init_logging(cli.log.as_deref(), cli.log_format, quiet);
+    let done = match cli.command {
+        Command::Serve(args) => serve::main(&args),
+        Command::Demo(args) => demo::main(&args),
+        Command::Engine(args) => engine::main(&args),
+        Command::Replay(args) => replay::main(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "kvroute", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    done.unwrap_or_else(|error| {
+        tell(&format!("kvroute: {error:#}"));
+        ExitCode::from(2)
+    })
+}
+
+/// A line for the person at the terminal, outside of the log.
+#[expect(clippy::print_stderr, reason = "the command line's own voice")]
+pub fn tell(line: &str) {
+    eprintln!("{line}");
+}
+
+/// A line of the command's result.
+#[expect(clippy::print_stdout, reason = "the command line's own result")]
+pub fn say(line: &str) {
+    println!("{line}");
+}
+
+fn init_logging(filter: Option<&str>, format: LogFormat, quiet: bool) {
+    let default = if quiet { "error" } else { "info" };
+    let filter = tracing_subscriber::EnvFilter::new(filter.unwrap_or(default));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false);
+    match format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}

@@ -1,0 +1,127 @@
+//! From a configuration file to a plan, and from flags to what they mean.
+
+use std::path::Path;
+
+use anyhow::{Context, anyhow, bail};
+use kvroute_core::plan::Plan;
+use kvroute_tokens::{Tokenizer, TokenizerOptions};
+use kvroute_router::{EndpointFlag, EventsSource, RouterConfig, TlsFiles, Tokenizers};
+
+use crate::cli;
+
+/// Reads and checks a configuration; `file` names it in errors.
+///
+/// # Errors
+/// What is wrong, with line and column where the file is to blame.
+pub fn load_text(text: &str, file: &str) -> anyhow::Result<Plan> {
+    let config = kvroute_wire::config::parse(text, file).map_err(|e| anyhow!("{e}"))?;
+    Plan::build(&config).with_context(|| file.to_owned())
+}
+
+/// The plan of `--config`, or the built-in one.
+///
+/// # Errors
+/// The file cannot be read, or is wrong.
+pub fn load(path: Option<&Path>) -> anyhow::Result<Plan> {
+    let Some(path) = path else { return Ok(Plan::precise()) };
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
+    load_text(&text, &name)
+}
+
+/// What `kvroute serve` was told, resolved.
+///
+/// # Errors
+/// A flag, the configuration or a tokenizer is wrong.
+pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
+    if args.endpoints.is_empty() && args.endpoints_file.is_none() {
+        bail!("no endpoints: give --endpoint URL (once for each engine) or --endpoints-file FILE");
+    }
+    let plan = load(args.config.as_deref())?;
+    let endpoints = args
+        .endpoints
+        .iter()
+        .map(|text| text.parse::<EndpointFlag>().with_context(|| format!("--endpoint {text}")))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let options = TokenizerOptions {
+        cache_bytes_max: plan.settings.tokenizer_cache_bytes_max,
+        ..TokenizerOptions::default()
+    };
+    Ok(RouterConfig {
+        tokenizers: tokenizers(&args.tokenizers, &options)?,
+        plan,
+        seed: args.seed,
+        http: args.http,
+        admin: args.admin,
+        endpoints,
+        endpoints_file: args.endpoints_file.clone(),
+        events: events(args),
+        default_model: args.model.clone(),
+        tls: match (&args.tls_cert, &args.tls_key) {
+            (Some(cert), Some(key)) => Some(TlsFiles { cert: cert.clone(), key: key.clone() }),
+            _ => None,
+        },
+    })
+}
+
+fn events(args: &cli::Serve) -> EventsSource {
+    match args.kv_events_port {
+        Some(events) => EventsSource::Ports { events, replay: args.kv_replay_port },
+        None => EventsSource::Ask,
+    }
+}
+
+/// `FILE` is for every model, `MODEL=FILE` for one.
+fn tokenizers(flags: &[String], options: &TokenizerOptions) -> anyhow::Result<Tokenizers> {
+    let mut tokenizers = Tokenizers::default();
+    for flag in flags {
+        let (model, file) = match flag.split_once('=') {
+            Some((model, file)) if !Path::new(flag).exists() => (Some(model), file),
+            _ => (None, flag.as_str()),
+        };
+        let tokenizer = Tokenizer::load(Path::new(file), options)
+            .with_context(|| format!("--tokenizer {flag}"))?;
+        match model {
+            Some(model) => {
+                tokenizers.by_model.insert(model.to_owned(), tokenizer);
+            }
+            None if tokenizers.default.is_none() => tokenizers.default = Some(tokenizer),
+            None => bail!("two tokenizers for every model; write --tokenizer MODEL=FILE"),
+        }
+    }
+    Ok(tokenizers)
+}
+
+#[cfg(test)]
+mod tests {
+    use kvroute_core::settings::Settings;
+
+    use super::*;
+
+    fn limits_example() -> String {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../config/limits.yaml");
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn the_limits_example_shows_every_limit_with_its_default() {
+        let text = limits_example();
+        let plan = load_text(&text, "limits.yaml").unwrap();
+        assert_eq!(plan.settings, Settings::default());
+        let named = format!("{:?}", Settings::default());
+        let fields = named.split(['{', ',']).filter_map(|part| part.trim().split_once(':'));
+        for (field, _) in fields {
+            let field = field.trim();
+            assert!(text.contains(&format!("  {field}:")), "config/limits.yaml lacks {field}");
+        }
+    }
+
+    #[test]
+    fn a_typo_names_line_column_and_the_valid_names() {
+        let text = "kind: EndpointPickerConfig\nplugins:\n  - type: queue-scorrer\n";
+        let error = format!("{:#}", load_text(text, "my.yaml").unwrap_err());
+        for part in ["my.yaml", "3:", "queue-scorrer", "queue-scorer"] {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! `kvroute engine`: a simulated vLLM server until somebody stops it.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use kvroute_lab::engine::{self, EngineConfig};
+use kvroute_lab::model::{Adapter, Profile};
+use kvroute_tokens::{Tokenizer, TokenizerOptions};
+use tracing::info;
+
+use crate::{cli, serve};
+
+/// Runs `kvroute engine`.
+///
+/// # Errors
+/// A flag is wrong or an address is taken.
+pub fn main(args: &cli::Engine) -> anyhow::Result<ExitCode> {
+    let config = configure(args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let engine = engine::serve(config).await?;
+        info!(
+            http = %engine.http_addr(),
+            kv_events = ?engine.events_addr(),
+            replay = ?engine.replay_addr(),
+            "The simulated engine listens."
+        );
+        serve::stop_signal().await?;
+        engine.shutdown().await;
+        anyhow::Ok(())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
+    let tokenizer = match &args.tokenizer {
+        Some(path) => Tokenizer::load(path, &TokenizerOptions::default())
+            .with_context(|| format!("--tokenizer {}", path.display()))?,
+        None => Tokenizer::demo(),
+    };
+    let profile = profile(&args.profile).context("--profile")?;
+    let socket = |text: &Option<String>| text.as_deref().map(engine::parse_endpoint).transpose();
+    let mut config = EngineConfig::loopback(&args.model, tokenizer, profile);
+    config.http = args.http;
+    config.adapters = args.adapters.iter().map(|name| adapter(name)).collect();
+    config.events = socket(&args.kv_events).context("--kv-events")?;
+    config.replay = socket(&args.replay).context("--replay")?;
+    config.topic = format!("kv@{}@{}", args.http, args.model);
+    config.block_size = args.block_size;
+    config.kv_blocks = args.kv_blocks;
+    config.max_model_len = args.max_model_len;
+    config.speed = args.speed;
+    config.seed = args.seed;
+    Ok(config)
+}
+
+/// A built-in profile by name, or a file.
+fn profile(name: &str) -> anyhow::Result<Profile> {
+    if !name.ends_with(".yaml") {
+        return Ok(Profile::built_in(name)?);
+    }
+    let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;
+    Ok(Profile::parse(&text, name)?)
+}
+
+fn adapter(name: &str) -> Adapter {
+    Adapter { name: name.to_owned(), path: name.to_owned() }
+}

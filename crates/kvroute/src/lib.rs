@@ -1,0 +1,8 @@
+//! The commands of the one binary.
+
+pub mod cli;
+pub mod config;
+pub mod demo;
+pub mod engine;
+pub mod replay;
+pub mod serve;

@@ -1,0 +1,54 @@
+//! `kvroute serve`: the router until somebody stops it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+use crate::{cli, config};
+
+/// Runs `kvroute serve`.
+///
+/// # Errors
+/// The configuration is wrong or an address is taken.
+pub fn main(args: &cli::Serve) -> anyhow::Result<ExitCode> {
+    let config = config::router(args)?;
+    warn_of_degradations(&config);
+    let drain = Duration::from_secs(u64::from(config.plan.settings.drain_timeout_s));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let finished = runtime.block_on(async {
+        let router = kvroute_router::start(config).await?;
+        stop_signal().await.context("cannot listen for signals")?;
+        anyhow::Ok(router.shutdown(drain).await)
+    })?;
+    info!(all_requests_finished = finished, "Stopped.");
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the set-up itself rules out is said once, at the start.
+fn warn_of_degradations(config: &kvroute_router::RouterConfig) {
+    let no_tokenizer = config.tokenizers.default.is_none() && config.tokenizers.by_model.is_empty();
+    if config.plan.reads_events() && no_tokenizer {
+        warn!(
+            "No tokenizer is given, so prompts are estimated and routing is approximate, by \
+             history. Give --tokenizer the model's tokenizer.json for precise routing."
+        );
+    }
+    for note in &config.plan.notes {
+        info!(kind = ?note.kind, "{}", note.text);
+    }
+}
+
+/// Waits for SIGTERM or SIGINT.
+pub async fn stop_signal() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
