@@ -25,6 +25,7 @@ use crate::plan::Plan;
 use crate::settings::ms;
 use crate::stream::{
     Stream, StreamCounters, StreamEffect, StreamInput, StreamLimits, StreamOrder, StreamState,
+    SuspectReason,
 };
 use crate::{Rng, Time};
 
@@ -310,11 +311,14 @@ impl Brain {
             StreamEffect::Apply(batch) => {
                 batch.events.iter().for_each(|event| *applied += index.apply(id, event));
             }
-            StreamEffect::Reset => {
-                index.clear_resident(id);
-                ledger.settled(id);
-            }
+            StreamEffect::Reset => index.clear_resident(id),
         });
+        // A doubt of the ledger ends when the stream has cured it in another way.
+        let state = stream.state();
+        let drifting = state == StreamState::Suspect(SuspectReason::Drift);
+        if ledger.in_doubt(id) && !drifting && state != StreamState::Replaying {
+            ledger.settled(id);
+        }
         if self.fleet.on_block_size(id, self.index.block_size(id)) {
             self.collect_specs();
         }

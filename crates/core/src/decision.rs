@@ -9,6 +9,7 @@ use crate::event::Tier;
 use crate::fleet::{EndpointId, Name};
 use crate::load::Ticket;
 use crate::stage::ResponseHeader;
+use crate::stream::StreamState;
 
 /// One prompt of a request: a chain for each spec that [`crate::brain::Brain::chain_specs`] named
 /// and that could be computed.
@@ -390,6 +391,8 @@ pub struct Candidate {
     pub removed_by: Option<Name>,
     /// Why the knowledge about its cache is what it is.
     pub reason: Reason,
+    /// Its event stream.
+    pub stream: StreamState,
     /// Its cache, as the plan's main producer sees it.
     pub hit: HitRecord,
     /// Its load.

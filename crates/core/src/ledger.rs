@@ -14,6 +14,10 @@ use crate::settings::Settings;
 /// enough alone: a cache was emptied and nobody said so.
 const BIG_MISS_BLOCKS: u32 = 4;
 
+/// Each drift without a kept promise since the last one doubles the evidence for the next, so
+/// often at most.
+const DRIFT_DOUBLINGS_MAX: u32 = 8;
+
 /// What one request was expected to get.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Expectation {
@@ -105,6 +109,8 @@ struct Book {
     evidence: u32,
     agreements: u32,
     in_doubt: bool,
+    /// Drifts since the last promise that was kept.
+    drifts: u32,
 }
 
 /// All accounts.
@@ -122,7 +128,7 @@ impl Ledger {
         Ledger {
             total: Account::default(),
             books: Vec::new(),
-            evidence_max: settings.drift_evidence_max.max(1),
+            evidence_max: settings.drift_evidence_max.clamp(1, 1 << 20),
             agreements_min: settings.drift_agreements_min.max(1),
         }
     }
@@ -219,19 +225,22 @@ impl Ledger {
             Verdict::Below { nothing_of } => {
                 let big = nothing_of >= BIG_MISS_BLOCKS;
                 book.agreements = 0;
-                book.evidence += match (big, expectation.concurrent) {
+                book.evidence = book.evidence.saturating_add(match (big, expectation.concurrent) {
                     (true, false) => self.evidence_max,
                     (true, true) | (false, false) => 2,
                     (false, true) => 1,
-                };
-                if book.in_doubt || book.evidence < self.evidence_max {
+                });
+                // An engine whose reports never agree must not be replayed for every request.
+                let doublings = book.drifts.min(DRIFT_DOUBLINGS_MAX);
+                if book.in_doubt || book.evidence < self.evidence_max << doublings {
                     return None;
                 }
                 book.in_doubt = true;
+                book.drifts += 1;
                 Some(Conclusion::Drift)
             }
             Verdict::Right { promised: true } | Verdict::Above { promised: true } => {
-                book.evidence = 0;
+                (book.evidence, book.drifts) = (0, 0);
                 book.agreements += 1;
                 if !book.in_doubt || book.agreements < self.agreements_min {
                     return None;
@@ -369,6 +378,22 @@ mod tests {
             (0..5).map(|_| ledger.delivered(ID, &promise(32, false), 161, 32)).collect();
         assert_eq!(kept, [None, None, None, None, Some(Conclusion::Agrees)]);
         assert!(!ledger.in_doubt(ID));
+    }
+
+    #[test]
+    fn an_engine_that_never_agrees_is_doubted_less_and_less_often() {
+        let mut ledger = ledger();
+        let mut misses = Vec::new();
+        for miss in 0..32 {
+            if ledger.delivered(ID, &promise(160, false), 161, 0).is_some() {
+                misses.push(miss);
+                ledger.settled(ID);
+            }
+        }
+        assert_eq!(misses, [0, 2, 6, 14, 30]);
+        ledger.delivered(ID, &promise(160, false), 161, 160);
+        let again = ledger.delivered(ID, &promise(160, false), 161, 0);
+        assert_eq!(again, Some(Conclusion::Drift));
     }
 
     #[test]

@@ -4,9 +4,33 @@
 //! [`Time`] passed in, randomness a seeded [`Rng`]. The live router, the simulation and `explain`
 //! run this same code.
 
+pub mod blocks;
+pub mod brain;
+pub mod config;
+mod config_buffer;
+pub mod decision;
 pub mod event;
+pub mod filter;
+#[cfg(test)]
+mod fixture;
+pub mod fleet;
+pub mod index;
+mod knowledge;
+pub mod ledger;
+pub mod load;
+mod lru;
+pub mod pick;
+mod pipeline;
+pub mod plan;
+pub mod plugin;
+pub mod produce;
 pub mod rng;
+pub mod score;
+pub mod settings;
+pub mod stage;
+pub mod stream;
 pub mod time;
 
+pub use fleet::EndpointId;
 pub use rng::Rng;
 pub use time::Time;

@@ -11,6 +11,9 @@ use crate::produce::{ApproxPrefix, InflightLoad, PrecisePrefix, Tokens};
 use crate::settings::Settings;
 use crate::stage::{Inputs, LOAD_DEFAULT, PREFIX_DEFAULT, ProducerRef};
 
+#[cfg(test)]
+mod tests;
+
 /// A checked configuration. Printing it shows what runs, what was added, and why.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {

@@ -180,6 +180,7 @@ impl Brain {
             endpoint: self.name(row.id),
             removed_by: self.survivors.removed_by.get(row.at as usize).cloned().flatten(),
             reason: known.reason,
+            stream: self.stream_state(row.id).unwrap_or(StreamState::Initial),
             hit: known.hit,
             load: LoadRecord {
                 inflight_requests: row.inflight.requests,

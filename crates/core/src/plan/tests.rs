@@ -1,0 +1,287 @@
+//! Configurations that load, what becomes of them, and how mistakes are told.
+
+use super::*;
+use crate::config::{GoDuration, Quantity};
+use std::time::Duration;
+
+fn parse(yaml: &str) -> Result<EndpointPickerConfig, String> {
+    serde_saphyr::from_str(yaml).map_err(|error| error.to_string())
+}
+
+fn plan(yaml: &str) -> Plan {
+    Plan::build(&parse(yaml).unwrap()).unwrap()
+}
+
+fn stages(stages: &[StagePlan]) -> Vec<(&str, f64, Option<usize>)> {
+    stages.iter().map(|s| (s.name.as_str(), s.weight, s.prefix)).collect()
+}
+
+fn texts(plan: &Plan, kind: NoteKind) -> Vec<&str> {
+    plan.notes.iter().filter(|n| n.kind == kind).map(|n| n.text.as_str()).collect()
+}
+
+#[test]
+fn llm_ds_baseline_gets_its_producers_and_picker() {
+    let yaml = include_str!("../../../../tests/data/epp-configs/optimized-baseline.yaml");
+    let plan = plan(yaml);
+    let profile = &plan.profiles[0];
+    assert_eq!(profile.name.as_str(), "default");
+    assert_eq!(
+        stages(&profile.scorers),
+        [
+            ("queue-scorer", 2.0, None),
+            ("kv-cache-utilization-scorer", 2.0, None),
+            ("prefix-cache-scorer", 3.0, Some(0)),
+            ("no-hit-lru-scorer", 2.0, Some(0)),
+        ]
+    );
+    assert_eq!(profile.picker.name.as_str(), "max-score-picker");
+    assert_eq!(plan.producers[0].name.as_str(), "approx-prefix-cache-producer");
+    assert_eq!((plan.producer_main, plan.load.prefix), (Some(0), Some(0)));
+    assert_eq!(plan.tokens, TokensNeed::Estimated);
+    assert!(!plan.reads_events());
+    assert_eq!(
+        texts(&plan, NoteKind::Added),
+        [
+            "single-profile-handler: there is one profile",
+            "max-score-picker: the profile has no picker",
+            "approx-prefix-cache-producer: prefix-cache-scorer reads it",
+            "token-producer: prefix matching needs tokens",
+        ]
+    );
+}
+
+#[test]
+fn two_producers_of_one_type_are_told_apart_by_name() {
+    let yaml = include_str!("../../../../tests/data/epp-configs/tiered-prefix-cache-cpu.yaml");
+    let plan = plan(yaml);
+    let names: Vec<&str> = plan.producers.iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["cpu-prefix-cache-producer", "approx-prefix-cache-producer"]);
+    let scorers = stages(&plan.profiles[0].scorers);
+    assert_eq!(
+        scorers[2..],
+        [("gpu-prefix-cache-scorer", 1.0, Some(1)), ("cpu-prefix-cache-scorer", 1.0, Some(0)),]
+    );
+}
+
+#[test]
+fn samples_with_a_precise_producer_ask_for_exact_tokens() {
+    let samples = [
+        include_str!("../../../../tests/data/epp-configs/sim-epp-kvcache-config.yaml"),
+        include_str!("../../../../tests/data/epp-configs/sim-epp-tokenizer-vllm-http-config.yaml"),
+    ];
+    for yaml in samples {
+        let plan = plan(yaml);
+        assert_eq!(plan.tokens, TokensNeed::Exact);
+        assert!(plan.reads_events());
+        let precise = plan.precise_producer().unwrap();
+        assert_eq!(precise.block_tokens_assumed(), 16);
+        assert!(!precise.speculative_indexing);
+        assert_eq!(stages(&plan.profiles[0].filters), [("decode-filter", 1.0, None)]);
+        assert!(texts(&plan, NoteKind::Inert).iter().any(|text| text.contains("vllm")));
+    }
+    let plan = plan(include_str!("../../../../tests/data/epp-configs/sim-epp-config.yaml"));
+    assert_eq!(plan.index_limits().history_blocks_per_endpoint_max, 31_250);
+}
+
+#[test]
+fn without_profiles_everything_runs_in_order() {
+    let plan = plan(
+        "plugins: [{type: running-requests-size-scorer}, {type: decode-filter}, \
+         {type: random-picker}, {type: kv-cache-scorer}, {type: token-load-scorer, name: load}]",
+    );
+    let profile = &plan.profiles[0];
+    let scorers: Vec<&str> = profile.scorers.iter().map(|s| s.name.as_str()).collect();
+    // The old name of a type is a name like any other; unnamed, it is called by the new one.
+    assert_eq!(scorers, ["running-requests-size-scorer", "kv-cache-utilization-scorer", "load"]);
+    assert_eq!(profile.picker.name.as_str(), "random-picker");
+    assert_eq!(plan.tokens, TokensNeed::None);
+    assert_eq!(plan.producer_main, None);
+}
+
+#[test]
+fn keys_come_in_any_order() {
+    let sorted = "plugins: [{name: a, parameters: {queueThresholdTokens: 7}, type: \
+                  token-load-scorer}, {parameters: {matchLabels: {x: 'y'}, matchExpressions: \
+                  [{key: k, operator: In, values: [v]}]}, type: label-selector-filter}, \
+                  {parameters: {speculativeTTL: 5s, kvEventsConfig: {engineType: vllm}}, type: \
+                  precise-prefix-cache-producer}]";
+    let typed_first = "plugins: [{type: token-load-scorer, name: a, parameters: \
+                       {queueThresholdTokens: 7}}, {type: label-selector-filter, parameters: \
+                       {matchLabels: {x: 'y'}, matchExpressions: [{key: k, operator: In, \
+                       values: [v]}]}}, {type: precise-prefix-cache-producer, parameters: \
+                       {speculativeTTL: 5s, kvEventsConfig: {engineType: vllm}}}]";
+    let config = parse(sorted).unwrap();
+    assert_eq!(config, parse(typed_first).unwrap());
+    assert_eq!(config.plugins[0].name(), "a");
+    let json = r#"{"plugins": [{"parameters": {"threshold": 10}, "type": "load-aware-scorer"}]}"#;
+    let from_json: EndpointPickerConfig = serde_json::from_str(json).unwrap();
+    assert_eq!(from_json, parse(json).unwrap());
+}
+
+#[test]
+fn the_whole_schema_is_read() {
+    let config = parse(
+        "apiVersion: inference.networking.x-k8s.io/v1alpha1
+kind: EndpointPickerConfig
+featureGates: [flowControl=false]
+plugins:
+- type: queue-scorer
+saturationDetector: {pluginRef: utilization-detector}
+flowControl:
+  maxBytes: 2Gi
+  maxRequests: 5000
+  defaultRequestTTL: 1m30s
+  priorityBands: [{priority: -1, maxBytes: 1G, fairnessPolicyRef: x, orderingPolicyRef: y}]
+requestHandler: {parsers: [{pluginRef: openai-parser}]}
+kvroute: {body_bytes_max: 1000, speculative: false}
+",
+    )
+    .unwrap();
+    let flow = config.flow_control.as_ref().unwrap();
+    assert_eq!(
+        (flow.max_bytes, flow.max_requests),
+        (Some(Quantity(2 << 30)), Some(Quantity(5000)))
+    );
+    assert_eq!(flow.default_request_ttl, Some(GoDuration(Duration::from_secs(90))));
+    assert_eq!(flow.priority_bands[0].priority, -1);
+    assert_eq!(config.kvroute.body_bytes_max, 1000);
+    assert_eq!(config.kvroute.retries_max, 2);
+    let inert = Plan::build(&config).unwrap();
+    assert_eq!(texts(&inert, NoteKind::Inert).len(), 2);
+}
+
+#[test]
+fn mistakes_in_the_text_are_told_with_place_and_valid_names() {
+    let table = [
+        ("plugin: []", "plugins", "1:1"),
+        ("plugins:\n- type: queu-scorer", "nearest first: queue-scorer", "2:9"),
+        ("plugins:\n- name: x", "missing a `type`", "2:"),
+        ("plugins:\n- type: queue-scorer\n  typo: 1", "parameters", "3:3"),
+        (
+            "plugins:\n- type: token-load-scorer\n  parameters:\n    queueTreshold: 5",
+            "queueThresholdTokens",
+            "4:5",
+        ),
+        ("plugins:\n- type: queue-scorer\n  parameters: {a: 1}", "a", "3:16"),
+        ("plugins:\n- type: queue-scorer\n  type: queue-scorer", "duplicate", "3:3"),
+        ("kind: Pod", "EndpointPickerConfig", "1:7"),
+        ("flowControl:\n  defaultRequestTTL: 60", "duration", "2:3"),
+        ("kvroute:\n  body_bytes: 1", "body_bytes_max", "2:3"),
+        ("schedulingProfiles:\n- name: a\n  plugins:\n  - pluginref: x", "pluginRef", "4:5"),
+    ];
+    for (yaml, names, place) in table {
+        let error = parse(yaml).unwrap_err();
+        assert!(error.contains(names), "{yaml}\n{error}");
+        assert!(error.contains(place), "{yaml}\n{error}");
+    }
+}
+
+#[test]
+fn mistakes_of_meaning_name_their_place() {
+    let scorer = "plugins: [{type: queue-scorer}]\n";
+    let profile =
+        |plugins: &str| format!("{scorer}schedulingProfiles: [{{name: p, plugins: [{plugins}]}}]");
+    let path = "schedulingProfiles[0].plugins[0]";
+    let two = "plugins: [{type: max-score-picker}, {type: random-picker}]";
+    let table: Vec<(String, String, &str)> =
+        vec![
+        (profile("{pluginRef: queu}"), format!("{path}.pluginRef"), "defined: queue-scorer"),
+        (profile("{weight: 1}"), path.into(), "missing a pluginRef"),
+        (
+            "plugins: [{type: decode-filter}]\nschedulingProfiles: [{name: p, plugins: \
+             [{pluginRef: decode-filter, weight: 2}]}]"
+                .into(),
+            format!("{path}.weight"),
+            "no scorer",
+        ),
+        (profile("{pluginRef: queue-scorer, weight: .nan}"), format!("{path}.weight"), "finite"),
+        (two.into(), "schedulingProfiles[0]".into(), "already have a picker 'max-score-picker'"),
+        (format!("{scorer}featureGates: [x]"), "featureGates[0]".into(), "flowControl"),
+        ("plugins: [{type: queue-scorer}, {type: queue-scorer}]".into(), "plugins[1].name".into(),
+            "duplicate"),
+        ("plugins: [{type: load-aware-scorer, parameters: {threshold: 0}}]".into(),
+            "plugins[0].parameters".into(), "positive"),
+        ("schedulingProfiles: [{plugins: []}]".into(), "schedulingProfiles[0].name".into(),
+            "missing a name"),
+        ("schedulingProfiles: [{name: a}, {name: b}]".into(), "schedulingProfiles".into(),
+            "multiple scheduling profiles"),
+        ("plugins: [{type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: x}}]"
+            .into(), "plugins (prefix-cache-scorer)".into(), "undefined plugin 'x'"),
+        ("plugins: [{type: single-profile-handler}, {type: single-profile-handler, name: b}]"
+            .into(), "plugins".into(), "multiple profile handlers"),
+    ];
+    for (yaml, path, message) in table {
+        let error = Plan::build(&parse(&yaml).unwrap()).unwrap_err();
+        assert_eq!(error.path, path, "{yaml}");
+        assert!(error.message.contains(message), "{yaml}\n{error}");
+    }
+}
+
+#[test]
+fn the_precise_scorer_brings_its_own_producer_or_uses_the_one_there_is() {
+    let alone = plan(
+        "plugins: [{type: precise-prefix-cache-scorer, parameters: {tokenProcessorConfig: \
+         {blockSize: 64}}}]",
+    );
+    assert_eq!(alone.precise_producer().unwrap().block_tokens_assumed(), 64);
+    let both = plan(
+        "plugins: [{type: precise-prefix-cache-scorer}, {type: precise-prefix-cache-producer, \
+         name: events}]",
+    );
+    assert_eq!(both.producers.len(), 1);
+    assert_eq!(both.profiles[0].scorers[0].prefix, Some(0));
+}
+
+#[test]
+fn built_in_plans_print_what_runs() {
+    let text = Plan::precise().to_string();
+    for line in [
+        "profile default",
+        "  scorer  prefix-cache-scorer x 3 (reads precise-prefix-cache-producer)",
+        "  scorer  no-hit-lru-scorer x 2 (reads precise-prefix-cache-producer)",
+        "  picker  max-score-picker",
+        "prefix knowledge precise-prefix-cache-producer: precise, from engine events",
+        "tokens exact; estimated where there is no tokenizer",
+        "added: max-score-picker: the profile has no picker",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
+    }
+    assert!(!text.contains("warning"), "{text}");
+    assert_eq!(Plan::baseline_round_robin().tokens, TokensNeed::None);
+}
+
+#[test]
+fn durations_and_quantities_are_those_of_go_and_kubernetes() {
+    let seconds = |text| GoDuration::parse(text).map(|d| d.0.as_secs_f64());
+    for (text, value) in [
+        ("60s", Some(60.0)),
+        ("1m30s", Some(90.0)),
+        ("200ms", Some(0.2)),
+        ("1.5h", Some(5400.0)),
+        ("0", Some(0.0)),
+        ("0s", Some(0.0)),
+        ("", None),
+        ("60", None),
+        ("-1s", None),
+        ("s", None),
+        ("1x", None),
+        ("99999999999999999999h", None),
+    ] {
+        assert_eq!(seconds(text), value, "{text:?}");
+    }
+    let quantity = |text| Quantity::parse(text).map(|q| q.0);
+    for (text, value) in [
+        ("5000", Some(5000)),
+        ("1G", Some(1_000_000_000)),
+        ("64Mi", Some(64 << 20)),
+        ("1.5k", Some(1500)),
+        ("1e3", Some(1000)),
+        ("", None),
+        ("-1", None),
+        ("1X", None),
+        ("1e999", None),
+    ] {
+        assert_eq!(quantity(text), value, "{text:?}");
+    }
+}
