@@ -1,3 +1,12 @@
 //! Workloads, simulated engine, load generator, reports.
+//!
+//! [`model`] says what an engine does, step by step, without clock or sockets; [`engine`] makes a
+//! server of it that a client cannot tell from vLLM; [`workload`] decides what is asked, [`load`]
+//! asks it over HTTP and measures, [`summary`] holds the figures.
 
+pub mod engine;
+pub mod load;
 pub mod model;
+pub mod summary;
+pub mod words;
+pub mod workload;

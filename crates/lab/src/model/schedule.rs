@@ -1,5 +1,7 @@
 //! One scheduler step: who computes how many tokens, with which blocks, and what comes out.
 
+use std::time::Duration;
+
 use kvroute_core::Time;
 use kvroute_core::event::{BlockRemoved, BlockStored, Extra, GroupKind, KvEvent, Tier};
 
@@ -32,7 +34,8 @@ impl EngineModel {
             self.schedule_waiting(now, &mut budget, &mut shares);
         }
         let work = self.work(&shares);
-        let duration = self.profile.step_duration(&work);
+        let seconds = self.profile.step_duration(&work).as_secs_f64() * self.pace;
+        let duration = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
         let end = now + duration;
         let (mut emitted, mut finished) = (Vec::new(), Vec::new());
         for share in &shares {
@@ -52,6 +55,7 @@ impl EngineModel {
     }
 
     fn take_in(&mut self) {
+        self.stats.deferred = 0;
         while let Some(arrival) = self.inbox.pop_front() {
             match arrival {
                 Arrival::Submit(id) => self.waiting.push_back(id),
