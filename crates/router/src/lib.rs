@@ -1,1 +1,209 @@
-//! Sockets and tasks: proxy, event subscribers, discovery, scraping, admin.
+//! Sockets and tasks around the brain: the proxy that clients talk to, the connections to
+//! endpoints, KV event subscribers, scraping, discovery, and the admin address.
+//!
+//! A request: [`proxy`] -> [`route`] -> [`tokenize`] -> core's brain -> [`forward`] ->
+//! [`observe`]. Knowledge: [`scrape`] and [`events`] feed the brain, [`discover`] the fleet.
+//! Everything shares one [`shared::Shared`]; nothing is global, so several routers can run in one
+//! process.
+
+mod admin;
+mod clock;
+mod config;
+mod decisions;
+mod discover;
+mod error;
+mod events;
+mod forward;
+mod headers;
+mod http1;
+mod metrics;
+mod observe;
+mod proxy;
+mod route;
+mod scrape;
+mod shared;
+mod tls;
+mod tokenize;
+mod upstream;
+mod zmtp;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+use kvroute_core::brain::Brain;
+use parking_lot::{Mutex, MutexGuard};
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinHandle;
+use tracing::info;
+
+pub use config::{
+    EndpointFlag, EndpointFlagError, EventsSource, RouterConfig, TlsFiles, Tokenizers,
+};
+use discover::{Discovery, FileSource, NameSource, Source};
+use shared::{Phase, Shared};
+
+/// How often expired knowledge is swept out.
+const TICK: Duration = Duration::from_millis(100);
+/// How often idle connections are looked through.
+const REAP: Duration = Duration::from_secs(1);
+
+/// Why a router could not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// An address is taken or not ours.
+    #[error("cannot listen on {address}: {error}; choose another address")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// The certificate or key cannot be used.
+    #[error("cannot serve TLS: {0}")]
+    Tls(String),
+}
+
+/// A running router. Dropping it stops everything at once; [`RouterHandle::shutdown`] drains.
+pub struct RouterHandle {
+    shared: Arc<Shared>,
+    http_addr: SocketAddr,
+    admin_addr: SocketAddr,
+    proxy: Option<JoinHandle<()>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// Starts a router and returns when it listens and knows the endpoints that its sources list.
+///
+/// # Errors
+/// [`StartError`] when an address cannot be bound or TLS files cannot be read. Sources of
+/// endpoints that cannot be read do not prevent a start: they are tried again.
+pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
+    let acceptor = tls::Acceptor::new(config.tls.as_ref())?;
+    let (http, http_addr) = listen(config.http).await?;
+    let (admin, admin_addr) = listen(config.admin).await?;
+    let (scraper, added) = mpsc::unbounded_channel();
+    let (phase, phase_seen) = watch::channel(Phase::Serving);
+    let mut sources =
+        vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
+    let file = config.endpoints_file.clone();
+    sources.extend(file.map(|f| Source::File(FileSource::new(f, config.events.clone()))));
+    let shared = Arc::new(share(config, phase, scraper));
+
+    let mut tasks = vec![tokio::spawn(scrape::run(Arc::clone(&shared), added))];
+    let mut discovery = Discovery::new(Arc::clone(&shared), sources);
+    discovery.refresh().await;
+    tasks.push(tokio::spawn(discovery.run()));
+    tasks.push(tokio::spawn(tick(Arc::clone(&shared))));
+    tasks.push(tokio::spawn(admin::serve(Arc::clone(&shared), admin)));
+    let proxy = tokio::spawn(proxy::serve(Arc::clone(&shared), http, acceptor, phase_seen));
+    info!(http = %http_addr, admin = %admin_addr, "The router listens.");
+    Ok(RouterHandle { shared, http_addr, admin_addr, proxy: Some(proxy), tasks })
+}
+
+fn share(
+    config: RouterConfig,
+    phase: watch::Sender<Phase>,
+    scraper: mpsc::UnboundedSender<Arc<upstream::Upstream>>,
+) -> Shared {
+    let settings = config.plan.settings.clone();
+    let room = match settings.tokenize_concurrency_max {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n as usize,
+    };
+    Shared {
+        clock: clock::Clock::start(),
+        wants_events: config.plan.reads_events(),
+        tokens: config.plan.tokens,
+        scheduling_headers: config.plan.headers.clone(),
+        brain: Mutex::new(Brain::new(config.plan, config.seed)),
+        upstreams: upstream::Upstreams::default(),
+        metrics: metrics::Metrics::new(settings.label_values_max),
+        decisions: decisions::Decisions::new(settings.decisions_bytes_max),
+        tokenizers: config.tokenizers,
+        default_model: config.default_model,
+        tokenize_room: Arc::new(Semaphore::new(room)),
+        tokenizer_complaints: Mutex::default(),
+        discovery_errors: Mutex::default(),
+        phase,
+        inflight: AtomicU32::new(0),
+        scraper,
+        settings,
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Listen { address, error };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+/// Lets time pass in the brain and in the connection pools.
+async fn tick(shared: Arc<Shared>) {
+    let mut reaped = tokio::time::Instant::now();
+    loop {
+        tokio::time::sleep(TICK).await;
+        let orders = shared.brain.lock().tick(shared.clock.now());
+        for (id, order) in orders {
+            if let Some(upstream) = shared.upstreams.get(id) {
+                upstream.order(order);
+            }
+        }
+        if reaped.elapsed() >= REAP {
+            reaped = tokio::time::Instant::now();
+            shared.upstreams.all().iter().for_each(|u| u.reap());
+        }
+    }
+}
+
+impl RouterHandle {
+    /// Where clients connect.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http_addr
+    }
+
+    /// Where metrics, health, decisions and the index are served.
+    pub fn admin_addr(&self) -> SocketAddr {
+        self.admin_addr
+    }
+
+    /// The brain, locked: requests wait while it is held, so look and let go. Never hold it over
+    /// an await.
+    pub fn brain(&self) -> MutexGuard<'_, Brain> {
+        self.shared.brain.lock()
+    }
+
+    /// Stops: not ready at once, no new connections, requests in flight have `drain` to finish
+    /// before they are broken off. Returns whether all of them finished.
+    pub async fn shutdown(mut self, drain: Duration) -> bool {
+        self.shared.phase.send_replace(Phase::Draining);
+        info!(inflight = self.inflight(), "Draining.");
+        let Some(mut proxy) = self.proxy.take() else { return true };
+        let finished = tokio::time::timeout(drain, &mut proxy).await.is_ok();
+        if !finished {
+            info!(inflight = self.inflight(), "The drain timeout is over; breaking off the rest.");
+            self.shared.phase.send_replace(Phase::Stopped);
+            // Connections end at their next turn; what they hold is given back then.
+            let _ = tokio::time::timeout(Duration::from_secs(1), &mut proxy).await;
+            proxy.abort();
+        }
+        finished
+    }
+
+    /// Requests under way.
+    pub fn inflight(&self) -> u32 {
+        self.shared.inflight.load(std::sync::atomic::Ordering::Acquire)
+    }
+}
+
+impl Drop for RouterHandle {
+    fn drop(&mut self) {
+        self.shared.phase.send_replace(Phase::Stopped);
+        self.tasks.iter().chain(self.proxy.as_ref()).for_each(JoinHandle::abort);
+    }
+}

@@ -1,0 +1,141 @@
+//! What can a person or a monitor ask? A listener of its own, read only.
+//!
+//! `/metrics`, `/healthz`, `/readyz`, `/decisions?last=N`, `/decisions/{request-id}`, `/index`,
+//! `/endpoints`. Everything but the metrics is JSON, indented for people.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
+
+use crate::shared::Shared;
+
+mod health;
+mod index;
+mod page;
+
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 64;
+/// Decisions of one answer, at most and when nothing is said.
+const DECISIONS_MAX: usize = 10_000;
+const DECISIONS_DEFAULT: usize = 20;
+/// Patience with a request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+type Answer = Response<Full<Bytes>>;
+
+/// Answers until its task is aborted; draining does not end it.
+pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                warn!(%error, "A connection to the admin address could not be accepted.");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let service = service_fn(|request: Request<Incoming>| {
+                let answer = answer(&shared, &request);
+                async move { Ok::<_, std::convert::Infallible>(answer) }
+            });
+            let mut server = hyper::server::conn::http1::Builder::new();
+            server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+            if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
+                debug!(%error, "A connection to the admin address broke.");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn answer(shared: &Shared, request: &Request<Incoming>) -> Answer {
+    if request.method() != Method::GET && request.method() != Method::HEAD {
+        return fault(StatusCode::METHOD_NOT_ALLOWED, "this address is read only; use GET");
+    }
+    let path = request.uri().path();
+    let query = request.uri().query().unwrap_or_default();
+    match path {
+        "/metrics" => metrics(shared),
+        "/healthz" => json(StatusCode::OK, &health::Health { status: "ok" }),
+        "/readyz" => {
+            let ready = health::readiness(shared);
+            let status = if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            json(status, &ready)
+        }
+        "/decisions" => match last(query) {
+            Some(n) => json(StatusCode::OK, &shared.decisions.last(n)),
+            None => fault(StatusCode::BAD_REQUEST, "write /decisions?last=N with a number"),
+        },
+        "/index" => json(StatusCode::OK, &index::view(shared)),
+        "/endpoints" => json(StatusCode::OK, &index::endpoints(shared)),
+        "/" => page::answer(),
+        _ => match path.strip_prefix("/decisions/").map(|id| shared.decisions.find(id)) {
+            Some(Some(entry)) => json(StatusCode::OK, &entry),
+            Some(None) => fault(
+                StatusCode::NOT_FOUND,
+                "no decision of this request id; the oldest are forgotten \
+                 (kvroute.decisions_bytes_max)",
+            ),
+            None => fault(StatusCode::NOT_FOUND, "unknown path; GET / lists what there is"),
+        },
+    }
+}
+
+/// `last=N` of a query.
+fn last(query: &str) -> Option<usize> {
+    let given = query.split('&').find_map(|pair| pair.strip_prefix("last="));
+    match given {
+        None => Some(DECISIONS_DEFAULT),
+        Some(text) => text.parse().ok().map(|n: usize| n.min(DECISIONS_MAX)),
+    }
+}
+
+fn metrics(shared: &Shared) -> Answer {
+    index::mirror_metrics(shared);
+    let mut answer = Response::new(Full::new(Bytes::from(shared.metrics.render())));
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    answer
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+    match serde_json::to_vec_pretty(value) {
+        Ok(mut text) => {
+            text.push(b'\n');
+            let mut answer = Response::new(Full::new(Bytes::from(text)));
+            *answer.status_mut() = status;
+            let kind = HeaderValue::from_static("application/json");
+            answer.headers_mut().insert(CONTENT_TYPE, kind);
+            answer
+        }
+        Err(error) => {
+            let mut answer = Response::new(Full::new(Bytes::from(error.to_string())));
+            *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            answer
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Fault<'a> {
+    error: &'a str,
+}
+
+fn fault(status: StatusCode, error: &str) -> Answer {
+    json(status, &Fault { error })
+}

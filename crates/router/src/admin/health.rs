@@ -1,0 +1,47 @@
+//! Is the router alive, and should it get requests?
+
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+
+use crate::shared::{Phase, Shared};
+
+/// Answer of `/healthz`.
+#[derive(Serialize)]
+pub(super) struct Health {
+    pub status: &'static str,
+}
+
+/// Answer of `/readyz`.
+#[derive(Serialize)]
+pub(super) struct Readiness {
+    pub ready: bool,
+    /// Why not, or what is worth knowing although it is.
+    pub reasons: Vec<String>,
+    pub endpoints: usize,
+    pub endpoints_answering: usize,
+    pub requests_inflight: u32,
+}
+
+/// Ready: not draining, and at least one endpoint answers.
+pub(super) fn readiness(shared: &Shared) -> Readiness {
+    let upstreams = shared.upstreams.all();
+    let answering = upstreams.iter().filter(|u| u.up.load(Ordering::Relaxed)).count();
+    let mut reasons = shared.discovery_errors.lock().clone();
+    let draining = shared.phase() != Phase::Serving;
+    if draining {
+        reasons.push("draining: the router is about to stop".to_owned());
+    }
+    if upstreams.is_empty() {
+        reasons.push("no endpoints: no source of endpoints lists any".to_owned());
+    } else if answering == 0 {
+        reasons.push(format!("none of {} endpoints answers GET /metrics", upstreams.len()));
+    }
+    Readiness {
+        ready: !draining && answering > 0,
+        reasons,
+        endpoints: upstreams.len(),
+        endpoints_answering: answering,
+        requests_inflight: shared.inflight.load(Ordering::Relaxed),
+    }
+}

@@ -1,0 +1,231 @@
+//! What does a router need to be told? Everything that is not part of the scheduling plan.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use kvroute_core::plan::Plan;
+use kvroute_tokens::Tokenizer;
+use thiserror::Error;
+
+/// How to start a router. All limits are in `plan`'s settings.
+#[derive(Debug)]
+pub struct RouterConfig {
+    /// How requests are scheduled, and every limit.
+    pub plan: Plan,
+    /// Seed of tie-breaks.
+    pub seed: u64,
+    /// Where clients connect; port 0 picks a free one.
+    pub http: SocketAddr,
+    /// Metrics, health, decisions, index; port 0 picks a free one. Whoever reaches this address
+    /// can read model names and request ids, so keep it on loopback or a private network.
+    pub admin: SocketAddr,
+    /// Endpoints by URL.
+    pub endpoints: Vec<EndpointFlag>,
+    /// Endpoints in a file (llm-d's file-discovery format), read again when it changes.
+    pub endpoints_file: Option<PathBuf>,
+    /// Where KV events of endpoints come from that do not say it themselves.
+    pub events: EventsSource,
+    /// Tokenizers of the served models.
+    pub tokenizers: Tokenizers,
+    /// Model that requests without a `model` field mean.
+    pub default_model: Option<String>,
+    /// Serve clients over TLS.
+    pub tls: Option<TlsFiles>,
+}
+
+/// Where an endpoint publishes its KV events.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum EventsSource {
+    /// Nowhere: its cache is known only by what was routed to it.
+    Off,
+    /// Ask the engine (`GET /kv_event_sources`, vLLM 0.32 and later).
+    #[default]
+    Ask,
+    /// At fixed ports of the endpoint's host, the rank added to each.
+    Ports {
+        /// First port of the publishers.
+        events: u16,
+        /// First port of the replay sockets.
+        replay: Option<u16>,
+    },
+    /// At these addresses.
+    At {
+        /// Publisher, `HOST:PORT`.
+        events: String,
+        /// Replay socket, `HOST:PORT`.
+        replay: Option<String>,
+    },
+}
+
+/// Certificate and key, PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Certificate chain.
+    pub cert: PathBuf,
+    /// Private key.
+    pub key: PathBuf,
+}
+
+/// Which tokenizer belongs to which model?
+#[derive(Clone, Default)]
+pub struct Tokenizers {
+    /// For models without one of their own.
+    pub default: Option<Tokenizer>,
+    /// By model name; an adapter uses that of its base model.
+    pub by_model: BTreeMap<String, Tokenizer>,
+}
+
+impl fmt::Debug for Tokenizers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let models: Vec<&str> = self.by_model.keys().map(String::as_str).collect();
+        let default = self.default.is_some();
+        f.debug_struct("Tokenizers").field("default", &default).field("by_model", &models).finish()
+    }
+}
+
+/// An endpoint as typed: `URL[,events=tcp://HOST:PORT][,replay=tcp://HOST:PORT][,rank=N]`
+/// `[,label.KEY=VALUE]...`; the URL is `http://HOST[:PORT][/]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointFlag {
+    /// Name or address; a name stands for all its addresses.
+    pub host: String,
+    /// Port of the HTTP server; 80 when the URL has none.
+    pub port: u16,
+    /// Data parallel rank.
+    pub rank: u32,
+    /// Labels for filters.
+    pub labels: BTreeMap<String, String>,
+    /// Where its KV events come from; `None`: as the router's configuration says.
+    pub events: Option<EventsSource>,
+}
+
+/// What is wrong with an [`EndpointFlag`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum EndpointFlagError {
+    /// Not `http://HOST[:PORT]`.
+    #[error("`{0}` is not an endpoint; write http://HOST:PORT (engines are reached without TLS)")]
+    Url(String),
+    /// Not one of the known options.
+    #[error("`{0}` is not an option of an endpoint; valid: events= replay= rank= label.KEY=")]
+    Option(String),
+    /// A value that cannot be read.
+    #[error("`{0}` has a wrong value; events and replay take tcp://HOST:PORT, rank a number")]
+    Value(String),
+    /// A replay socket without a publisher.
+    #[error("`replay=` needs `events=` beside it")]
+    ReplayAlone,
+}
+
+impl FromStr for EndpointFlag {
+    type Err = EndpointFlagError;
+
+    fn from_str(text: &str) -> Result<EndpointFlag, EndpointFlagError> {
+        let mut parts = text.split(',');
+        let (host, port) = host_port_of_url(parts.next().unwrap_or_default())?;
+        let (mut rank, mut labels) = (0, BTreeMap::new());
+        let (mut events, mut replay) = (None, None);
+        for part in parts {
+            let wrong = || EndpointFlagError::Value(part.to_owned());
+            match part.split_once('=') {
+                Some(("events", value)) => events = Some(tcp_address(value).ok_or_else(wrong)?),
+                Some(("replay", value)) => replay = Some(tcp_address(value).ok_or_else(wrong)?),
+                Some(("rank", value)) => rank = value.parse().map_err(|_| wrong())?,
+                Some((key, value)) if key.len() > 6 && key.starts_with("label.") => {
+                    labels.insert(key[6..].to_owned(), value.to_owned());
+                }
+                _ => return Err(EndpointFlagError::Option(part.to_owned())),
+            }
+        }
+        let events = match (events, replay) {
+            (Some(events), replay) => Some(EventsSource::At { events, replay }),
+            (None, Some(_)) => return Err(EndpointFlagError::ReplayAlone),
+            (None, None) => None,
+        };
+        Ok(EndpointFlag { host, port, rank, labels, events })
+    }
+}
+
+impl fmt::Display for EndpointFlag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}:{}", self.host, self.port)
+    }
+}
+
+fn host_port_of_url(url: &str) -> Result<(String, u16), EndpointFlagError> {
+    let wrong = || EndpointFlagError::Url(url.to_owned());
+    let rest = match url.split_once("://") {
+        Some(("http", rest)) => rest,
+        Some(_) => return Err(wrong()),
+        None => url,
+    };
+    let authority: http::uri::Authority =
+        rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| wrong())?;
+    if authority.as_str().contains('@') || authority.host().is_empty() {
+        return Err(wrong());
+    }
+    // `host()` keeps the brackets of an IPv6 address, which resolvers do not take.
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+    let has_port = authority.as_str().len() > authority.host().len();
+    let port = match authority.port_u16() {
+        Some(port) => port,
+        None if has_port => return Err(wrong()),
+        None => 80,
+    };
+    if port == 0 { Err(wrong()) } else { Ok((host, port)) }
+}
+
+/// `HOST:PORT` of `tcp://HOST:PORT`; `*` as host means nothing to one who connects.
+pub(crate) fn tcp_address(text: &str) -> Option<String> {
+    let rest = text.strip_prefix("tcp://").unwrap_or(text);
+    let (host, port) = rest.rsplit_once(':')?;
+    let valid = !host.is_empty() && host != "*" && port.parse::<u16>().is_ok_and(|p| p > 0);
+    valid.then(|| rest.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_as_typed() {
+        let table = [
+            ("http://gpu1:8000", "gpu1", 8000),
+            ("http://10.0.0.1:8000/", "10.0.0.1", 8000),
+            ("http://[::1]:9", "::1", 9),
+            ("gpu1:8000", "gpu1", 8000),
+            ("http://gpu1", "gpu1", 80),
+        ];
+        for (text, host, port) in table {
+            let flag: EndpointFlag = text.parse().unwrap();
+            assert_eq!((flag.host.as_str(), flag.port, flag.events), (host, port, None), "{text}");
+        }
+        let text = "http://a:1,events=tcp://a:5557,replay=tcp://a:5558,rank=3,label.x/y=z";
+        let flag: EndpointFlag = text.parse().unwrap();
+        let (events, replay) = ("a:5557".to_owned(), Some("a:5558".to_owned()));
+        assert_eq!(flag.events, Some(EventsSource::At { events, replay }));
+        assert_eq!((flag.rank, flag.labels["x/y"].as_str()), (3, "z"));
+    }
+
+    #[test]
+    fn mistakes_say_what_is_valid() {
+        use EndpointFlagError::*;
+        let table = [
+            ("https://a:1", Url("https://a:1".into())),
+            ("http://u@a:1", Url("http://u@a:1".into())),
+            ("http://a:1/v1", Url("http://a:1/v1".into())),
+            ("http://a:0", Url("http://a:0".into())),
+            ("http://a:99999", Url("http://a:99999".into())),
+            ("", Url(String::new())),
+            ("a:1,event=x", Option("event=x".into())),
+            ("a:1,events=tcp://*:5557", Value("events=tcp://*:5557".into())),
+            ("a:1,rank=-1", Value("rank=-1".into())),
+            ("a:1,replay=tcp://a:2", ReplayAlone),
+        ];
+        for (text, error) in table {
+            assert_eq!(text.parse::<EndpointFlag>(), Err(error), "{text}");
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Why did the last requests go where they went? A ring of decisions, bounded by bytes.
+
+use std::collections::VecDeque;
+use std::time::SystemTime;
+
+use kvroute_core::decision::DecisionRecord;
+use parking_lot::Mutex;
+use serde::Serialize;
+
+/// Allowance for the texts of an outcome.
+const OUTCOME_TEXT_BYTES: usize = 128;
+
+/// What became of a request.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Outcome {
+    /// Status that the client got; 499 when it left first.
+    pub status: u16,
+    /// Endpoint that answered, or the last one tried.
+    pub endpoint: String,
+    /// Endpoints tried.
+    pub attempts: u32,
+    /// From the request's head to the first byte of the answer's body.
+    pub ttft_s: Option<f64>,
+    /// From the request's head to the end of the answer.
+    pub total_s: f64,
+    /// Prompt tokens as the engine counts them.
+    pub prompt_tokens: Option<u32>,
+    /// Generated tokens.
+    pub completion_tokens: Option<u32>,
+    /// Prompt tokens that the engine had cached.
+    pub delivered_tokens: Option<u32>,
+    /// What went wrong.
+    pub error: Option<String>,
+}
+
+/// One request in the ring.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Entry {
+    /// Seconds since the Unix epoch.
+    pub at_unix_s: f64,
+    pub decision: DecisionRecord,
+    /// Missing while the request is under way.
+    pub outcome: Option<Outcome>,
+    #[serde(skip)]
+    bytes: usize,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    entries: VecDeque<Entry>,
+    /// Number of the first entry.
+    first: u64,
+    bytes: usize,
+}
+
+/// The last decisions, newest last.
+#[derive(Debug)]
+pub(crate) struct Decisions {
+    ring: Mutex<Ring>,
+    bytes_max: usize,
+}
+
+impl Decisions {
+    /// Keeps at most about `bytes_max` bytes.
+    pub fn new(bytes_max: usize) -> Decisions {
+        Decisions { ring: Mutex::default(), bytes_max }
+    }
+
+    /// Adds a decision; the number says where its outcome belongs.
+    pub fn push(&self, decision: DecisionRecord) -> u64 {
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let at_unix_s = since_epoch.map_or(0.0, |d| d.as_secs_f64());
+        let bytes = size_of::<Entry>() + OUTCOME_TEXT_BYTES + decision.bytes();
+        let entry = Entry { at_unix_s, decision, outcome: None, bytes };
+        let mut ring = self.ring.lock();
+        ring.bytes += bytes;
+        ring.entries.push_back(entry);
+        while ring.bytes > self.bytes_max && !ring.entries.is_empty() {
+            let Some(old) = ring.entries.pop_front() else { break };
+            ring.bytes -= old.bytes;
+            ring.first += 1;
+        }
+        (ring.first + ring.entries.len() as u64).saturating_sub(1)
+    }
+
+    /// Notes what became of a decision, if it is still there.
+    pub fn finish(&self, number: u64, outcome: Outcome) {
+        let mut ring = self.ring.lock();
+        let Some(at) = number.checked_sub(ring.first) else { return };
+        if let Some(entry) = usize::try_from(at).ok().and_then(|at| ring.entries.get_mut(at)) {
+            entry.outcome = Some(outcome);
+        }
+    }
+
+    /// The newest `n`, newest first.
+    pub fn last(&self, n: usize) -> Vec<Entry> {
+        self.ring.lock().entries.iter().rev().take(n).cloned().collect()
+    }
+
+    /// The newest of this request id.
+    pub fn find(&self, id: &str) -> Option<Entry> {
+        self.ring.lock().entries.iter().rev().find(|e| e.decision.request_id == id).cloned()
+    }
+}

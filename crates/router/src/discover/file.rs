@@ -1,0 +1,123 @@
+//! Which endpoints does a file list? llm-d's `file-discovery` format, read again at every look.
+//!
+//! The file's content is compared, not its time: a Kubernetes ConfigMap changes by swapping a
+//! symlink, and editors write in many ways. Labels tell what the format has no fields for:
+//! `kvroute/rank`, `kvroute/events` and `kvroute/replay` (`tcp://HOST:PORT`).
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use kvroute_wire::discovery::{self, FILE_BYTES_MAX, FileEndpoint};
+use tokio::io::AsyncReadExt;
+
+use crate::config::{EventsSource, tcp_address};
+
+use super::{Target, names};
+
+const RANK: &str = "kvroute/rank";
+const EVENTS: &str = "kvroute/events";
+const REPLAY: &str = "kvroute/replay";
+
+/// One entry of the file and the addresses it stands for.
+#[derive(Debug)]
+struct Listed {
+    endpoint: FileEndpoint,
+    rank: u32,
+    events: EventsSource,
+    addresses: Vec<SocketAddr>,
+}
+
+/// Endpoints of a file, in its order.
+#[derive(Debug)]
+pub(crate) struct FileSource {
+    path: PathBuf,
+    events: EventsSource,
+    content: Option<Vec<u8>>,
+    listed: Vec<Listed>,
+    targets: Vec<Target>,
+}
+
+impl FileSource {
+    /// `events` holds for endpoints whose labels say nothing about events.
+    pub fn new(path: PathBuf, events: EventsSource) -> FileSource {
+        FileSource { path, events, content: None, listed: Vec::new(), targets: Vec::new() }
+    }
+
+    pub fn targets(&self) -> &[Target] {
+        &self.targets
+    }
+
+    /// Reads the file if it has changed, and resolves host names again. A file that is wrong in
+    /// any place changes nothing.
+    pub async fn refresh(&mut self) -> Result<(), String> {
+        let shown = self.path.display().to_string();
+        let content = self.read().await.map_err(|e| format!("{shown}: {e}"))?;
+        if self.content.as_ref() != Some(&content) {
+            let text = std::str::from_utf8(&content).map_err(|e| format!("{shown}: {e}"))?;
+            let parsed = discovery::parse(text, &shown).map_err(|e| e.to_string())?;
+            let listed = parsed.into_iter().map(|endpoint| self.understand(endpoint));
+            self.listed = listed.collect::<Result<_, _>>().map_err(|e| format!("{shown}: {e}"))?;
+            self.content = Some(content);
+        }
+        let mut failed = None;
+        for listed in &mut self.listed {
+            let (host, port) = (listed.endpoint.address.as_str(), listed.endpoint.port);
+            match names::resolve(host, port).await {
+                Ok(addresses) => listed.addresses = addresses,
+                Err(error) => {
+                    let message = format!("{shown}: cannot resolve {host}: {error}");
+                    failed = failed.or(Some(message));
+                }
+            }
+        }
+        self.targets = self.listed.iter().flat_map(targets_of).collect();
+        failed.map_or(Ok(()), Err)
+    }
+
+    async fn read(&self) -> Result<Vec<u8>, String> {
+        let file = tokio::fs::File::open(&self.path).await.map_err(|e| e.to_string())?;
+        let mut content = Vec::new();
+        let mut limited = file.take(FILE_BYTES_MAX as u64 + 1);
+        limited.read_to_end(&mut content).await.map_err(|e| e.to_string())?;
+        if content.len() > FILE_BYTES_MAX {
+            return Err(format!("larger than {FILE_BYTES_MAX} bytes"));
+        }
+        Ok(content)
+    }
+
+    fn understand(&self, endpoint: FileEndpoint) -> Result<Listed, String> {
+        let label = |key: &str| endpoint.labels.get(key).map(String::as_str);
+        let wrong =
+            |key: &str| format!("endpoint {}: label {key} has a wrong value", endpoint.name);
+        let rank = match label(RANK) {
+            Some(text) => text.parse().map_err(|_| wrong(RANK))?,
+            None => 0,
+        };
+        let address = |key: &str| match label(key) {
+            Some(text) => tcp_address(text).map(Some).ok_or_else(|| wrong(key)),
+            None => Ok(None),
+        };
+        let events = match (address(EVENTS)?, address(REPLAY)?) {
+            (Some(events), replay) => EventsSource::At { events, replay },
+            (None, Some(_)) => return Err(wrong(EVENTS)),
+            (None, None) => self.events.clone(),
+        };
+        Ok(Listed { endpoint, rank, events, addresses: Vec::new() })
+    }
+}
+
+fn targets_of(listed: &Listed) -> Vec<Target> {
+    let name = match listed.endpoint.namespace.as_str() {
+        "default" => listed.endpoint.name.clone(),
+        namespace => format!("{namespace}/{}", listed.endpoint.name),
+    };
+    let several = listed.addresses.len() > 1;
+    let target = |address: &SocketAddr| Target {
+        name: if several { format!("{name}@{}", address.ip()) } else { name.clone() },
+        address: *address,
+        rank: listed.rank,
+        labels: listed.endpoint.labels.clone(),
+        events: listed.events.clone(),
+    };
+    listed.addresses.iter().map(target).collect()
+}

@@ -1,0 +1,123 @@
+//! What does a client see when the router itself must answer? Status, message, counter: one row
+//! for each thing that can go wrong, in the error shape of the API that was called.
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, Response, StatusCode};
+use kvroute_core::decision::Reject;
+use kvroute_wire::api::Api;
+use kvroute_wire::error_body;
+use kvroute_wire::request::BodyError;
+use thiserror::Error;
+
+use crate::observe::Body;
+use crate::upstream::UpstreamError;
+
+/// Seconds after which a refused client may try again.
+const RETRY_AFTER_S: u16 = 1;
+
+/// Why a request was not answered by an endpoint.
+#[derive(Debug, Error)]
+pub(crate) enum RouteError {
+    #[error("{0}")]
+    Body(#[from] BodyError),
+    #[error("the request names no model; set `model`, or start the router with --model")]
+    NoModel,
+    #[error("the request body is larger than {0} bytes (kvroute.body_bytes_max)")]
+    BodyTooLarge(usize),
+    #[error("the request head is larger than {0} bytes (kvroute.header_bytes_max)")]
+    HeadTooLarge(usize),
+    #[error("the request body did not arrive: nothing came for {0} s")]
+    BodyTimeout(u32),
+    #[error("the request body broke off")]
+    BodyBroken,
+    #[error("this router does not tunnel; CONNECT and protocol upgrades are not supported")]
+    Tunnel,
+    #[error("{0} requests are in flight, the limit of this router; try again shortly")]
+    Inflight(u32),
+    #[error("{0}")]
+    Rejected(Reject),
+    #[error("the chosen endpoint has just left the fleet; try again")]
+    Gone,
+    #[error("no endpoint answered; the last one tried, {endpoint}: {error}")]
+    Upstream { endpoint: String, error: UpstreamError },
+}
+
+impl RouteError {
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            RouteError::Body(_) | RouteError::NoModel | RouteError::BodyBroken => {
+                StatusCode::BAD_REQUEST
+            }
+            RouteError::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            RouteError::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            RouteError::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
+            RouteError::Tunnel => StatusCode::NOT_IMPLEMENTED,
+            RouteError::Inflight(_) => StatusCode::TOO_MANY_REQUESTS,
+            RouteError::Rejected(reject) => {
+                StatusCode::from_u16(reject.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE)
+            }
+            RouteError::Gone => StatusCode::SERVICE_UNAVAILABLE,
+            RouteError::Upstream { error, .. } => match error {
+                UpstreamError::FirstByteTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
+                _ => StatusCode::BAD_GATEWAY,
+            },
+        }
+    }
+
+    /// The label in `kvroute_rejects_total`.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            RouteError::Body(_) => "bad_body",
+            RouteError::NoModel => "no_model",
+            RouteError::BodyTooLarge(_) => "body_too_large",
+            RouteError::HeadTooLarge(_) => "head_too_large",
+            RouteError::BodyTimeout(_) => "body_timeout",
+            RouteError::BodyBroken => "body_broken",
+            RouteError::Tunnel => "tunnel",
+            RouteError::Inflight(_) => "inflight_limit",
+            RouteError::Rejected(reject) => reject.dropped_reason(),
+            RouteError::Gone => "endpoint_gone",
+            RouteError::Upstream { error, .. } => failure_label(error),
+        }
+    }
+
+    /// The `type` of OpenAI's error object.
+    fn kind(&self) -> &'static str {
+        match self.status().as_u16() {
+            429 => "rate_limit_error",
+            400..=499 => "invalid_request_error",
+            503 => "service_unavailable_error",
+            _ => "api_error",
+        }
+    }
+
+    /// The answer, in the shape of `api`.
+    pub fn respond(&self, api: Api) -> Response<Body> {
+        let status = self.status();
+        let text = error_body::render(api, status.as_u16(), self.kind(), &self.to_string());
+        let mut response = Response::new(Body::full(Bytes::from(text)));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if matches!(status.as_u16(), 429 | 503) {
+            headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        }
+        response
+    }
+}
+
+/// What happened to an exchange with an endpoint, as a label.
+pub(crate) fn failure_label(error: &UpstreamError) -> &'static str {
+    match error {
+        UpstreamError::Connect(_) => "connect",
+        UpstreamError::ConnectTimeout(_) => "connect_timeout",
+        UpstreamError::Broken(_) => "reset",
+        UpstreamError::Closed => "closed",
+        UpstreamError::Truncated => "truncated",
+        UpstreamError::Protocol(_) => "protocol",
+        UpstreamError::FirstByteTimeout(_) => "first_byte_timeout",
+        UpstreamError::IdleTimeout(_) => "idle_timeout",
+    }
+}

@@ -1,0 +1,275 @@
+//! Which headers cross the router, and which stay on one side of it?
+
+use std::net::IpAddr;
+
+use http::header::{
+    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+/// Names a request, chosen by the client or by the router; on every response.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The endpoint that answered; on every response that came from one.
+pub(crate) const ENDPOINT: HeaderName = HeaderName::from_static("x-kvroute-endpoint");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// Longest request id that is taken over from a client.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Headers by which a scheduler and its data plane talk to each other. A client that could set
+/// one would steer requests past the scheduler.
+const CONTROL: [&str; 6] = [
+    "x-prefiller-host-port",
+    "x-encoder-hosts-ports",
+    "x-data-parallel-host-port",
+    "x-kv-cache-source-host-port",
+    "x-llm-d-request-dropped-reason",
+    "x-went-into-resp-headers",
+];
+/// The same, by how the name begins.
+const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-kvroute-"];
+
+/// Is this a header that only the router itself may set?
+pub(crate) fn is_control(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    name.starts_with("x-")
+        && (CONTROL.contains(&name) || CONTROL_PREFIXES.iter().any(|p| name.starts_with(p)))
+}
+
+/// RFC 9110 section 7.6.1: headers that mean one connection only.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    [
+        CONNECTION,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+    ]
+    .contains(name)
+}
+
+/// Removes what `connection` lists, then the headers that always mean one connection.
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(CONNECTION) {
+        let listed: Vec<HeaderName> = headers
+            .get_all(CONNECTION)
+            .iter()
+            .filter_map(|v| v.to_str().ok())
+            .flat_map(|v| v.split(','))
+            .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
+            .collect();
+        for name in listed {
+            headers.remove(name);
+        }
+    }
+    let found: Vec<HeaderName> = headers.keys().filter(|n| is_hop_by_hop(n)).cloned().collect();
+    for name in found {
+        headers.remove(name);
+    }
+}
+
+/// Removes the headers that a client may not send.
+pub(crate) fn strip_control(headers: &mut HeaderMap) {
+    let found: Vec<HeaderName> = headers.keys().filter(|n| is_control(n)).cloned().collect();
+    for name in found {
+        headers.remove(name);
+    }
+}
+
+/// Sum of names and values, in bytes, with the four that separate them on the wire.
+pub(crate) fn bytes_of(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum()
+}
+
+/// The client's request id if it can be shown in logs, paths and headers, else a new one.
+pub(crate) fn request_id(headers: &HeaderMap) -> (String, HeaderValue) {
+    if let Some(value) = headers.get(REQUEST_ID)
+        && let Ok(text) = value.to_str()
+        && (1..=REQUEST_ID_BYTES_MAX).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b))
+    {
+        return (text.to_owned(), value.clone());
+    }
+    let id = new_request_id();
+    let value = HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("-"));
+    (id, value)
+}
+
+/// A random UUID, version 4.
+fn new_request_id() -> String {
+    let random = fastrand::u128(..);
+    let random = random & !(0xF << 76) | (4 << 76);
+    let random = random & !(0x3 << 62) | (2 << 62);
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        random >> 96,
+        random >> 80 & 0xFFFF,
+        random >> 64 & 0xFFFF,
+        random >> 48 & 0xFFFF,
+        random & 0xFFFF_FFFF_FFFF
+    )
+}
+
+/// What an upstream request's head needs besides the client's headers.
+pub(crate) struct HeadParts<'a> {
+    /// `GET`, `POST`, ...
+    pub method: &'a http::Method,
+    /// Path and query.
+    pub target: &'a str,
+    /// `host:port` of the endpoint.
+    pub authority: &'a str,
+    pub request_id: &'a HeaderValue,
+    pub client: IpAddr,
+    pub length: BodyLength,
+    /// Whether the answer will be read for usage, which a compressed one does not show.
+    pub read_answer: bool,
+}
+
+/// How the body of an upstream request is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BodyLength {
+    /// No body and no header about it.
+    None,
+    /// So many bytes.
+    Known(u64),
+    /// `transfer-encoding: chunked`.
+    Chunked,
+}
+
+/// Writes the head of the upstream request. `headers` are the client's, hop-by-hop and control
+/// headers already removed; all others go through as they are, trace context included.
+pub(crate) fn write_head(parts: &HeadParts<'_>, headers: &HeaderMap, out: &mut Vec<u8>) {
+    out.clear();
+    out.extend_from_slice(parts.method.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(parts.target.as_bytes());
+    out.extend_from_slice(b" HTTP/1.1\r\n");
+    line(out, HOST.as_str(), parts.authority.as_bytes());
+    for (name, value) in headers {
+        let ours = [HOST, CONTENT_LENGTH, EXPECT, REQUEST_ID, FORWARDED_FOR].contains(name);
+        let compresses = parts.read_answer && *name == ACCEPT_ENCODING;
+        if !ours && !compresses {
+            line(out, name.as_str(), value.as_bytes());
+        }
+    }
+    line(out, REQUEST_ID.as_str(), parts.request_id.as_bytes());
+    write_forwarded_for(parts.client, headers, out);
+    match parts.length {
+        BodyLength::None => {}
+        BodyLength::Known(n) => line(out, CONTENT_LENGTH.as_str(), n.to_string().as_bytes()),
+        BodyLength::Chunked => line(out, TRANSFER_ENCODING.as_str(), b"chunked"),
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+fn write_forwarded_for(client: IpAddr, headers: &HeaderMap, out: &mut Vec<u8>) {
+    out.extend_from_slice(FORWARDED_FOR.as_str().as_bytes());
+    out.extend_from_slice(b": ");
+    for value in headers.get_all(FORWARDED_FOR) {
+        out.extend_from_slice(value.as_bytes());
+        out.extend_from_slice(b", ");
+    }
+    out.extend_from_slice(client.to_canonical().to_string().as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
+fn line(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn map(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in lines {
+            map.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        map
+    }
+
+    #[test]
+    fn one_connections_headers_stay_there() {
+        let mut headers = map(&[
+            ("connection", "x-once, close"),
+            ("x-once", "1"),
+            ("keep-alive", "5"),
+            ("te", "trailers"),
+            ("traceparent", "00-a-b-01"),
+        ]);
+        strip_hop_by_hop(&mut headers);
+        assert_eq!(headers, map(&[("traceparent", "00-a-b-01")]));
+    }
+
+    #[test]
+    fn a_client_cannot_steer() {
+        let mut headers = map(&[
+            ("x-gateway-destination-endpoint", "10.0.0.1:1"),
+            ("x-gateway-destination-endpoint-subset", "10.0.0.1:1"),
+            ("x-prefiller-host-port", "10.0.0.1:1"),
+            ("x-encoder-hosts-ports", "10.0.0.1:1"),
+            ("x-data-parallel-host-port", "10.0.0.1:1"),
+            ("x-kv-cache-source-host-port", "10.0.0.1:1"),
+            ("x-llm-d-request-dropped-reason", "x"),
+            ("x-kvroute-endpoint", "x"),
+            ("x-session-id", "kept"),
+        ]);
+        strip_control(&mut headers);
+        assert_eq!(headers, map(&[("x-session-id", "kept")]));
+    }
+
+    #[test]
+    fn request_ids_are_kept_only_when_harmless() {
+        for (given, kept) in [("req-1.a:b_C", true), ("a b", false), ("a\"b", false), ("", false)] {
+            let headers = map(&[("x-request-id", given)]);
+            let (id, value) = request_id(&headers);
+            assert_eq!(id == given, kept, "{given:?}");
+            assert_eq!(value.to_str().unwrap(), id);
+        }
+        let (id, _) = request_id(&HeaderMap::new());
+        assert_eq!((id.len(), &id[14..15]), (36, "4"));
+        assert!(b"89ab".contains(&id.as_bytes()[19]));
+        assert_ne!(id, request_id(&HeaderMap::new()).0);
+    }
+
+    #[test]
+    fn the_upstream_head_is_exact() {
+        let headers = map(&[
+            ("host", "router"),
+            ("accept-encoding", "gzip"),
+            ("expect", "100-continue"),
+            ("content-length", "7"),
+            ("tracestate", "a=b"),
+            ("x-forwarded-for", "10.1.1.1"),
+        ]);
+        let parts = HeadParts {
+            method: &http::Method::POST,
+            target: "/v1/completions?x=1",
+            authority: "10.0.0.1:8000",
+            request_id: &HeaderValue::from_static("id-1"),
+            client: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            length: BodyLength::Known(7),
+            read_answer: true,
+        };
+        let mut out = Vec::new();
+        write_head(&parts, &headers, &mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "POST /v1/completions?x=1 HTTP/1.1\r\nhost: 10.0.0.1:8000\r\ntracestate: a=b\r\n\
+             x-request-id: id-1\r\nx-forwarded-for: 10.1.1.1, 127.0.0.1\r\ncontent-length: 7\r\n\r\n"
+        );
+    }
+}

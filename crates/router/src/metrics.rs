@@ -1,0 +1,389 @@
+//! Which numbers does the router publish? All of them are declared here, prefix `kvroute_`.
+//!
+//! Label values that clients control (model names) are bounded by `label_values_max`; further
+//! ones are counted as `other`. Endpoint labels leave with their endpoint.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvroute_core::event::Tier;
+use parking_lot::Mutex;
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+/// States of an event stream, as `kvroute_stream_state` names them.
+pub(crate) const STREAM_STATES: [&str; 4] = ["initial", "live", "replaying", "suspect"];
+
+/// A gauge of fractions.
+type GaugeF64 = Gauge<f64, AtomicU64>;
+
+/// Labels of a finished request.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct RequestLabels {
+    pub endpoint: String,
+    pub status: u16,
+    pub mode: &'static str,
+}
+
+/// One reason out of a fixed list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ReasonLabel {
+    pub reason: &'static str,
+}
+
+/// One endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct EndpointLabel {
+    pub endpoint: String,
+}
+
+/// One endpoint and one reason.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct EndpointReason {
+    pub endpoint: String,
+    pub reason: &'static str,
+}
+
+/// One endpoint and the state it is in.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct EndpointState {
+    pub endpoint: String,
+    pub state: &'static str,
+}
+
+/// One endpoint and a memory tier.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct EndpointTier {
+    pub endpoint: String,
+    pub tier: &'static str,
+}
+
+/// A model and how its requests are routed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ModelMode {
+    pub model: String,
+    pub mode: &'static str,
+}
+
+/// Handles of one endpoint's counters, resolved once.
+#[derive(Clone, Debug)]
+pub(crate) struct EndpointMetrics {
+    pub scrapes: Counter,
+    pub scrape_failures: Counter,
+    pub stream_reconnects: Counter,
+    pub stream_messages: Counter,
+    pub events_bad: Counter,
+    pub up: Gauge,
+}
+
+/// Every metric family.
+pub(crate) struct Metrics {
+    registry: Registry,
+    pub requests: Family<RequestLabels, Counter>,
+    pub rejects: Family<ReasonLabel, Counter>,
+    pub fallbacks: Family<ReasonLabel, Counter>,
+    pub tokenize_failures: Family<ReasonLabel, Counter>,
+    pub retries: Family<ReasonLabel, Counter>,
+    pub upstream_failures: Family<EndpointReason, Counter>,
+    pub client_aborts: Counter,
+    pub requests_inflight: Gauge,
+    pub connections: Gauge,
+    pub ttft: Histogram,
+    pub decision: Histogram,
+    pub tokenize: Histogram,
+    pub request_body: Histogram,
+    pub prompt_tokens: Histogram,
+    pub tokens_available: Family<EndpointLabel, Counter>,
+    pub tokens_chosen: Family<EndpointLabel, Counter>,
+    pub tokens_delivered: Family<EndpointLabel, Counter>,
+    pub index_bytes: Gauge,
+    pub index_blocks: Family<EndpointTier, Gauge>,
+    pub stream_state: Family<EndpointState, Gauge>,
+    pub stream_gaps: Family<EndpointLabel, Counter>,
+    pub stream_replays: Family<EndpointLabel, Counter>,
+    pub stream_restarts: Family<EndpointLabel, Counter>,
+    pub drift_alarms: Family<EndpointLabel, Counter>,
+    pub engine_waiting: Family<EndpointLabel, Gauge>,
+    pub engine_running: Family<EndpointLabel, Gauge>,
+    pub engine_kv_usage: Family<EndpointLabel, GaugeF64>,
+    pub discovery_errors: Family<ReasonLabel, Counter>,
+    scrapes: Family<EndpointLabel, Counter>,
+    scrape_failures: Family<EndpointLabel, Counter>,
+    stream_reconnects: Family<EndpointLabel, Counter>,
+    stream_messages: Family<EndpointLabel, Counter>,
+    events_bad: Family<EndpointLabel, Counter>,
+    endpoint_up: Family<EndpointLabel, Gauge>,
+    model_mode: Family<ModelMode, Gauge>,
+    /// Current mode of each model that has a label of its own.
+    models: Mutex<BTreeMap<String, &'static str>>,
+    label_values_max: usize,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+const SECONDS_SHORT: [f64; 12] =
+    [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1];
+const SECONDS_LONG: [f64; 14] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+const SIZES: [f64; 12] = [256.0, 1e3, 2e3, 4e3, 8e3, 16e3, 32e3, 64e3, 128e3, 512e3, 2e6, 16e6];
+
+impl Metrics {
+    /// All families, registered.
+    pub fn new(label_values_max: u32) -> Metrics {
+        let mut metrics = Metrics {
+            registry: Registry::with_prefix("kvroute"),
+            requests: Family::default(),
+            rejects: Family::default(),
+            fallbacks: Family::default(),
+            tokenize_failures: Family::default(),
+            retries: Family::default(),
+            upstream_failures: Family::default(),
+            client_aborts: Counter::default(),
+            requests_inflight: Gauge::default(),
+            connections: Gauge::default(),
+            ttft: Histogram::new(SECONDS_LONG),
+            decision: Histogram::new(SECONDS_SHORT),
+            tokenize: Histogram::new(SECONDS_SHORT),
+            request_body: Histogram::new(SIZES),
+            prompt_tokens: Histogram::new(SIZES),
+            tokens_available: Family::default(),
+            tokens_chosen: Family::default(),
+            tokens_delivered: Family::default(),
+            index_bytes: Gauge::default(),
+            index_blocks: Family::default(),
+            stream_state: Family::default(),
+            stream_gaps: Family::default(),
+            stream_replays: Family::default(),
+            stream_restarts: Family::default(),
+            drift_alarms: Family::default(),
+            engine_waiting: Family::default(),
+            engine_running: Family::default(),
+            engine_kv_usage: Family::default(),
+            discovery_errors: Family::default(),
+            scrapes: Family::default(),
+            scrape_failures: Family::default(),
+            stream_reconnects: Family::default(),
+            stream_messages: Family::default(),
+            events_bad: Family::default(),
+            endpoint_up: Family::default(),
+            model_mode: Family::default(),
+            models: Mutex::default(),
+            label_values_max: label_values_max as usize,
+        };
+        metrics.register_requests();
+        metrics.register_knowledge();
+        metrics
+    }
+
+    fn register_requests(&mut self) {
+        let r = &mut self.registry;
+        r.register("requests", "Finished requests", self.requests.clone());
+        r.register("rejects", "Requests answered by the router itself", self.rejects.clone());
+        r.register(
+            "fallbacks",
+            "Requests routed with less knowledge than configured, by reason",
+            self.fallbacks.clone(),
+        );
+        r.register(
+            "tokenize_failures",
+            "Prompts without exact tokens, by reason",
+            self.tokenize_failures.clone(),
+        );
+        r.register("retries", "Requests sent to another endpoint, by reason", self.retries.clone());
+        r.register("upstream_failures", "Failed exchanges", self.upstream_failures.clone());
+        r.register("client_aborts", "Clients gone before their answer", self.client_aborts.clone());
+        r.register("requests_inflight", "Requests under way", self.requests_inflight.clone());
+        r.register("connections", "Client connections", self.connections.clone());
+        let seconds = || Unit::Seconds;
+        r.register_with_unit(
+            "ttft",
+            "From a request's head to the first byte of its answer's body",
+            seconds(),
+            self.ttft.clone(),
+        );
+        r.register_with_unit("decision", "One decision", seconds(), self.decision.clone());
+        r.register_with_unit(
+            "tokenize",
+            "Reading a body into tokens and block keys",
+            seconds(),
+            self.tokenize.clone(),
+        );
+        r.register_with_unit(
+            "request_body",
+            "Sizes of request bodies",
+            Unit::Bytes,
+            self.request_body.clone(),
+        );
+        r.register("prompt_tokens", "Lengths of prompts in tokens", self.prompt_tokens.clone());
+        r.register("model_mode", "1 for the mode a model is routed in", self.model_mode.clone());
+    }
+
+    fn register_knowledge(&mut self) {
+        let r = &mut self.registry;
+        r.register(
+            "cache_available_tokens",
+            "Best cached prefix in the fleet, by the endpoint that was chosen",
+            self.tokens_available.clone(),
+        );
+        r.register(
+            "cache_chosen_tokens",
+            "Cached prefix predicted for the chosen endpoint",
+            self.tokens_chosen.clone(),
+        );
+        r.register(
+            "cache_delivered_tokens",
+            "Cached tokens that the endpoint reported",
+            self.tokens_delivered.clone(),
+        );
+        let r = &mut self.registry;
+        r.register_with_unit("index", "Memory of the index", Unit::Bytes, self.index_bytes.clone());
+        r.register("index_blocks", "Resident blocks", self.index_blocks.clone());
+        r.register("stream_state", "1 for a stream's state", self.stream_state.clone());
+        r.register("stream_gaps", "Holes in the sequence", self.stream_gaps.clone());
+        r.register("stream_replays", "Replays asked for", self.stream_replays.clone());
+        r.register("stream_restarts", "Engine restarts noticed", self.stream_restarts.clone());
+        r.register("stream_reconnects", "Connections made", self.stream_reconnects.clone());
+        r.register("stream_messages", "Messages received", self.stream_messages.clone());
+        r.register("events_bad", "Events that could not be read", self.events_bad.clone());
+        r.register(
+            "drift_alarms",
+            "Times an endpoint delivered less than predicted for too long",
+            self.drift_alarms.clone(),
+        );
+        r.register("engine_waiting", "Requests queued in the engine", self.engine_waiting.clone());
+        r.register("engine_running", "Requests being computed", self.engine_running.clone());
+        r.register("engine_kv_usage_ratio", "KV blocks in use", self.engine_kv_usage.clone());
+        r.register("scrapes", "Metrics pages read", self.scrapes.clone());
+        r.register("scrape_failures", "Metrics pages not read", self.scrape_failures.clone());
+        r.register("endpoint_up", "1 when the endpoint answers", self.endpoint_up.clone());
+        r.register(
+            "discovery_errors",
+            "Looks at a source of endpoints that failed; the endpoints stay as they were",
+            self.discovery_errors.clone(),
+        );
+    }
+
+    /// Handles for one endpoint.
+    pub fn endpoint(&self, name: &str) -> EndpointMetrics {
+        let label = EndpointLabel { endpoint: name.to_owned() };
+        EndpointMetrics {
+            scrapes: self.scrapes.get_or_create_owned(&label),
+            scrape_failures: self.scrape_failures.get_or_create_owned(&label),
+            stream_reconnects: self.stream_reconnects.get_or_create_owned(&label),
+            stream_messages: self.stream_messages.get_or_create_owned(&label),
+            events_bad: self.events_bad.get_or_create_owned(&label),
+            up: self.endpoint_up.get_or_create_owned(&label),
+        }
+    }
+
+    /// Forgets an endpoint's gauges and counters. What it served (`requests`) stays.
+    pub fn forget_endpoint(&self, name: &str) {
+        let label = EndpointLabel { endpoint: name.to_owned() };
+        for family in [
+            &self.scrapes,
+            &self.scrape_failures,
+            &self.stream_reconnects,
+            &self.stream_messages,
+            &self.events_bad,
+            &self.stream_gaps,
+            &self.stream_replays,
+            &self.stream_restarts,
+            &self.drift_alarms,
+            &self.tokens_available,
+            &self.tokens_chosen,
+            &self.tokens_delivered,
+        ] {
+            family.remove(&label);
+        }
+        for family in [&self.endpoint_up, &self.engine_waiting, &self.engine_running] {
+            family.remove(&label);
+        }
+        self.engine_kv_usage.remove(&label);
+        for tier in Tier::ALL {
+            let tier = tier.as_str();
+            self.index_blocks.remove(&EndpointTier { endpoint: name.to_owned(), tier });
+        }
+        for state in STREAM_STATES {
+            self.stream_state.remove(&EndpointState { endpoint: name.to_owned(), state });
+        }
+    }
+
+    /// Counts a request that the router answered by itself.
+    pub fn count_reject(&self, reason: &'static str) {
+        self.rejects.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts a request routed with less knowledge than configured.
+    pub fn count_fallback(&self, reason: &'static str) {
+        self.fallbacks.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Notes how a model's requests are routed.
+    pub fn set_model_mode(&self, model: &str, mode: &'static str) {
+        let mut models = self.models.lock();
+        let model = match models.get(model) {
+            Some(before) if *before == mode => return,
+            Some(_) => model,
+            None if models.len() < self.label_values_max => model,
+            None => "other",
+        };
+        let before = models.insert(model.to_owned(), mode);
+        if let Some(before) = before.filter(|b| *b != mode) {
+            self.model_mode.remove(&ModelMode { model: model.to_owned(), mode: before });
+        }
+        self.model_mode.get_or_create(&ModelMode { model: model.to_owned(), mode }).set(1);
+    }
+
+    /// The text format that Prometheus scrapes.
+    pub fn render(&self) -> String {
+        let mut out = String::with_capacity(16 << 10);
+        // Writing into a string cannot fail; an empty page shows if it ever does.
+        text::encode(&mut out, &self.registry).map(|()| out).unwrap_or_default()
+    }
+}
+
+/// Sets a counter whose truth is kept elsewhere.
+pub(crate) fn mirror(counter: &Counter, value: u64) {
+    counter.inner().store(value, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn model_labels_are_bounded() {
+        let metrics = Metrics::new(2);
+        for model in ["a", "b", "c", "d"] {
+            metrics.set_model_mode(model, "precise");
+        }
+        metrics.set_model_mode("a", "load-only");
+        let page = metrics.render();
+        for line in [
+            "kvroute_model_mode{model=\"a\",mode=\"load-only\"} 1",
+            "kvroute_model_mode{model=\"b\",mode=\"precise\"} 1",
+            "kvroute_model_mode{model=\"other\",mode=\"precise\"} 1",
+        ] {
+            assert!(page.contains(line), "{line} in {page}");
+        }
+        assert_eq!(page.matches("kvroute_model_mode{").count(), 3);
+    }
+
+    #[test]
+    fn an_endpoint_leaves_no_labels() {
+        let metrics = Metrics::new(2);
+        metrics.endpoint("10.0.0.1:8000").up.set(1);
+        assert!(metrics.render().contains("10.0.0.1:8000"));
+        metrics.forget_endpoint("10.0.0.1:8000");
+        assert!(!metrics.render().contains("10.0.0.1:8000"));
+    }
+}

@@ -1,0 +1,314 @@
+//! What does an answer tell on its way to the client? First byte, usage, end: to the ledger, the
+//! metrics and the decision ring.
+//!
+//! The bytes themselves go through as they come. Dropping a [`Body`] before its end is what a
+//! client that has gone looks like: the connection to the endpoint is closed at once and what the
+//! request reserved is given back.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use kvroute_core::decision::ResponseEvent;
+use kvroute_core::load::Ticket;
+use kvroute_wire::usage::{Usage, UsageScanner};
+use tokio::time::Sleep;
+use tracing::debug;
+
+use crate::decisions::Outcome;
+use crate::error::RouteError;
+use crate::http1::Framing;
+use crate::metrics::RequestLabels;
+use crate::shared::{Inflight, Shared};
+use crate::upstream::{Connection, Upstream, UpstreamError};
+
+/// Status noted for a client that left before its answer.
+const CLIENT_GONE: u16 = 499;
+
+/// The body of a response to a client.
+pub(crate) enum Body {
+    /// Made by the router.
+    Full(Option<Bytes>),
+    /// Passed on from an endpoint.
+    Answer(Box<AnswerBody>),
+}
+
+impl Body {
+    /// A body of these bytes.
+    pub fn full(bytes: Bytes) -> Body {
+        Body::Full(Some(bytes).filter(|b| !b.is_empty()))
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = UpstreamError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, UpstreamError>>> {
+        match self.get_mut() {
+            Body::Full(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
+            Body::Answer(answer) => answer.poll_data(cx).map_ok(Frame::data),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Body::Full(bytes) => bytes.is_none(),
+            Body::Answer(answer) => answer.connection.is_none() && answer.broken.is_none(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Body::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Body::Answer(answer) => match answer.framing {
+                Framing::Length(left) => SizeHint::with_exact(left),
+                _ => SizeHint::default(),
+            },
+        }
+    }
+}
+
+/// An answer that is being read from its endpoint.
+pub(crate) struct AnswerBody {
+    /// `None` once the answer is complete or broken.
+    connection: Option<Connection>,
+    framing: Framing,
+    keep_alive: bool,
+    upstream: Arc<Upstream>,
+    observer: Observer,
+    idle_timeout: Duration,
+    idle: Pin<Box<Sleep>>,
+    last_read: Instant,
+    /// What broke the answer, to be told at the next poll.
+    broken: Option<UpstreamError>,
+}
+
+impl AnswerBody {
+    /// Reads the rest of an answer from `connection`.
+    pub fn new(
+        connection: Connection,
+        framing: Framing,
+        keep_alive: bool,
+        upstream: Arc<Upstream>,
+        observer: Observer,
+        idle_timeout: Duration,
+    ) -> AnswerBody {
+        let mut body = AnswerBody {
+            connection: Some(connection),
+            framing,
+            keep_alive,
+            upstream,
+            observer,
+            idle_timeout,
+            idle: Box::pin(tokio::time::sleep(idle_timeout)),
+            last_read: Instant::now(),
+            broken: None,
+        };
+        if body.framing.is_done() {
+            body.finish();
+        }
+        body
+    }
+
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, UpstreamError>>> {
+        if let Some(error) = self.broken.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+        match connection.poll_body(&mut self.framing, cx) {
+            Poll::Ready(Ok(data)) => {
+                if !data.is_empty() {
+                    self.last_read = Instant::now();
+                    self.observer.chunk(&data);
+                }
+                if data.is_empty() || self.framing.is_done() {
+                    self.finish();
+                }
+                Poll::Ready(Some(Ok(data)).filter(|d| d.as_ref().is_ok_and(|d| !d.is_empty())))
+            }
+            Poll::Ready(Err(error)) => self.fail(error, cx),
+            Poll::Pending => {
+                // The timer is set again only when it fires: most chunks come long before it.
+                while self.idle.as_mut().poll(cx).is_ready() {
+                    let silence = self.last_read.elapsed();
+                    if silence >= self.idle_timeout {
+                        return self.fail(UpstreamError::IdleTimeout(self.idle_timeout), cx);
+                    }
+                    let until = tokio::time::Instant::now() + (self.idle_timeout - silence);
+                    self.idle.as_mut().reset(until);
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            if self.keep_alive && self.framing.is_done() {
+                self.upstream.give_back(connection);
+            }
+            self.observer.end(None);
+        }
+    }
+
+    /// The error reaches hyper, which breaks the client's connection: the client sees that its
+    /// answer is not complete. hyper drops what it has not written yet, so it gets one turn to
+    /// write before it is told.
+    fn fail(
+        &mut self,
+        error: UpstreamError,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, UpstreamError>>> {
+        self.connection = None;
+        self.observer.end(Some(&error));
+        self.broken = Some(error);
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+/// What a decision reserved; given back when this is dropped, whatever happens.
+pub(crate) struct Reservation {
+    shared: Arc<Shared>,
+    ticket: Ticket,
+    open: bool,
+}
+
+impl Reservation {
+    pub fn new(shared: Arc<Shared>, ticket: Ticket) -> Reservation {
+        Reservation { shared, ticket, open: true }
+    }
+
+    /// Moves it to another endpoint.
+    pub fn redirect(&self, to: kvroute_core::EndpointId) {
+        let now = self.shared.clock.now();
+        self.shared.brain.lock().redirect(now, self.ticket, to);
+    }
+
+    fn first_chunk(&self) {
+        let now = self.shared.clock.now();
+        self.shared.brain.lock().on_response(now, self.ticket, ResponseEvent::FirstChunk);
+    }
+
+    fn close(&mut self, usage: Option<Usage>, last: ResponseEvent) {
+        if !std::mem::take(&mut self.open) {
+            return;
+        }
+        let now = self.shared.clock.now();
+        let mut brain = self.shared.brain.lock();
+        if let Some(usage) = usage {
+            let (prompt_tokens, completion_tokens) = (usage.prompt_tokens, usage.completion_tokens);
+            let cached_tokens = usage.cached_tokens;
+            let event = ResponseEvent::Usage { prompt_tokens, cached_tokens, completion_tokens };
+            brain.on_response(now, self.ticket, event);
+        }
+        brain.on_response(now, self.ticket, last);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.close(None, ResponseEvent::Aborted);
+    }
+}
+
+/// Follows one request from its decision to its end.
+pub(crate) struct Observer {
+    pub shared: Arc<Shared>,
+    pub reservation: Reservation,
+    pub request_id: String,
+    /// Where the decision stands in the ring.
+    pub number: u64,
+    pub mode: &'static str,
+    pub started: Instant,
+    /// Held until the end.
+    pub _inflight: Inflight,
+    /// For answers whose usage is read.
+    pub scanner: Option<UsageScanner>,
+    pub outcome: Outcome,
+    pub ended: bool,
+}
+
+impl Observer {
+    fn chunk(&mut self, data: &[u8]) {
+        if self.outcome.ttft_s.is_none() {
+            let ttft_s = self.started.elapsed().as_secs_f64();
+            self.outcome.ttft_s = Some(ttft_s);
+            self.shared.metrics.ttft.observe(ttft_s);
+            self.reservation.first_chunk();
+        }
+        if let Some(scanner) = &mut self.scanner {
+            scanner.push(data);
+        }
+    }
+
+    /// No endpoint answered: the router does, with this status.
+    pub fn refuse(mut self, status: u16, error: &RouteError) {
+        self.ended = true;
+        self.reservation.close(None, ResponseEvent::Aborted);
+        self.outcome.status = status;
+        self.outcome.error = Some(error.to_string());
+        self.outcome.total_s = self.started.elapsed().as_secs_f64();
+        self.shared.decisions.finish(self.number, std::mem::take(&mut self.outcome));
+    }
+
+    /// The answer is over; with an error, if it was cut short.
+    pub fn end(&mut self, error: Option<&UpstreamError>) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let usage = self.scanner.as_ref().and_then(UsageScanner::usage);
+        let last = match error {
+            None => ResponseEvent::End { status: self.outcome.status },
+            Some(_) => ResponseEvent::Aborted,
+        };
+        if let Some(error) = error {
+            self.outcome.error = Some(error.to_string());
+            let reason = crate::error::failure_label(error);
+            self.shared.count_upstream_failure(&self.outcome.endpoint, reason);
+        }
+        self.close(usage, last);
+    }
+
+    fn close(&mut self, usage: Option<Usage>, last: ResponseEvent) {
+        let outcome = &mut self.outcome;
+        if let Some(usage) = usage {
+            outcome.prompt_tokens = Some(usage.prompt_tokens);
+            outcome.completion_tokens = Some(usage.completion_tokens);
+            outcome.delivered_tokens = usage.cached_tokens;
+        }
+        self.reservation.close(usage, last);
+        outcome.total_s = self.started.elapsed().as_secs_f64();
+        let (status, endpoint) = (outcome.status, outcome.endpoint.clone());
+        debug!(
+            request_id = self.request_id,
+            endpoint,
+            status,
+            mode = self.mode,
+            total_s = outcome.total_s,
+            error = outcome.error,
+            "A request is done."
+        );
+        let labels = RequestLabels { endpoint, status, mode: self.mode };
+        self.shared.metrics.requests.get_or_create(&labels).inc();
+        self.shared.decisions.finish(self.number, std::mem::take(outcome));
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.shared.metrics.client_aborts.inc();
+            self.outcome.status = CLIENT_GONE;
+            self.outcome.error = Some("the client left before the end of its answer".to_owned());
+            self.close(None, ResponseEvent::Aborted);
+        }
+    }
+}

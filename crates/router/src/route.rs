@@ -1,0 +1,316 @@
+//! What happens to a request? All of it, in order.
+//!
+//! [`route`] is the path through the embedded proxy. [`choose`] is the part of it that every door
+//! into the router shares: from a complete body to a decision with its reservation.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
+use hyper::body::Incoming;
+use kvroute_core::EndpointId;
+use kvroute_core::decision::{Decision, DecisionRecord, Headers, Mode};
+use kvroute_core::fleet::Name;
+use kvroute_wire::api::Api;
+use kvroute_wire::usage::UsageScanner;
+use tracing::{debug, info};
+
+use crate::decisions::Outcome;
+use crate::error::RouteError;
+use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
+use crate::headers;
+use crate::metrics::RequestLabels;
+use crate::observe::{AnswerBody, Body, Observer, Reservation};
+use crate::shared::{Inflight, Shared};
+use crate::tokenize::{self, Asked};
+
+/// Mode label of requests whose body the router does not read.
+const PASS_THROUGH: &str = "pass-through";
+/// Mode label of requests that were never routed.
+const NOT_ROUTED: &str = "none";
+/// Most memory that a claimed body length reserves; the rest grows as it comes.
+const BODY_RESERVE_BYTES_MAX: usize = 256 << 10;
+
+/// Answers one request of a client, whatever happens.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    request: Request<Incoming>,
+    client: SocketAddr,
+) -> Response<Body> {
+    let started = Instant::now();
+    let (parts, body) = request.into_parts();
+    let (request_id, id_value) = headers::request_id(&parts.headers);
+    let api = api_of(&parts);
+    let way = Way { started, client, request_id, id_value: id_value.clone(), api };
+    let mut response = route(&shared, &way, parts, body).await.unwrap_or_else(|error| {
+        let (request_id, reason) = (&way.request_id, error.reason());
+        debug!(request_id, reason, %error, "A request was answered by the router itself.");
+        shared.metrics.count_reject(reason);
+        let (endpoint, status) = (String::new(), error.status().as_u16());
+        let labels = RequestLabels { endpoint, status, mode: NOT_ROUTED };
+        shared.metrics.requests.get_or_create(&labels).inc();
+        error.respond(api)
+    });
+    response.headers_mut().insert(headers::REQUEST_ID, id_value);
+    response
+}
+
+/// A request on its way, apart from its contents.
+struct Way {
+    started: Instant,
+    client: SocketAddr,
+    request_id: String,
+    id_value: HeaderValue,
+    api: Api,
+}
+
+/// Only what is posted to a known path is read.
+fn api_of(parts: &Parts) -> Api {
+    if parts.method == Method::POST { Api::from_path(parts.uri.path()) } else { Api::Other }
+}
+
+/// The whole request: parse, tokenize, chains, decide, forward, observe.
+async fn route(
+    shared: &Arc<Shared>,
+    way: &Way,
+    mut parts: Parts,
+    body: Incoming,
+) -> Result<Response<Body>, RouteError> {
+    let inflight = shared.admit()?;
+    check_head(shared, &parts)?;
+    headers::strip_hop_by_hop(&mut parts.headers);
+    headers::strip_control(&mut parts.headers);
+    let routed = way.api != Api::Other;
+    let payload = if routed {
+        Payload::Whole(collect(shared, &parts.headers, body).await?)
+    } else {
+        pass_through(shared, &parts.headers, body)?
+    };
+    let asked = match &payload {
+        Payload::Whole(bytes) if routed => tokenize::read(shared, way.api, bytes).await?,
+        _ => Asked::nothing(),
+    };
+    let chosen = choose(shared, &way.request_id, &asked, &parts.headers)?;
+    let mut outgoing = Outgoing {
+        request_id: way.request_id.clone(),
+        target: parts.uri.path_and_query().map_or("/", |target| target.as_str()).to_owned(),
+        method: parts.method,
+        headers: parts.headers,
+        id_value: way.id_value.clone(),
+        client: way.client.ip(),
+        payload,
+        read_answer: routed,
+    };
+    let Chosen { candidates, response_headers, .. } = &chosen;
+    let (candidates, response_headers) = (candidates.clone(), response_headers.clone());
+    let observer = observe(shared, way, chosen, inflight);
+    match forward(shared, &mut outgoing, &observer.reservation, &candidates).await {
+        Ok(answer) => {
+            note_cache_reset(shared, &outgoing, &answer);
+            Ok(respond(shared, answer, observer, &response_headers))
+        }
+        Err(error) => {
+            observer.refuse(error.status().as_u16(), &error);
+            Err(error)
+        }
+    }
+}
+
+fn check_head(shared: &Shared, parts: &Parts) -> Result<(), RouteError> {
+    let max = shared.settings.header_bytes_max;
+    let target = parts.uri.path_and_query().map_or(0, |t| t.as_str().len());
+    if parts.method == Method::CONNECT {
+        return Err(RouteError::Tunnel);
+    }
+    if target + headers::bytes_of(&parts.headers) > max {
+        return Err(RouteError::HeadTooLarge(max));
+    }
+    Ok(())
+}
+
+/// Reads a whole body, without copying one that comes in a single piece.
+async fn collect(
+    shared: &Shared,
+    headers: &HeaderMap,
+    body: Incoming,
+) -> Result<Bytes, RouteError> {
+    let expected = check_length(shared, headers)?;
+    let mut pieces = Pieces::new(shared, Some(body));
+    let first = pieces.next().await?.unwrap_or_default();
+    let Some(second) = pieces.next().await? else { return Ok(observed(shared, first)) };
+    let expected = expected.unwrap_or(0).min(BODY_RESERVE_BYTES_MAX);
+    let mut all = BytesMut::with_capacity(expected.max(first.len() + second.len()));
+    all.extend_from_slice(&first);
+    all.extend_from_slice(&second);
+    while let Some(piece) = pieces.next().await? {
+        all.extend_from_slice(&piece);
+    }
+    Ok(observed(shared, all.freeze()))
+}
+
+fn observed(shared: &Shared, body: Bytes) -> Bytes {
+    shared.metrics.request_body.observe(body.len() as f64);
+    body
+}
+
+fn check_length(shared: &Shared, headers: &HeaderMap) -> Result<Option<usize>, RouteError> {
+    let max = shared.settings.body_bytes_max;
+    let length = known_length(headers).map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+    if length.is_some_and(|n| n > max) {
+        return Err(RouteError::BodyTooLarge(max));
+    }
+    Ok(length)
+}
+
+fn pass_through(
+    shared: &Shared,
+    headers: &HeaderMap,
+    body: Incoming,
+) -> Result<Payload, RouteError> {
+    check_length(shared, headers)?;
+    let empty = http_body::Body::is_end_stream(&body);
+    Ok(if empty { Payload::Whole(Bytes::new()) } else { Payload::Stream(Some(body)) })
+}
+
+/// A decision that holds its reservation.
+pub(crate) struct Chosen {
+    pub reservation: Reservation,
+    /// The chosen endpoint, then the next best ones.
+    pub candidates: Vec<EndpointId>,
+    /// Headers that plugins want on the response.
+    pub response_headers: Vec<(HeaderName, HeaderValue)>,
+    mode: Mode,
+    endpoint: Name,
+    /// Where the decision stands in the ring.
+    number: u64,
+}
+
+/// Decides where a request goes, and notes the decision. Dropping the result gives back what was
+/// reserved.
+pub(crate) fn choose(
+    shared: &Arc<Shared>,
+    request_id: &str,
+    asked: &Asked,
+    headers: &HeaderMap,
+) -> Result<Chosen, RouteError> {
+    let started = Instant::now();
+    let seen = scheduling_headers(shared, headers, asked);
+    let request = kvroute_core::decision::Request {
+        id: request_id,
+        model: &asked.model,
+        prompts: &asked.prompts,
+        prompt_tokens: asked.prompt_tokens,
+        tokens_known: asked.known,
+        max_tokens: asked.max_tokens,
+        headers: &Headers(&seen),
+        allowed: None,
+    };
+    let decided = shared.brain.lock().decide(shared.clock.now(), &request);
+    let Decision { ticket, endpoint, fallback, response_headers, record } =
+        decided.map_err(RouteError::Rejected)?;
+    shared.metrics.decision.observe(started.elapsed().as_secs_f64());
+    let reservation = Reservation::new(Arc::clone(shared), ticket);
+    let (mode, name) = (record.mode, record.endpoint.clone());
+    if !asked.model.is_empty() {
+        note_mode(shared, asked, &record);
+    }
+    let number = shared.decisions.push(record);
+    let mut candidates = Vec::with_capacity(1 + fallback.len());
+    candidates.push(endpoint);
+    candidates.extend(fallback);
+    let response_headers = response_headers
+        .into_iter()
+        .filter_map(|h| Some((h.name.parse().ok()?, h.value.parse().ok()?)))
+        .collect();
+    Ok(Chosen { reservation, candidates, response_headers, mode, endpoint: name, number })
+}
+
+/// The headers that the plan's plugins read; a session id in the body stands in for the header.
+fn scheduling_headers<'a>(
+    shared: &'a Shared,
+    headers: &'a HeaderMap,
+    asked: &'a Asked,
+) -> Vec<(&'a str, &'a str)> {
+    let mut seen = Vec::new();
+    for name in &shared.scheduling_headers {
+        let value = headers.get(name.as_str()).and_then(|v| v.to_str().ok());
+        let in_body = asked.session_id.as_deref().filter(|_| name == "x-session-id");
+        seen.extend(value.or(in_body).map(|value| (name.as_str(), value)));
+    }
+    seen
+}
+
+fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
+    let metrics = &shared.metrics;
+    metrics.prompt_tokens.observe(f64::from(asked.prompt_tokens));
+    metrics.set_model_mode(&asked.model, record.mode.as_str());
+    if record.mode > shared.best_mode() {
+        metrics.count_fallback(record.reason.as_str());
+    }
+}
+
+/// From here on, dropping the observer is what a client that left looks like.
+fn observe(shared: &Arc<Shared>, way: &Way, chosen: Chosen, inflight: Inflight) -> Observer {
+    let routed = way.api != Api::Other;
+    let outcome = Outcome { endpoint: chosen.endpoint.to_string(), ..Outcome::default() };
+    Observer {
+        shared: Arc::clone(shared),
+        reservation: chosen.reservation,
+        request_id: way.request_id.clone(),
+        number: chosen.number,
+        mode: if routed { chosen.mode.as_str() } else { PASS_THROUGH },
+        started: way.started,
+        _inflight: inflight,
+        scanner: routed.then(UsageScanner::new),
+        outcome,
+        ended: false,
+    }
+}
+
+/// The endpoint's answer as the client gets it.
+fn respond(
+    shared: &Shared,
+    answer: Answer,
+    mut observer: Observer,
+    response_headers: &[(HeaderName, HeaderValue)],
+) -> Response<Body> {
+    let Answer { head, connection, upstream, attempts } = answer;
+    observer.outcome.status = head.status.as_u16();
+    observer.outcome.attempts = attempts;
+    observer.outcome.endpoint.clone_from(&upstream.name);
+    let idle_s = shared.settings.response_idle_timeout_s.max(1);
+    let (status, mut headers) = (head.status, head.headers);
+    headers::strip_hop_by_hop(&mut headers);
+    headers::strip_control(&mut headers);
+    headers.insert(headers::ENDPOINT, upstream.header.clone());
+    for (name, value) in response_headers {
+        headers.insert(name.clone(), value.clone());
+    }
+    let idle_timeout = Duration::from_secs(u64::from(idle_s));
+    let body = AnswerBody::new(
+        connection,
+        head.framing,
+        head.keep_alive,
+        upstream,
+        observer,
+        idle_timeout,
+    );
+    let mut response = Response::new(Body::Answer(Box::new(body)));
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}
+
+/// An engine publishes that its cache was cleared only with its next request. A reset that went
+/// through this router is known at once, for the one endpoint that it reached.
+fn note_cache_reset(shared: &Shared, outgoing: &Outgoing, answer: &Answer) {
+    let path = outgoing.target.split('?').next().unwrap_or_default();
+    let is_reset = outgoing.method == Method::POST && path.ends_with("/reset_prefix_cache");
+    if is_reset && answer.head.status.is_success() {
+        info!(endpoint = answer.upstream.name, "An endpoint's prefix cache was reset.");
+        shared.brain.lock().on_cache_reset(shared.clock.now(), answer.upstream.id);
+    }
+}

@@ -1,0 +1,341 @@
+//! How is an endpoint reached over HTTP? A connection whose bytes are read where they are needed,
+//! and a pool of idle ones for each endpoint.
+//!
+//! There is no task behind a connection: the response body is read by whoever sends it on, so a
+//! slow client slows the engine down, a dropped response closes the connection at once, and a
+//! burst of chunks costs one read and one write.
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use bytes::{Bytes, BytesMut};
+use http::HeaderValue;
+use kvroute_core::fleet::EndpointId;
+use kvroute_core::stream::StreamOrder;
+use parking_lot::Mutex;
+use thiserror::Error;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use crate::events::Subscription;
+use crate::http1::{self, Framing, Head, Http1Error};
+use crate::metrics::EndpointMetrics;
+
+/// Bytes to ask a socket for at once.
+const READ_BYTES: usize = 16 << 10;
+
+/// Why an exchange with an endpoint failed.
+#[derive(Debug, Error)]
+pub(crate) enum UpstreamError {
+    /// No connection.
+    #[error("cannot connect: {0}")]
+    Connect(io::Error),
+    /// No connection in time.
+    #[error("no connection within {0:?}")]
+    ConnectTimeout(Duration),
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(#[from] io::Error),
+    /// Closed before the response began.
+    #[error("the connection was closed before an answer")]
+    Closed,
+    /// Closed inside of a response.
+    #[error("the connection was closed in the middle of an answer")]
+    Truncated,
+    /// Something other than HTTP/1.1 came back.
+    #[error("{0}")]
+    Protocol(#[from] Http1Error),
+    /// No response in time.
+    #[error("no answer within {0:?}")]
+    FirstByteTimeout(Duration),
+    /// Silence inside of a response.
+    #[error("no data for {0:?} in the middle of an answer")]
+    IdleTimeout(Duration),
+}
+
+/// One HTTP/1.1 connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    stream: TcpStream,
+    buf: BytesMut,
+    /// It has carried an exchange before, so the peer may have closed it meanwhile.
+    pub reused: bool,
+    idle_since: Instant,
+}
+
+impl Connection {
+    /// Connects within `timeout`.
+    pub async fn open(address: SocketAddr, timeout: Duration) -> Result<Connection, UpstreamError> {
+        let stream = tokio::time::timeout(timeout, TcpStream::connect(address))
+            .await
+            .map_err(|_| UpstreamError::ConnectTimeout(timeout))?
+            .map_err(UpstreamError::Connect)?;
+        stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
+        let buf = BytesMut::new();
+        Ok(Connection { stream, buf, reused: false, idle_since: Instant::now() })
+    }
+
+    /// Sends a request, or a part of one, in as few writes as the socket takes.
+    pub async fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let mut sent = 0;
+        while sent < head.len() {
+            let parts = [IoSlice::new(&head[sent..]), IoSlice::new(body)];
+            match self.stream.write_vectored(&parts).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => sent += n,
+            }
+        }
+        self.stream.write_all(&body[sent - head.len()..]).await
+    }
+
+    /// Waits for the head of the response.
+    pub async fn read_head(&mut self, to_head: bool) -> Result<Head, UpstreamError> {
+        loop {
+            if let Some(head) = http1::parse_head(&mut self.buf, to_head)? {
+                return Ok(head);
+            }
+            if std::future::poll_fn(|cx| self.poll_fill(cx)).await? == 0 {
+                return Err(UpstreamError::Closed);
+            }
+        }
+    }
+
+    /// The next piece of the body; empty when it is complete.
+    pub fn poll_body(
+        &mut self,
+        framing: &mut Framing,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Bytes, UpstreamError>> {
+        loop {
+            if !self.buf.is_empty() {
+                let data = framing.decode(&mut self.buf)?;
+                if !data.is_empty() {
+                    return Poll::Ready(Ok(data));
+                }
+            }
+            if framing.is_done() {
+                return Poll::Ready(Ok(Bytes::new()));
+            }
+            if ready!(self.poll_fill(cx))? == 0 {
+                return Poll::Ready(match framing {
+                    Framing::Close => Ok(Bytes::new()),
+                    _ => Err(UpstreamError::Truncated),
+                });
+            }
+        }
+    }
+
+    /// Reads a whole body of at most `bytes_max` into `into`, whose memory is reused.
+    pub async fn read_body(
+        &mut self,
+        framing: &mut Framing,
+        into: &mut Vec<u8>,
+        bytes_max: usize,
+    ) -> Result<(), UpstreamError> {
+        into.clear();
+        loop {
+            let data = std::future::poll_fn(|cx| self.poll_body(framing, cx)).await?;
+            if data.is_empty() {
+                return Ok(());
+            }
+            if into.len() + data.len() > bytes_max {
+                return Err(UpstreamError::Protocol(Http1Error::Length));
+            }
+            into.extend_from_slice(&data);
+        }
+    }
+
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, io::Error>> {
+        self.buf.reserve(READ_BYTES);
+        loop {
+            match self.stream.try_read_buf(&mut self.buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.stream.poll_read_ready(cx))?;
+                }
+                other => return Poll::Ready(other),
+            }
+        }
+    }
+
+    /// Can another request be sent? Not when the peer closed it or sent something unasked.
+    fn is_fresh(&mut self, idle_max: Duration) -> bool {
+        let mut probe = [0u8; 1];
+        self.buf.is_empty()
+            && self.idle_since.elapsed() < idle_max
+            && matches!(self.stream.try_read(&mut probe),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// One endpoint as the router's sockets see it.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub id: EndpointId,
+    pub name: String,
+    pub address: SocketAddr,
+    /// Data parallel rank.
+    pub rank: u32,
+    /// `host:port`, for the `host` header.
+    pub authority: String,
+    /// The name, for the response header.
+    pub header: HeaderValue,
+    pub metrics: EndpointMetrics,
+    /// Milliseconds the engine was seen working since its last KV event.
+    pub busy_ms: AtomicU64,
+    /// Whether it answered the last scrape.
+    pub up: AtomicBool,
+    /// What its event subscriber is doing.
+    pub subscription: Mutex<Subscription>,
+    /// What the brain wants its subscriber to do.
+    order: Mutex<StreamOrder>,
+    ordered: Notify,
+    idle: Mutex<Vec<Connection>>,
+    limits: PoolLimits,
+}
+
+/// How many idle connections are kept, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PoolLimits {
+    pub idle_max: usize,
+    pub idle_timeout: Duration,
+    pub connect_timeout: Duration,
+}
+
+impl Upstream {
+    pub fn new(
+        id: EndpointId,
+        name: String,
+        address: SocketAddr,
+        rank: u32,
+        metrics: EndpointMetrics,
+        limits: PoolLimits,
+    ) -> Upstream {
+        let header = HeaderValue::from_str(&name).unwrap_or(HeaderValue::from_static("-"));
+        let authority = address.to_string();
+        Upstream {
+            id,
+            name,
+            address,
+            rank,
+            authority,
+            header,
+            metrics,
+            busy_ms: AtomicU64::new(0),
+            up: AtomicBool::new(false),
+            subscription: Mutex::default(),
+            order: Mutex::new(StreamOrder::None),
+            ordered: Notify::new(),
+            idle: Mutex::default(),
+            limits,
+        }
+    }
+
+    /// An idle connection, or a new one; always a new one when `fresh`.
+    pub async fn connection(&self, fresh: bool) -> Result<Connection, UpstreamError> {
+        if !fresh && let Some(connection) = self.idle_connection() {
+            return Ok(connection);
+        }
+        Connection::open(self.address, self.limits.connect_timeout).await
+    }
+
+    fn idle_connection(&self) -> Option<Connection> {
+        loop {
+            // The lock ends with this statement: probing the socket needs none.
+            let mut connection = self.idle.lock().pop()?;
+            if connection.is_fresh(self.limits.idle_timeout) {
+                return Some(connection);
+            }
+        }
+    }
+
+    /// Takes a connection back whose exchange is complete.
+    pub fn give_back(&self, mut connection: Connection) {
+        connection.reused = true;
+        connection.idle_since = Instant::now();
+        if connection.buf.capacity() > 4 * READ_BYTES {
+            connection.buf = BytesMut::new();
+        }
+        let mut idle = self.idle.lock();
+        if idle.len() < self.limits.idle_max && connection.buf.is_empty() {
+            idle.push(connection);
+        }
+    }
+
+    /// Closes connections that have been idle for too long.
+    pub fn reap(&self) {
+        let keep = self.limits.idle_timeout;
+        self.idle.lock().retain(|c| c.idle_since.elapsed() < keep);
+    }
+
+    /// Closes all idle connections.
+    pub fn close_idle(&self) {
+        self.idle.lock().clear();
+    }
+
+    /// Gives the endpoint's subscriber an order.
+    pub fn order(&self, order: StreamOrder) {
+        *self.order.lock() = order;
+        self.ordered.notify_one();
+    }
+
+    /// The next order. Cancelling this loses none.
+    pub async fn next_order(&self) -> StreamOrder {
+        self.ordered.notified().await;
+        self.take_order()
+    }
+
+    /// The order that waits, if any.
+    pub fn take_order(&self) -> StreamOrder {
+        std::mem::replace(&mut *self.order.lock(), StreamOrder::None)
+    }
+
+    /// Notes that the engine was seen working for this long.
+    pub fn note_busy(&self, ms: u64) {
+        self.busy_ms.fetch_add(ms, Ordering::Relaxed);
+    }
+}
+
+/// All endpoints by slot, read without a lock on every request.
+#[derive(Debug, Default)]
+pub(crate) struct Upstreams {
+    slots: ArcSwap<Vec<Option<Arc<Upstream>>>>,
+}
+
+impl Upstreams {
+    /// The endpoint, unless it has left the fleet.
+    pub fn get(&self, id: EndpointId) -> Option<Arc<Upstream>> {
+        let slots = self.slots.load();
+        slots.get(usize::from(id.slot))?.as_ref().filter(|u| u.id == id).cloned()
+    }
+
+    /// All endpoints, by slot.
+    pub fn all(&self) -> Vec<Arc<Upstream>> {
+        self.slots.load().iter().flatten().cloned().collect()
+    }
+
+    /// Adds an endpoint in its slot. One task changes the fleet, so no update is lost.
+    pub fn insert(&self, upstream: Arc<Upstream>) {
+        let mut slots = Vec::clone(&self.slots.load());
+        let at = usize::from(upstream.id.slot);
+        if slots.len() <= at {
+            slots.resize(at + 1, None);
+        }
+        slots[at] = Some(upstream);
+        self.slots.store(Arc::new(slots));
+    }
+
+    /// Removes an endpoint; requests on their way keep theirs.
+    pub fn remove(&self, id: EndpointId) -> Option<Arc<Upstream>> {
+        let mut slots = Vec::clone(&self.slots.load());
+        let slot = slots.get_mut(usize::from(id.slot))?;
+        let removed = slot.take_if(|u| u.id == id)?;
+        self.slots.store(Arc::new(slots));
+        Some(removed)
+    }
+}
