@@ -12,9 +12,10 @@
 //!   block is claimed that the engine had dropped by then.
 //! - Every loss, duplicate, restart or refused event between two batches that arrive is noticed
 //!   with the later one, and ends the state `Live` before it is applied, unless it is harmless.
-//! - Without a replay socket one thing stays unnoticed: an engine that restarted while the
-//!   connection was lost and by then had published exactly as many batches as were seen of the old
-//!   one. With a replay socket the last batch is asked for again and compared, which tells.
+//! - A restart shows by a number that is not the next one, or by `Lost` and `Connected`: then the
+//!   last batch is asked for again and compared. Without a replay socket one restart stays
+//!   unnoticed: of an engine that had published exactly as many batches, unheard, as were seen of
+//!   the one before.
 //! - From any state, a complete replay from 0 or an applied `Cleared` leads back to `Live`.
 //! - Memory is bounded by `held_batches_max` batches.
 
@@ -545,9 +546,11 @@ impl Stream {
             && seq <= before.seq
         {
             let held = |(at, held): &(u64, EventBatch)| Seen::new(*at, held) == seen;
+            // Once the engine may be another one, what was applied before proves nothing.
+            let void = self.replay.is_some_and(|replay| replay.void);
             let known = self.newest == Some(seen)
-                || self.recent.contains(&seen)
-                || self.held.iter().any(held);
+                || self.held.iter().any(held)
+                || (!void && self.recent.contains(&seen));
             if known {
                 self.counters.duplicates += 1;
                 return StreamOrder::None;
@@ -681,6 +684,13 @@ impl Stream {
                     }
                 }
                 Some(last) if seq <= last.seq => {
+                    if self.recent.iter().any(|r| r.seq == seq && r.print != seen.print) {
+                        // One engine was replayed, another one is live.
+                        self.counters.restarts += 1;
+                        self.start_over(effect);
+                        self.forget_held();
+                        return self.replay_all(SuspectReason::LateStart);
+                    }
                     self.counters.duplicates += 1;
                     continue;
                 }

@@ -208,8 +208,9 @@ impl World {
         match self.rng.below(40) {
             0 | 1 if message.seq > 0 => {}
             2 => self.wire.extend([message.clone(), message]),
-            3 => {
-                let at = self.wire.len().saturating_sub(1);
+            // What shows a restart, the first batch of a run, comes first of that run.
+            3 if self.wire.back().is_some_and(|before| before.seq > 0) => {
+                let at = self.wire.len() - 1;
                 self.wire.insert(at, message);
             }
             4 => {
