@@ -10,6 +10,7 @@ use crate::stage::{
 use crate::{Rng, Time};
 
 /// Candidates for one stage.
+#[derive(Clone)]
 pub(crate) struct Fixture {
     specs: Vec<EndpointSpec>,
     fleet: Fleet,
@@ -132,7 +133,14 @@ impl Fixture {
         keep
     }
 
-    pub fn score(&self, scorer: &mut impl Scorer) -> Vec<f64> {
+    /// The same candidates, last first.
+    pub fn reversed(&self) -> Fixture {
+        let mut fixture = self.clone();
+        fixture.rows.reverse();
+        fixture
+    }
+
+    pub fn score(&self, scorer: &mut (impl Scorer + ?Sized)) -> Vec<f64> {
         let mut column = vec![f64::NAN; self.rows.len()];
         self.with(|view, _| scorer.score(view, &mut column));
         column

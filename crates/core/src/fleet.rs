@@ -221,14 +221,14 @@ impl Endpoint {
 
 /// The table of all endpoints. Iteration goes by name, then address, then rank, so the order in
 /// which endpoints were found decides nothing.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Fleet {
     slots: Vec<Slot>,
     order: Vec<u16>,
     adapters: BTreeSet<String>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Slot {
     generation: u32,
     endpoint: Option<Endpoint>,

@@ -166,7 +166,8 @@ impl Known {
     fn new(reason: Reason, spec: Option<ChainSpec>) -> Known {
         let block_size = spec.map_or(0, |spec| spec.block_size);
         let hit = HitRecord { block_size, ..HitRecord::default() };
-        let is_held = matches!(reason, Reason::EventsLive | Reason::Drift);
+        // While the stream is silent or being rebuilt, its engine has promised nothing.
+        let is_held = matches!(reason, Reason::EventsLive | Reason::StreamSuspect | Reason::Drift);
         Known { reason, spec, hit, promised_tokens: is_held.then_some(0) }
     }
 

@@ -35,6 +35,9 @@ pub struct Expectation {
     /// Other requests of this router ran on the endpoint, or waited in it: between prediction and
     /// use, blocks may have been evicted.
     pub concurrent: bool,
+    /// The event stream is known to be incomplete: promises that are kept again and again show
+    /// that it no longer is.
+    pub incomplete: bool,
 }
 
 /// Sums over requests, in tokens.
@@ -98,7 +101,7 @@ pub struct Account {
 pub enum Conclusion {
     /// They promise what is not there.
     Drift,
-    /// After drift: they are right again.
+    /// After doubt, of the ledger or of the stream itself: they are right again.
     Agrees,
 }
 
@@ -239,17 +242,23 @@ impl Ledger {
                 book.drifts += 1;
                 Some(Conclusion::Drift)
             }
-            Verdict::Right { promised: true } | Verdict::Above { promised: true } => {
+            Verdict::Right { promised: true } => {
                 (book.evidence, book.drifts) = (0, 0);
                 book.agreements += 1;
-                if !book.in_doubt || book.agreements < self.agreements_min {
+                let doubted = book.in_doubt || expectation.incomplete;
+                if !doubted || book.agreements < self.agreements_min {
                     return None;
                 }
-                book.in_doubt = false;
+                (book.in_doubt, book.agreements) = (false, 0);
                 Some(Conclusion::Agrees)
             }
+            // Nothing false was promised, but the engine holds more than its events told.
+            Verdict::Above if !expectation.concurrent => {
+                (book.evidence, book.agreements) = (0, 0);
+                None
+            }
             // A prediction of nothing is no proof that the events are right.
-            Verdict::Right { .. } | Verdict::Above { .. } | Verdict::Unjudged => None,
+            Verdict::Right { .. } | Verdict::Above | Verdict::Unjudged => None,
         }
     }
 
@@ -272,9 +281,7 @@ enum Verdict {
     Below {
         nothing_of: u32,
     },
-    Above {
-        promised: bool,
-    },
+    Above,
     Unjudged,
 }
 
@@ -290,7 +297,7 @@ impl Verdict {
         let delivered = cached_tokens / block_size;
         match delivered.cmp(&promised) {
             std::cmp::Ordering::Equal => Verdict::Right { promised: promised > 0 },
-            std::cmp::Ordering::Greater => Verdict::Above { promised: promised > 0 },
+            std::cmp::Ordering::Greater => Verdict::Above,
             std::cmp::Ordering::Less => {
                 Verdict::Below { nothing_of: if delivered == 0 { promised } else { 0 } }
             }
@@ -301,7 +308,7 @@ impl Verdict {
         match self {
             Verdict::Right { .. } => verdicts.right += 1,
             Verdict::Below { .. } => verdicts.below += 1,
-            Verdict::Above { .. } => verdicts.above += 1,
+            Verdict::Above => verdicts.above += 1,
             Verdict::Unjudged => verdicts.unjudged += 1,
         }
     }
@@ -327,6 +334,7 @@ mod tests {
             promised_tokens: Some(promised_tokens),
             block_size: 16,
             concurrent,
+            incomplete: false,
         }
     }
 
@@ -338,7 +346,7 @@ mod tests {
             (160, 160, 144, Verdict::Right { promised: true }),
             (160, 161, 0, Verdict::Below { nothing_of: 10 }),
             (0, 161, 0, Verdict::Right { promised: false }),
-            (0, 161, 16, Verdict::Above { promised: false }),
+            (0, 161, 16, Verdict::Above),
             (32, 161, 40, Verdict::Right { promised: true }),
         ];
         for (promised, prompt, cached, verdict) in table {
@@ -378,6 +386,17 @@ mod tests {
             (0..5).map(|_| ledger.delivered(ID, &promise(32, false), 161, 32)).collect();
         assert_eq!(kept, [None, None, None, None, Some(Conclusion::Agrees)]);
         assert!(!ledger.in_doubt(ID));
+    }
+
+    #[test]
+    fn an_incomplete_stream_is_believed_when_it_misses_nothing_any_more() {
+        let mut ledger = ledger();
+        let incomplete = Expectation { incomplete: true, ..promise(32, false) };
+        for cached in [32, 32, 32, 48, 32, 32, 32, 32] {
+            assert_eq!(ledger.delivered(ID, &incomplete, 161, cached), None);
+        }
+        assert_eq!(ledger.delivered(ID, &incomplete, 161, 32), Some(Conclusion::Agrees));
+        assert_eq!(ledger.delivered(ID, &incomplete, 161, 32), None);
     }
 
     #[test]

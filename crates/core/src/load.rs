@@ -1,8 +1,8 @@
 //! What has been promised to each endpoint and not been answered yet?
 //!
 //! Load is charged when a decision is made, not when a scrape shows it, so that a burst sees
-//! itself. Every charge hangs on a ticket; a ticket that nobody ends is ended by [`Reservations::
-//! expire`], so nothing leaks.
+//! itself. Every charge hangs on a ticket; a ticket that nobody ends is ended by
+//! [`Reservations::expire`], so nothing leaks.
 
 use std::time::Duration;
 

@@ -255,6 +255,7 @@ impl Brain {
             chosen_tokens: known.hit.predicted_tokens,
             promised_tokens: known.promised_tokens,
             block_size: known.hit.block_size,
+            incomplete: known.reason == Reason::StreamSuspect,
             concurrent: row.inflight.requests > 0 || row.signals.is_some_and(|s| s.waiting > 0),
         }
     }

@@ -310,6 +310,26 @@ fn a_drifting_endpoint_is_known_by_its_history_alone() {
 }
 
 #[test]
+fn a_late_subscription_is_believed_once_it_misses_nothing() {
+    let mut host = Host::new(Plan::precise(), &["a"]);
+    let id = host.ids[0];
+    host.metrics(id, 0, 0.0);
+    host.seqs.insert(id, 100);
+    let tokens = prompt(1, 10 * BLOCK + 5);
+    host.hold(id, &tokens);
+    let late = StreamState::Suspect(SuspectReason::LateStart);
+    assert_eq!(host.brain.stream_state(id), Some(late));
+    for _ in 0..5 {
+        let decision = host.ask(&tokens);
+        assert_eq!(decision.record.reason, Reason::StreamSuspect);
+        assert_eq!(decision.record.chosen_tokens, 160);
+        host.answer(&decision, 165, 160);
+    }
+    assert_eq!(host.brain.stream_state(id), Some(StreamState::Live));
+    assert_eq!(host.ask(&tokens).record.reason, Reason::EventsLive);
+}
+
+#[test]
 fn a_silent_stream_is_bridged_by_history() {
     let mut host = Host::new(Plan::precise(), &["a", "b"]);
     host.ids.clone().into_iter().for_each(|id| host.metrics(id, 0, 0.0));
