@@ -238,6 +238,9 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn new(config: &'a EndpointPickerConfig) -> Result<Builder<'a>, PlanError> {
+        if let Some(field) = config.kvroute.zero() {
+            return Err(error(format!("kvroute.{field}"), "must be positive"));
+        }
         let mut builder = Builder { config, plugins: Vec::new(), notes: Vec::new() };
         for (at, entry) in config.plugins.iter().enumerate() {
             let name = Name::from(entry.name());

@@ -118,7 +118,7 @@ impl Default for Settings {
             endpoints_max: 4_096,
             index_bytes_max: 1_024 * MIB,
             history_blocks_per_endpoint_max: 31_250,
-            pending_blocks_per_endpoint_max: 65_536,
+            pending_blocks_per_endpoint_max: 8_192,
             speculations_max: 65_536,
             speculative: None,
             speculative_ttl_ms: 30_000,
@@ -159,6 +159,34 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// The first field whose 0 would stop the product rather than switch something off.
+    pub fn zero(&self) -> Option<&'static str> {
+        let fields = [
+            ("body_bytes_max", self.body_bytes_max),
+            ("header_bytes_max", self.header_bytes_max),
+            ("index_bytes_max", self.index_bytes_max),
+            ("scrape_bytes_max", self.scrape_bytes_max),
+            ("event_bytes_max", self.event_bytes_max),
+            ("endpoints_max", usize::from(self.endpoints_max)),
+            ("connections_max", self.connections_max as usize),
+            ("inflight_requests_max", self.inflight_requests_max as usize),
+            ("inflight_age_max_s", self.inflight_age_max_s as usize),
+            ("connect_timeout_ms", self.connect_timeout_ms as usize),
+            ("first_byte_timeout_s", self.first_byte_timeout_s as usize),
+            ("response_idle_timeout_s", self.response_idle_timeout_s as usize),
+            ("client_header_timeout_ms", self.client_header_timeout_ms as usize),
+            ("client_body_timeout_s", self.client_body_timeout_s as usize),
+            ("scrape_interval_ms", self.scrape_interval_ms as usize),
+            ("scrape_timeout_ms", self.scrape_timeout_ms as usize),
+            ("metrics_staleness_ms", self.metrics_staleness_ms as usize),
+            ("models_interval_s", self.models_interval_s as usize),
+            ("replay_timeout_ms", self.replay_timeout_ms as usize),
+            ("event_queue_batches_max", self.event_queue_batches_max as usize),
+            ("discovery_interval_ms", self.discovery_interval_ms as usize),
+        ];
+        fields.into_iter().find(|(_, value)| *value == 0).map(|(name, _)| name)
+    }
+
     /// Age from which metrics count as missing.
     pub fn metrics_staleness(&self) -> Duration {
         ms(self.metrics_staleness_ms)
