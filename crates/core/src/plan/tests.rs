@@ -211,6 +211,8 @@ fn mistakes_of_meaning_name_their_place() {
         ("plugins: [{type: single-profile-handler}, {type: single-profile-handler, name: b}]"
             .into(), "plugins".into(), "multiple profile handlers"),
     ];
+    let zero = ("kvroute: {scrape_interval_ms: 0}".into(), "kvroute.scrape_interval_ms".into());
+    let table = table.into_iter().chain([(zero.0, zero.1, "positive")]);
     for (yaml, path, message) in table {
         let error = Plan::build(&parse(&yaml).unwrap()).unwrap_err();
         assert_eq!(error.path, path, "{yaml}");
