@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hyper::service::service_fn;
@@ -23,6 +24,9 @@ use crate::tls::Acceptor;
 const HTTP2_STREAMS_MAX: u32 = 1_000;
 /// Header lines of a request; hyper answers 431 to more.
 const HEADERS_MAX: usize = 128;
+/// A connection without a request is closed after this. Longer than the pools of common clients
+/// keep theirs, so that it is not closed just as the next request is sent.
+const CLIENT_IDLE: Duration = Duration::from_secs(90);
 /// hyper's smallest read buffer.
 const HYPER_BUFFER_BYTES_MIN: usize = 8 << 10;
 
@@ -113,12 +117,17 @@ async fn converse<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let asked = AtomicBool::new(false);
     let service = service_fn(|request| {
+        asked.store(true, Ordering::Relaxed);
         let shared = Arc::clone(shared);
         async move { Ok::<_, std::convert::Infallible>(route::serve(shared, request, client).await) }
     });
     let server = server(&shared.settings);
     let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
+    let patience = ms(shared.settings.client_header_timeout_ms.max(1));
+    let mut head_due = pin!(tokio::time::sleep(patience));
+    let mut waiting = true;
     loop {
         let draining = *phase.borrow_and_update();
         match draining {
@@ -129,6 +138,14 @@ where
         tokio::select! {
             ended = connection.as_mut() => return ended,
             changed = phase.changed() => changed?,
+            // hyper has one timer for a head and for an idle connection; the first head has this
+            // one, and a client that dawdles later costs no more than one that is idle.
+            () = head_due.as_mut(), if waiting => {
+                waiting = false;
+                if !asked.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+            }
         }
     }
 }
@@ -140,7 +157,7 @@ fn server(settings: &Settings) -> auto::Builder<TokioExecutor> {
     server
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(ms(settings.client_header_timeout_ms.max(1)))
+        .header_read_timeout(CLIENT_IDLE.max(ms(settings.client_header_timeout_ms)))
         // Twice the limit, so that the router itself can refuse what is slightly too large.
         .max_buf_size((2 * header_bytes).max(HYPER_BUFFER_BYTES_MIN))
         .max_headers(HEADERS_MAX);

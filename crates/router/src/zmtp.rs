@@ -30,7 +30,7 @@ pub(crate) enum ZmtpError {
     #[error("{0}")]
     Io(#[from] io::Error),
     /// Not answered in time.
-    #[error("no answer within {0:?}")]
+    #[error("no answer within {0:?}; is this a KV event port?")]
     Timeout(Duration),
     /// The peer speaks something else.
     #[error("the peer does not speak ZMTP 3 with the NULL mechanism; is this a KV event port?")]

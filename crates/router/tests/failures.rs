@@ -1,6 +1,8 @@
 //! Everything that can go wrong with a request: the status, the message, the counter, and that
 //! the next request works.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod support;
 
 use std::time::Duration;

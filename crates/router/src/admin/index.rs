@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use kvroute_core::brain::{Brain, BrainCounters};
 use kvroute_core::decision::Reason;
 use kvroute_core::event::Tier;
-use kvroute_core::index::{EndpointUsage, IndexUsage};
+use kvroute_core::index::{Applied, EndpointUsage, IndexUsage};
 use kvroute_core::ledger::Account;
 use kvroute_core::stream::StreamState;
 use serde::Serialize;
@@ -48,7 +48,8 @@ struct StreamView {
     reason: Option<&'static str>,
     subscription: Subscription,
     counters: serde_json::Value,
-    applied: String,
+    /// What events did to the index, in blocks.
+    applied: BTreeMap<&'static str, u64>,
     messages: u64,
     events_bad: u64,
     connects: u64,
@@ -114,7 +115,7 @@ fn endpoint_view(brain: &Brain, upstream: &Upstream) -> EndpointView {
             reason: state.and_then(reason_of),
             subscription: upstream.subscription.lock().clone(),
             counters: counters.and_then(Result::ok).unwrap_or_default(),
-            applied: brain.stream_applied(id).map(|a| format!("{a:?}")).unwrap_or_default(),
+            applied: brain.stream_applied(id).map(applied).unwrap_or_default(),
             messages: metrics.stream_messages.get(),
             events_bad: metrics.events_bad.get(),
             connects: metrics.stream_reconnects.get(),
@@ -127,6 +128,22 @@ fn endpoint_view(brain: &Brain, upstream: &Upstream) -> EndpointView {
 fn tiers(usage: &EndpointUsage) -> impl Iterator<Item = (&'static str, u32)> {
     let by_tier = usage.by_tier;
     Tier::ALL.iter().map(move |tier| (tier.as_str(), by_tier[tier.index()]))
+}
+
+fn applied(counts: &Applied) -> BTreeMap<&'static str, u64> {
+    BTreeMap::from([
+        ("stored", counts.stored),
+        ("duplicate", counts.duplicate),
+        ("reannounced", counts.reannounced),
+        ("removed", counts.removed),
+        ("unknown", counts.unknown),
+        ("pending", counts.pending),
+        ("resolved", counts.resolved),
+        ("pending_dropped", counts.pending_dropped),
+        ("skipped", counts.skipped.iter().sum()),
+        ("cleared", counts.cleared),
+        ("resized", counts.resized),
+    ])
 }
 
 fn state_name(state: StreamState) -> &'static str {

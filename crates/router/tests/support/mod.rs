@@ -1,6 +1,7 @@
 //! What the tests need around a router: engines that do as they are told, a client that shows
 //! what really came, and waiting for conditions.
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -72,6 +73,8 @@ pub struct MockState {
     pub connections: AtomicUsize,
     /// Requests whose client went away before the answer was complete.
     pub cancelled: AtomicUsize,
+    /// Pieces of `Script::Raw` that the socket has taken.
+    pub pieces: AtomicUsize,
     pub script: Mutex<Option<Script>>,
     pub metrics: Mutex<Option<String>>,
     pub event_sources: Mutex<Option<String>>,
@@ -185,6 +188,7 @@ async fn play(stream: &mut TcpStream, script: Option<Script>, state: &MockState)
                     state.cancelled.fetch_add(1, Ordering::SeqCst);
                     return false;
                 }
+                state.pieces.fetch_add(1, Ordering::SeqCst);
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
             false
@@ -388,13 +392,14 @@ async fn read_answer_inner(stream: &mut TcpStream) -> Got {
     };
     let head = String::from_utf8(buf.drain(..end).collect()).unwrap();
     let mut lines = head.lines();
-    let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+    let status: u16 = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
     let headers: BTreeMap<String, String> = lines
         .filter_map(|l| l.split_once(": "))
         .map(|(n, v)| (n.to_owned(), v.to_owned()))
         .collect();
     let chunked = headers.contains_key("transfer-encoding");
     let length = headers.get("content-length").and_then(|v| v.parse::<usize>().ok());
+    let length = if status == 204 { Some(0) } else { length };
     let mut body = Vec::new();
     let complete = if chunked {
         loop {
