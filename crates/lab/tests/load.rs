@@ -1,4 +1,5 @@
 //! The load generator against simulated engines.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 

@@ -4,6 +4,7 @@
 //! A real model's output is random here (dummy weights). Output tokens that filled a block are
 //! known from the recorded events and repeated; those of a last, partial block are not, and cannot
 //! matter to the cache.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod recording;
 

@@ -1,4 +1,5 @@
 //! A simulated engine over loopback, as its clients see it.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod recording;
 mod support;
@@ -185,8 +186,15 @@ async fn a_client_that_leaves_frees_its_sequence() {
     assert_eq!(aborted.await, 2.0);
 }
 
-/// Family name to type, and the set of label names of every sample.
-fn page_shape(page: &str) -> (BTreeMap<String, String>, BTreeSet<(String, Vec<String>)>) {
+/// What a metrics page consists of.
+struct PageShape {
+    /// Family name to type.
+    types: BTreeMap<String, String>,
+    /// Sample names with their label names.
+    samples: BTreeSet<(String, Vec<String>)>,
+}
+
+fn page_shape(page: &str) -> PageShape {
     let mut types = BTreeMap::new();
     let mut samples = BTreeSet::new();
     for line in page.lines() {
@@ -202,7 +210,7 @@ fn page_shape(page: &str) -> (BTreeMap<String, String>, BTreeSet<(String, Vec<St
             samples.insert((name.to_owned(), names));
         }
     }
-    (types, samples)
+    PageShape { types, samples }
 }
 
 #[tokio::test]
@@ -218,8 +226,8 @@ async fn metrics_have_the_recorded_names_labels_and_types() {
     let ours = get(address, "/metrics").await;
     assert_eq!(ours.kind, "text/plain; version=0.0.4; charset=utf-8");
     let recorded = recording::read("metrics.prom") + &recording::read("metrics-lora.prom");
-    let (their_types, their_samples) = page_shape(&recorded);
-    let (our_types, our_samples) = page_shape(&ours.body);
+    let PageShape { types: their_types, samples: their_samples } = page_shape(&recorded);
+    let PageShape { types: our_types, samples: our_samples } = page_shape(&ours.body);
     // The process's own figures are not the engine's.
     let own = |name: &str| !name.starts_with("process_");
     for (name, kind) in their_types.iter().filter(|(name, _)| own(name)) {

@@ -185,10 +185,10 @@ impl Publisher {
         let mut state = self.state();
         let Some(subscriber) = state.subscribers.iter_mut().find(|s| s.id == id) else { return };
         match change {
-            Some(Incoming::Subscribe(topic)) => {
-                if subscriber.topics.len() < TOPICS_PER_SUBSCRIBER_MAX {
-                    subscriber.topics.push(topic);
-                }
+            Some(Incoming::Subscribe(topic))
+                if subscriber.topics.len() < TOPICS_PER_SUBSCRIBER_MAX =>
+            {
+                subscriber.topics.push(topic);
             }
             Some(Incoming::Cancel(topic)) => {
                 if let Some(at) = subscriber.topics.iter().position(|known| *known == topic) {

@@ -289,7 +289,7 @@ fn events_tell_exactly_what_the_cache_holds() {
 fn random_run(seed: u64) -> (u64, usize) {
     let mut rng = Rng::seeded(seed);
     let mut engine =
-        engine(ModelConfig { blocks: 33, reserve_full_prompt: seed % 2 == 0, ..small() });
+        engine(ModelConfig { blocks: 33, reserve_full_prompt: seed.is_multiple_of(2), ..small() });
     let mut held: BTreeMap<EngineHash, i64> = BTreeMap::new();
     let (mut now, mut checksum, mut removed) = (Time::ZERO, 0u64, 0);
     for id in 0..300u64 {

@@ -1,5 +1,5 @@
 //! Reads the recorded runs in `tests/data/engine` (its README says where they come from).
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "test helpers; each binary uses its part")]
 
 use std::path::PathBuf;
 

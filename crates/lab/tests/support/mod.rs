@@ -1,5 +1,5 @@
 //! Small clients for the server tests: HTTP, and the client half of ZMTP 3.
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "test helpers; each binary uses its part")]
 
 use std::net::SocketAddr;
 
