@@ -164,7 +164,7 @@ struct Shared {
     next_request: AtomicU64,
     next_id: AtomicU64,
     in_flight: AtomicUsize,
-    idle: watch::Sender<usize>,
+    drained: watch::Sender<bool>,
     started_unix_s: f64,
 }
 
@@ -235,7 +235,7 @@ pub async fn serve(mut config: EngineConfig) -> Result<EngineHandle, EngineError
         next_request: AtomicU64::new(1),
         next_id: AtomicU64::new(0),
         in_flight: AtomicUsize::new(0),
-        idle: watch::channel(0).0,
+        drained: watch::channel(false).0,
         started_unix_s,
     });
     tasks.spawn(runner::run(shared.clone(), model, receiver, pace_seen));
@@ -349,9 +349,8 @@ impl EngineHandle {
     /// Takes no more connections, answers what is in flight, then ends.
     pub async fn shutdown(self) {
         self.stop.send_replace(true);
-        let mut in_flight = self.shared.idle.subscribe();
-        // An error means that the sender is gone, which is idle, too.
-        let _ = in_flight.wait_for(|count| *count == 0).await;
+        // The sender lives in `self`, so waiting cannot fail.
+        let _ = self.shared.drained.subscribe().wait_for(|drained| *drained).await;
         self.kill().await;
     }
 }

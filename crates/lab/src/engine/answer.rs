@@ -53,8 +53,7 @@ impl Drop for Running {
             // The engine may be gone; then there is nothing to abort.
             let _ = self.shared.commands.send(Command::Abort(id));
         }
-        let before = self.shared.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.shared.idle.send_replace(before - 1);
+        self.shared.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -64,8 +63,7 @@ impl Running {
         let count = prepared.prompts.len() as u64 * u64::from(prepared.n);
         let first_id = shared.next_request.fetch_add(count, Ordering::Relaxed);
         let (sender, output) = mpsc::unbounded_channel();
-        let before = shared.in_flight.fetch_add(1, Ordering::Relaxed);
-        shared.idle.send_replace(before + 1);
+        shared.in_flight.fetch_add(1, Ordering::Relaxed);
         for request in prepared.sequences(first_id) {
             // A dead engine closes the channel, which the reader reports.
             let _ = shared.commands.send(Command::Submit { request, output: sender.clone() });

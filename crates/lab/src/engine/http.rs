@@ -1,6 +1,7 @@
 //! The HTTP side of an engine: connections, paths, and vLLM's error bodies.
 
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -86,34 +87,35 @@ impl Shared {
     }
 }
 
-/// Accepts connections until `stop`, then only serves those it has.
+/// Accepts connections until `stop`, then lets those it has finish their requests and says so.
 pub(super) async fn serve(
     shared: Arc<Shared>,
     listener: TcpListener,
     mut stop: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
-    let mut listener = Some(listener);
     loop {
-        let accepting = async {
-            match &listener {
-                Some(listener) => listener.accept().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
-            accepted = accepting => {
+            accepted = listener.accept() => {
                 if let Ok((stream, _)) = accepted {
-                    connections.spawn(connection(shared.clone(), stream));
+                    connections.spawn(connection(shared.clone(), stream, stop.clone()));
                 }
             }
             Some(_) = connections.join_next() => {}
-            Ok(()) = stop.changed() => listener = None,
+            () = stopped(&mut stop) => break,
         }
     }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    shared.drained.send_replace(true);
 }
 
-async fn connection(shared: Arc<Shared>, stream: TcpStream) {
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // An error means that the handle is gone, and soon this task.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+async fn connection(shared: Arc<Shared>, stream: TcpStream, mut stop: watch::Receiver<bool>) {
     // Without it, small chunks wait for acknowledgements; an error only costs that.
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request| {
@@ -121,7 +123,15 @@ async fn connection(shared: Arc<Shared>, stream: TcpStream) {
         async move { Ok::<_, Infallible>(answer(shared, request).await) }
     });
     let builder = auto::Builder::new(TokioExecutor::new());
-    if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stopped(&mut stop) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended");
     }
 }
