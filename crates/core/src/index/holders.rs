@@ -295,12 +295,12 @@ mod tests {
 
     #[test]
     fn behaves_like_a_map_of_maps() {
-        for seed in 0..40 {
+        for seed in 0..16 {
             let mut rng = Rng::seeded(seed);
             let mut blocks = Blocks::new();
             let mut model: BTreeMap<(u64, u16), (u8, u32)> = BTreeMap::new();
             let slots = [2, 3, 7, 40][seed as usize % 4];
-            for _ in 0..5000 {
+            for _ in 0..1500 {
                 let (key, slot) = (rng.below(9) as u64, rng.below(slots) as u16);
                 let bit = 1 << rng.below(5);
                 let (bits, speculations) = model.entry((key, slot)).or_default();

@@ -165,7 +165,7 @@ impl World {
     }
 
     fn feed(&mut self, input: StreamInput) {
-        let World { stream, index, engine, last, since_reset, mixed, .. } = self;
+        let World { stream, index, last, since_reset, mixed, .. } = self;
         let order = stream.on(self.now, input, &mut |effect| match effect {
             StreamEffect::Reset => {
                 index.clear_resident(ID);
@@ -184,7 +184,6 @@ impl World {
             assert!(self.order.is_none() && self.replay.is_none(), "{}", self.context);
             self.order = Some(from);
         }
-        let _ = engine;
         self.check();
     }
 
@@ -371,21 +370,21 @@ fn drive(seed: u64, limits: StreamLimits, buffer_max: usize) -> u64 {
 #[test]
 fn converges_without_replay() {
     let limits = StreamLimits { replay_available: false, ..StreamLimits::default() };
-    let checks: u64 = (0..1500).map(|seed| drive(seed, limits, 1)).sum();
-    assert!(checks > 30_000, "the stream was hardly ever live: {checks}");
+    let checks: u64 = (0..700).map(|seed| drive(seed, limits, 1)).sum();
+    assert!(checks > 10_000, "the stream was hardly ever live: {checks}");
 }
 
 #[test]
 fn converges_by_replay_alone_when_the_buffer_reaches_back() {
     let limits = StreamLimits { replay_available: true, ..StreamLimits::default() };
-    let checks: u64 = (10_000..11_500).map(|seed| drive(seed, limits, 100_000)).sum();
-    assert!(checks > 30_000, "the stream was hardly ever live: {checks}");
+    let checks: u64 = (10_000..10_700).map(|seed| drive(seed, limits, 100_000)).sum();
+    assert!(checks > 10_000, "the stream was hardly ever live: {checks}");
 }
 
 #[test]
 fn converges_with_short_buffers_and_few_held_batches() {
     let mut checks = 0;
-    for seed in 20_000..23_000 {
+    for seed in 20_000..21_400 {
         let limits = StreamLimits {
             replay_available: true,
             held_batches_max: seed as u32 % 5,
@@ -393,5 +392,5 @@ fn converges_with_short_buffers_and_few_held_batches() {
         };
         checks += drive(seed, limits, 1 + seed as usize % 60);
     }
-    assert!(checks > 30_000, "the stream was hardly ever live: {checks}");
+    assert!(checks > 10_000, "the stream was hardly ever live: {checks}");
 }

@@ -281,13 +281,13 @@ fn drive_all(seeds: std::ops::Range<u64>, limits: IndexLimits) -> Applied {
         applied += one;
         seen.iter_mut().zip(hits).for_each(|(sum, n)| *sum += n);
     }
-    assert!(seen.iter().all(|&sum| sum > 10_000), "too few hits to mean anything: {seen:?}");
+    assert!(seen.iter().all(|&sum| sum > 5_000), "too few hits to mean anything: {seen:?}");
     applied
 }
 
 #[test]
 fn equals_the_model() {
-    let applied = drive_all(0..60, super::ROOMY);
+    let applied = drive_all(0..25, super::ROOMY);
     let Applied { stored, duplicate, reannounced, removed, unknown, .. } = applied;
     let Applied { pending, resolved, cleared, .. } = applied;
     let counts = [stored, duplicate, reannounced, removed, unknown, pending, resolved, cleared];
@@ -302,6 +302,6 @@ fn equals_the_model_when_lists_are_short() {
         pending_blocks_per_endpoint_max: 6,
         ..super::ROOMY
     };
-    let applied = drive_all(1000..1060, short);
+    let applied = drive_all(1000..1025, short);
     assert!(applied.pending_dropped > 100 && applied.resolved > 100, "{applied:?}");
 }
