@@ -137,7 +137,7 @@ fn recording(name: &str) -> PathBuf {
 fn every_prediction_is_right_with_one_kind_of_cache() {
     for (name, predictions) in [("sha256", 45), ("lora", 43), ("byteshash", 45)] {
         let (right, wrong, applied) = verify(&recording(name));
-        assert_eq!(wrong, [String::new(); 0], "{name}, {right} right");
+        assert!(wrong.is_empty(), "{name}, {right} right, wrong: {wrong:?}");
         assert_eq!(right, predictions, "{name}");
         assert_eq!((applied.pending, applied.unknown, applied.skipped), (0, 0, [0; 8]), "{name}");
         assert!(applied.removed > 0 && applied.reannounced > 0, "{name}: {applied:?}");
