@@ -269,6 +269,12 @@ fn a_late_batch_of_an_engine_that_is_gone_does_not_go_on_the_replay_of_the_next(
 }
 
 #[test]
+fn the_replay_of_one_engine_and_live_batches_of_the_next_do_not_mix() {
+    let script = vec![Connected, live(2, 0), again(1, 0), again(1, 1), ReplayDone];
+    check(WITH, script, "replay:0 1000 1001 reset replay:0", Replaying);
+}
+
+#[test]
 fn inputs_that_make_no_sense_do_nothing() {
     let stray = vec![again(0, 4), ReplayDone, ReplayFailed, Tick, Agrees, Lost, Drift];
     check(WITH, stray, "", Initial);

@@ -138,7 +138,7 @@ impl World {
         };
         event.tier = self.tier();
         if shape == Shape::Hybrid && self.rng.below(2) == 0 {
-            let window = GroupKind::SlidingWindow { window: 4 };
+            let window = GroupKind::SlidingWindow { window: 5 };
             (event.group, event.kind) =
                 [(Some(0), window), (Some(2), GroupKind::Mamba)][self.rng.below(2)];
             event.hashes.remove(self.rng.below(event.hashes.len()));

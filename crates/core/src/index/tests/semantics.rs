@@ -317,13 +317,13 @@ fn a_name_given_to_other_content_names_only_that() {
     index.check();
 }
 
-/// The group events of one step of a model with a sliding window of 7 tokens: two blocks.
+/// The group events of one step of a model with a sliding window of 9 tokens: two blocks.
 fn hybrid_step(tokens: &[u32], window: &[usize]) -> [KvEvent; 2] {
     let full = BlockStored { group: Some(1), ..stored(tokens, 0) };
     let beside = BlockStored {
         hashes: window.iter().map(|&block| full.hashes[block]).collect(),
         group: Some(0),
-        kind: GroupKind::SlidingWindow { window: 7 },
+        kind: GroupKind::SlidingWindow { window: 9 },
         ..full.clone()
     };
     [KvEvent::Stored(beside), KvEvent::Stored(full)]
