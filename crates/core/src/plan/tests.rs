@@ -21,18 +21,20 @@ fn texts(plan: &Plan, kind: NoteKind) -> Vec<&str> {
 }
 
 #[test]
-fn llm_ds_baseline_gets_its_producers_and_picker() {
-    let yaml = include_str!("../../../../tests/data/epp-configs/optimized-baseline.yaml");
-    let plan = plan(yaml);
+fn a_blend_of_scorers_gets_its_producers_and_picker() {
+    let plan = plan(
+        "plugins: [{type: no-hit-lru-scorer}, {type: prefix-cache-scorer}, {type: queue-scorer}]\n\
+         schedulingProfiles: [{name: blend, plugins: [{pluginRef: no-hit-lru-scorer, weight: 2}, \
+         {pluginRef: prefix-cache-scorer, weight: 3}, {pluginRef: queue-scorer}]}]",
+    );
     let profile = &plan.profiles[0];
-    assert_eq!(profile.name.as_str(), "default");
+    assert_eq!(profile.name.as_str(), "blend");
     assert_eq!(
         stages(&profile.scorers),
         [
-            ("queue-scorer", 2.0, None),
-            ("kv-cache-utilization-scorer", 2.0, None),
-            ("prefix-cache-scorer", 3.0, Some(0)),
             ("no-hit-lru-scorer", 2.0, Some(0)),
+            ("prefix-cache-scorer", 3.0, Some(0)),
+            ("queue-scorer", 1.0, None),
         ]
     );
     assert_eq!(profile.picker.name.as_str(), "max-score-picker");
@@ -45,7 +47,7 @@ fn llm_ds_baseline_gets_its_producers_and_picker() {
         [
             "single-profile-handler: there is one profile",
             "max-score-picker: the profile has no picker",
-            "approx-prefix-cache-producer: prefix-cache-scorer reads it",
+            "approx-prefix-cache-producer: no-hit-lru-scorer reads it",
             "token-producer: prefix matching needs tokens",
         ]
     );
@@ -53,34 +55,35 @@ fn llm_ds_baseline_gets_its_producers_and_picker() {
 
 #[test]
 fn two_producers_of_one_type_are_told_apart_by_name() {
-    let yaml = include_str!("../../../../tests/data/epp-configs/tiered-prefix-cache-cpu.yaml");
-    let plan = plan(yaml);
-    let names: Vec<&str> = plan.producers.iter().map(|p| p.name.as_str()).collect();
-    assert_eq!(names, ["cpu-prefix-cache-producer", "approx-prefix-cache-producer"]);
-    let scorers = stages(&plan.profiles[0].scorers);
-    assert_eq!(
-        scorers[2..],
-        [("gpu-prefix-cache-scorer", 1.0, Some(1)), ("cpu-prefix-cache-scorer", 1.0, Some(0)),]
+    let plan = plan(
+        "plugins: [{type: approx-prefix-cache-producer, name: host-memory, parameters: {autoTune: \
+         false, lruCapacityPerServer: 900}}, {type: prefix-cache-scorer, name: on-gpu}, {type: \
+         prefix-cache-scorer, name: on-host, parameters: {prefixMatchInfoProducerName: \
+         host-memory}}]",
     );
+    let names: Vec<&str> = plan.producers.iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["host-memory", "approx-prefix-cache-producer"]);
+    let scorers = stages(&plan.profiles[0].scorers);
+    assert_eq!(scorers, [("on-gpu", 1.0, Some(1)), ("on-host", 1.0, Some(0))]);
 }
 
 #[test]
-fn samples_with_a_precise_producer_ask_for_exact_tokens() {
-    let samples = [
-        include_str!("../../../../tests/data/epp-configs/sim-epp-kvcache-config.yaml"),
-        include_str!("../../../../tests/data/epp-configs/sim-epp-tokenizer-vllm-http-config.yaml"),
-    ];
-    for yaml in samples {
-        let plan = plan(yaml);
-        assert_eq!(plan.tokens, TokensNeed::Exact);
-        assert!(plan.reads_events());
-        let precise = plan.precise_producer().unwrap();
-        assert_eq!(precise.block_tokens_assumed(), 16);
-        assert!(!precise.speculative_indexing);
-        assert_eq!(stages(&plan.profiles[0].filters), [("decode-filter", 1.0, None)]);
-        assert!(texts(&plan, NoteKind::Inert).iter().any(|text| text.contains("vllm")));
-    }
-    let plan = plan(include_str!("../../../../tests/data/epp-configs/sim-epp-config.yaml"));
+fn a_precise_producer_asks_for_exact_tokens() {
+    let plan = plan(
+        "plugins: [{type: token-producer, parameters: {modelName: m, vllm: {url: 'http://r:1'}}}, \
+         {type: precise-prefix-cache-producer, parameters: {tokenProcessorConfig: {blockSize: 16, \
+         hashSeed: '7'}, kvEventsConfig: {zmqEndpoint: 'tcp://*:1'}, indexerConfig: \
+         {kvBlockIndexConfig: {metricsLoggingInterval: 1000}}}}, {type: decode-filter}, {type: \
+         prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: \
+         precise-prefix-cache-producer}}]",
+    );
+    assert_eq!(plan.tokens, TokensNeed::Exact);
+    assert!(plan.reads_events());
+    let precise = plan.precise_producer().unwrap();
+    assert_eq!(precise.block_tokens_assumed(), 16);
+    assert!(!precise.speculative_indexing);
+    assert_eq!(stages(&plan.profiles[0].filters), [("decode-filter", 1.0, None)]);
+    assert!(texts(&plan, NoteKind::Inert).iter().any(|text| text.contains("vllm")));
     assert_eq!(plan.index_limits().history_blocks_per_endpoint_max, 31_250);
 }
 
