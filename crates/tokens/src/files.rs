@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::LoadError;
@@ -18,10 +19,18 @@ const TEMPLATES_MAX: usize = 32;
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// The files of one tokenizer, read.
+/// Where a `tokenizer.json` comes from.
+pub(crate) enum Source {
+    /// Embedded in the program.
+    Embedded(&'static str),
+    /// A file.
+    File(PathBuf),
+}
+
+/// The files of one tokenizer; the large one is read when the model is built.
 pub(crate) struct Files {
     /// `tokenizer.json`.
-    pub(crate) tokenizer: Value,
+    pub(crate) tokenizer: Source,
     /// What `tokenizer_config.json` changes about it.
     pub(crate) overrides: Overrides,
     /// Name and source of each chat template.
@@ -32,12 +41,11 @@ pub(crate) struct Files {
 
 /// The tokenizer in this repository.
 pub(crate) fn demo() -> Result<Files, LoadError> {
-    let tokenizer = include_str!("../assets/demo/tokenizer.json");
     let config = include_str!("../assets/demo/tokenizer_config.json");
     let template = include_str!("../assets/demo/chat_template.jinja");
-    let config = parse(config, "the embedded tokenizer_config.json")?;
+    let config: Value = parse(config, "the embedded tokenizer_config.json")?;
     let mut files = Files {
-        tokenizer: parse(tokenizer, "the embedded tokenizer.json")?,
+        tokenizer: Source::Embedded(include_str!("../assets/demo/tokenizer.json")),
         overrides: Overrides::default(),
         templates: vec![("default".to_owned(), template.to_owned())],
         special_tokens: Vec::new(),
@@ -50,9 +58,8 @@ pub(crate) fn demo() -> Result<Files, LoadError> {
 pub(crate) fn read(path: &Path) -> Result<Files, LoadError> {
     let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
     let beside = |name: &str| path.with_file_name(name);
-    let text = read_text(&path)?;
     let mut files = Files {
-        tokenizer: parse(&text, &path.display().to_string())?,
+        tokenizer: Source::File(path.clone()),
         overrides: Overrides::default(),
         templates: Vec::new(),
         special_tokens: Vec::new(),
@@ -70,7 +77,7 @@ pub(crate) fn read(path: &Path) -> Result<Files, LoadError> {
     } else if files.templates.is_empty() {
         let path = beside("chat_template.json");
         if let Some(text) = read_if_there(&path)? {
-            let json = parse(&text, &path.display().to_string())?;
+            let json: Value = parse(&text, &path.display().to_string())?;
             files.templates = templates_of(&json["chat_template"]);
         }
     }
@@ -143,7 +150,7 @@ fn read_if_there(path: &Path) -> Result<Option<String>, LoadError> {
     if path.exists() { read_text(path).map(Some) } else { Ok(None) }
 }
 
-fn read_text(path: &Path) -> Result<String, LoadError> {
+pub(crate) fn read_text(path: &Path) -> Result<String, LoadError> {
     let failed = |error| LoadError::Read { path: path.to_owned(), error };
     let bytes = fs::metadata(path).map_err(failed)?.len();
     if bytes > FILE_BYTES_MAX {
@@ -156,7 +163,7 @@ fn read_text(path: &Path) -> Result<String, LoadError> {
     fs::read_to_string(path).map_err(failed)
 }
 
-fn parse(text: &str, what: &str) -> Result<Value, LoadError> {
+pub(crate) fn parse<T: DeserializeOwned>(text: &str, what: &str) -> Result<T, LoadError> {
     serde_json::from_str(text)
         .map_err(|error| LoadError::BadJson { what: what.to_owned(), message: error.to_string() })
 }

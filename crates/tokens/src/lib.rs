@@ -126,7 +126,7 @@ impl Tokenizer {
             trust_request_template: options.trust_request_template,
         };
         let templates = Templates::new(sources, files.special_tokens, render)?;
-        let model = Model::new(files.tokenizer, files.overrides, options.cache_bytes_max)?;
+        let model = Model::new(&files.tokenizer, files.overrides, options.cache_bytes_max)?;
         Ok(Tokenizer { inner: Arc::new(Inner { model, templates }) })
     }
 

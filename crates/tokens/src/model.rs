@@ -11,14 +11,17 @@
 //! shared system prompt is tokenized once. A hit compares the text itself, so no hash collision
 //! can give wrong ids.
 
+use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use fastokens::added_tokens::Segment;
 use fastokens::{EncodeSegment, Tokenizer as Fast};
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::cut::CutRule;
 use crate::error::{LoadError, TokensError};
+use crate::files::{self, Source};
 
 /// Texts that must come back unchanged from encoding and decoding. ASCII first: the others only
 /// for tokenizers that can write every byte.
@@ -79,18 +82,19 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn new(
-        mut json: Value,
+        source: &Source,
         overrides: Overrides,
         cache_bytes_max: usize,
     ) -> Result<Model, LoadError> {
-        let unsupported = |message: String| LoadError::Unsupported { message };
-        canonicalize(&mut json)?;
-        merge_added_tokens(&mut json, overrides.added_tokens);
-        let rule = CutRule::of(&json);
-        let has_normalizer = !json["normalizer"].is_null();
-        let checks_bytes = decodes_every_byte(&json);
-        let has_decoder = !json["decoder"].is_null();
-        let mut fast = Fast::from_json(json).map_err(|error| unsupported(error.to_string()))?;
+        let (text, name) = match source {
+            Source::Embedded(text) => (Cow::Borrowed(*text), "the embedded file".to_owned()),
+            Source::File(path) => (Cow::Owned(files::read_text(path)?), path.display().to_string()),
+        };
+        let outline: Outline = files::parse(&text, &name)?;
+        outline.check()?;
+        let mut fast = build(source, &text, &outline, overrides.added_tokens)
+            .map_err(|error| unsupported(&outline, &error))?;
+        drop(text);
         // Engines hand the whole prompt over and cut it, if at all, by rules of their own.
         fast.set_truncation(None);
         fast.set_padding(None);
@@ -98,16 +102,18 @@ impl Model {
             fast.enable_segment_cache(cache_bytes_max);
         }
         let added = fast.added_token_configs();
-        let is_split_here = !has_normalizer || added.iter().all(|token| !token.normalized);
+        let is_split_here =
+            outline.normalizer.is_null() || added.iter().all(|token| !token.normalized);
         let highest_added = added.iter().map(|token| token.id + 1).max().unwrap_or(0);
         let ids = highest_added.max(u32::try_from(fast.vocab_size()).unwrap_or(u32::MAX));
         let ends = match overrides.ends {
             None => None,
             Some(ends) => Some((id_of(&fast, ends.before)?, id_of(&fast, ends.after)?)),
         };
+        let rule = CutRule::of(&outline.normalizer, &outline.pre_tokenizer);
         let model = Model { fast, rule, is_split_here, ends, ids };
-        if has_decoder {
-            model.check_probes(checks_bytes)?;
+        if !outline.decoder.is_null() {
+            model.check_probes(outline.writes_every_byte())?;
         }
         model.check_added_tokens()?;
         Ok(model)
@@ -244,39 +250,85 @@ fn id_of(fast: &Fast, token: Option<String>) -> Result<Option<u32>, LoadError> {
     }
 }
 
-/// Rewrites spellings that mean the same, and refuses what would make ids random.
-fn canonicalize(json: &mut Value) -> Result<(), LoadError> {
-    let unsupported = |message: &str| LoadError::Unsupported { message: message.to_owned() };
-    let model = json.get_mut("model").and_then(Value::as_object_mut);
-    let model = model.ok_or_else(|| unsupported("there is no `model`"))?;
-    // An empty affix is none.
+/// The small parts of a `tokenizer.json`; its vocabulary is passed over.
+#[derive(Deserialize)]
+struct Outline {
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: OutlineOfModel,
+}
+
+#[derive(Deserialize)]
+struct OutlineOfModel {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    dropout: Option<f64>,
+    #[serde(default)]
+    byte_fallback: bool,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+}
+
+impl Outline {
+    fn check(&self) -> Result<(), LoadError> {
+        match self.model.dropout {
+            Some(dropout) if dropout > 0.0 => Err(LoadError::Unsupported {
+                message: "`dropout`, which makes ids random".to_owned(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// An empty affix means none, which the library spells `null`.
+    fn has_empty_affix(&self) -> bool {
+        let affixes = [&self.model.continuing_subword_prefix, &self.model.end_of_word_suffix];
+        affixes.into_iter().any(|affix| affix.as_deref() == Some(""))
+    }
+
+    /// Whether the tokenizer writes any byte, so that every text comes back.
+    fn writes_every_byte(&self) -> bool {
+        self.model.byte_fallback || self.pre_tokenizer.to_string().contains("\"ByteLevel\"")
+    }
+}
+
+fn unsupported(outline: &Outline, error: &fastokens::Error) -> LoadError {
+    let kind = outline.model.kind.as_deref().unwrap_or("unknown");
+    // The library says "Other" for a model of a known kind that it cannot read.
+    let message = match error.to_string() {
+        text if text.ends_with("model type: Other") && kind == "BPE" => {
+            "a BPE model whose vocabulary and merges do not fit together".to_owned()
+        }
+        text => format!("{text} (a model of type {kind})"),
+    };
+    LoadError::Unsupported { message }
+}
+
+/// Builds the tokenizer. A file that needs no rewriting is read by the library itself, which takes
+/// half the time of a tree.
+fn build(
+    source: &Source,
+    text: &str,
+    outline: &Outline,
+    added_tokens: Vec<Value>,
+) -> Result<Fast, fastokens::Error> {
+    if let (Source::File(path), false) = (source, outline.has_empty_affix()) {
+        return Fast::from_file(path);
+    }
+    let mut json: Value = serde_json::from_str(text)?;
     for key in ["continuing_subword_prefix", "end_of_word_suffix"] {
-        if model.get(key).is_some_and(|affix| affix == "") {
-            model.insert(key.to_owned(), Value::Null);
+        if json["model"][key] == "" {
+            json["model"][key] = Value::Null;
         }
     }
-    if model.get("dropout").and_then(Value::as_f64).is_some_and(|dropout| dropout > 0.0) {
-        return Err(unsupported("`dropout`, which makes ids random"));
+    if let Some(list) = json["added_tokens"].as_array_mut() {
+        // Tokens that only `tokenizer_config.json` names, as transformers adds them.
+        let is_new = |token: &Value| !list.iter().any(|t| t["content"] == token["content"]);
+        let new: Vec<Value> = added_tokens.into_iter().filter(is_new).collect();
+        list.extend(new);
     }
-    Ok(())
-}
-
-/// Adds tokens that only `tokenizer_config.json` names, as transformers does.
-fn merge_added_tokens(json: &mut Value, tokens: Vec<Value>) {
-    if !json["added_tokens"].is_array() {
-        json["added_tokens"] = Value::Array(Vec::new());
-    }
-    let Some(list) = json["added_tokens"].as_array_mut() else { return };
-    for token in tokens {
-        let is_known = list.iter().any(|known| known["content"] == token["content"]);
-        if !is_known {
-            list.push(token);
-        }
-    }
-}
-
-/// Whether the tokenizer writes any byte, so that every text comes back.
-fn decodes_every_byte(json: &Value) -> bool {
-    let text = |value: &Value| value.to_string().contains("\"ByteLevel\"");
-    json["model"]["byte_fallback"] == true || text(&json["pre_tokenizer"])
+    Fast::from_json(json)
 }

@@ -130,7 +130,7 @@ fn check_pieces(tokenizer: &Tokenizer, seed: u64, rounds: u64) {
     let mut rng = Rng::seeded(seed);
     let mut shared = vec![String::new()];
     for round in 0..rounds {
-        let parts = [0, 3, 40, 900][rng.below(4)];
+        let parts = [0, 3, 40, 3000][rng.below(4)];
         let mut text = shared[rng.below(shared.len())].clone();
         text.push_str(&rough_text(&mut rng, parts));
         let whole = tokenizer.inner.model.encode_whole(&text).unwrap();
@@ -138,7 +138,7 @@ fn check_pieces(tokenizer: &Tokenizer, seed: u64, rounds: u64) {
             let got = tokenizer.encode(&text, false).unwrap();
             assert!(got == whole, "seed {seed} round {round}, {sight} sight: {text:?}");
         }
-        if shared.len() < 8 && text.len() < 40_000 {
+        if shared.len() < 8 && text.len() < 30_000 {
             shared.push(text);
         }
     }
@@ -149,18 +149,18 @@ fn pieces_and_cache_give_the_ids_of_the_whole() {
     for cache_bytes_max in [0, 64 << 10, 16 << 20] {
         let options = TokenizerOptions { cache_bytes_max, ..options() };
         let tokenizer = Tokenizer::demo_with(&options).unwrap();
-        check_pieces(&tokenizer, 7 + cache_bytes_max as u64, 300);
+        check_pieces(&tokenizer, 7 + cache_bytes_max as u64, 100);
         let stats = tokenizer.cache_stats();
         assert_eq!(stats.bytes_max, cache_bytes_max);
         assert!(stats.bytes <= cache_bytes_max);
-        assert_eq!(stats.hits > 100, cache_bytes_max > 0, "{stats:?}");
+        assert_eq!(stats.hits > 20, cache_bytes_max > 0, "{stats:?}");
     }
 }
 
 #[test]
 fn a_shared_system_prompt_is_tokenized_once() {
     let tokenizer = Tokenizer::demo();
-    let system = "You are a careful assistant. ".repeat(300);
+    let system = "You are a careful assistant. ".repeat(900);
     let ask = |question: &str| {
         let body = format!(
             r#"{{"messages": [{{"role": "system", "content": {system:?}}},
