@@ -12,7 +12,7 @@ const EXAMPLES: &str = "\
 Examples:
   kvroute demo
       8 simulated engines, round robin beside precise routing, in one minute
-  kvroute serve --endpoint http://10.0.0.1:8000 --endpoint http://10.0.0.2:8000 --tokenizer tokenizer.json
+  kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer tokenizer.json
       route to two vLLM servers by what their caches hold
   kvroute replay recordings/run-1 --tokenizer tokenizer.json
       would the predictions have been right?
@@ -64,9 +64,9 @@ enum Command {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:
-  kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer qwen3/tokenizer.json
-  kvroute serve --config config/precise.yaml --endpoints-file endpoints.yaml --http 0.0.0.0:8080
-  kvroute serve --endpoint http://gpu1:8000            # no tokenizer, no events: learns from history
+  kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer tokenizer.json
+  kvroute serve --config precise.yaml --endpoints-file endpoints.yaml --http 0.0.0.0:8080
+  kvroute serve --endpoint http://gpu1:8000      # no tokenizer, no events: learns from history
 
 An endpoint may name its event sockets:  URL,events=tcp://HOST:PORT,replay=tcp://HOST:PORT
 Without them the engine is asked (GET /kv_event_sources).")]

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
 use kvroute_core::plan::Plan;
-use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_router::{EndpointFlag, EventsSource, RouterConfig, TlsFiles, Tokenizers};
+use kvroute_tokens::{Tokenizer, TokenizerOptions};
 
 use crate::cli;
 

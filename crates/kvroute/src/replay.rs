@@ -1,7 +1,7 @@
 //! Would the predictions have been right? Feeds a recording of real engines into the index and
 //! compares the predicted `cached_tokens` of every sequential request with what was delivered.
 
-mod recording;
+pub mod recording;
 mod tokens;
 
 use std::collections::BTreeMap;
@@ -151,7 +151,8 @@ impl<'a> Replay<'a> {
             match (message.seq(), batch) {
                 (Some(seq), Some(Ok(batch))) => {
                     if batch.events_bad > 0 {
-                        let fault = format!("port {port} batch {seq}: {} bad events", batch.events_bad);
+                        let fault =
+                            format!("port {port} batch {seq}: {} bad events", batch.events_bad);
                         self.report.stream_faults.push(fault);
                     }
                     feed(&mut self.index, engine, seq, batch, unix_ns);
@@ -236,7 +237,8 @@ impl<'a> Replay<'a> {
     fn explain(&self, engine: &Engine<'_>, predicted: u32, delivered: u32) -> String {
         let usage = self.index.endpoint_usage(engine.id);
         let last = engine.messages[..engine.fed].last().and_then(RecordedMessage::seq);
-        let seen = last.map_or("no batch seen".to_owned(), |seq| format!("batches seen up to {seq}"));
+        let seen =
+            last.map_or("no batch seen".to_owned(), |seq| format!("batches seen up to {seq}"));
         let state = engine.stream.state();
         let why = if !matches!(state, StreamState::Live) {
             format!("the event stream is incomplete ({state:?})")
@@ -305,7 +307,9 @@ fn feed(
     unix_ns: u64,
 ) {
     let id = engine.id;
-    engine.stream.on(Time(unix_ns), StreamInput::Batch { seq, batch }, &mut |effect| match effect {
+    let input = StreamInput::Batch { seq, batch };
+    // Nothing can be ordered: a recording has no replay socket.
+    let _ = engine.stream.on(Time(unix_ns), input, &mut |effect| match effect {
         StreamEffect::Apply(batch) => {
             for event in &batch.events {
                 index.apply(id, event);

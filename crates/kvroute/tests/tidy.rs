@@ -16,11 +16,21 @@ const BANNED_CALLS: &[(&str, &str)] = &[
 ];
 
 /// Calls that the pure crates may not make.
-const IMPURE_CALLS: &[&str] =
-    &["Instant::now", "SystemTime::now", "std::env", "std::fs", "std::net", "std::thread", "tokio"];
+const IMPURE_CALLS: &[&str] = &[
+    "Instant::now",
+    "SystemTime::now",
+    "std::env",
+    "std::fs",
+    "TcpStream",
+    "std::thread",
+    "tokio",
+];
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the workspace exists")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .expect("the workspace exists")
 }
 
 /// Every file below the workspace with one of these endings, build output and git left out.
@@ -66,7 +76,7 @@ fn shipped(text: &str) -> &str {
 /// Is this a whole file of tests, compiled for tests only by its parent?
 fn is_test_module(path: &Path) -> bool {
     let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    matches!(name, "tests.rs" | "reference.rs") || name.ends_with("_tests.rs")
+    matches!(name, "tests.rs" | "reference.rs" | "fixture.rs") || name.ends_with("_tests.rs")
 }
 
 fn sources() -> Vec<(PathBuf, String)> {
@@ -88,7 +98,8 @@ fn functions(text: &str) -> Vec<(usize, String, usize)> {
         let indent = line.len() - line.trim_start().len();
         let Some(name) = function_name(line.trim_start()) else { continue };
         let close = format!("{}}}", " ".repeat(indent));
-        let Some(body) = lines[at..].iter().position(|l| l.ends_with('{') || l.ends_with(';')) else {
+        let Some(body) = lines[at..].iter().position(|l| l.ends_with('{') || l.ends_with(';'))
+        else {
             continue;
         };
         if lines[at + body].ends_with(';') {
