@@ -70,7 +70,8 @@ pub(crate) async fn forward(
         if attempts > shared.settings.retries_max {
             break;
         }
-        if attempts > 0 {
+        // Also when the first choice has left the fleet meanwhile.
+        if candidates.first() != Some(&id) {
             reservation.redirect(id);
         }
         attempts += 1;

@@ -269,7 +269,8 @@ mod tests {
         assert_eq!(
             String::from_utf8(out).unwrap(),
             "POST /v1/completions?x=1 HTTP/1.1\r\nhost: 10.0.0.1:8000\r\ntracestate: a=b\r\n\
-             x-request-id: id-1\r\nx-forwarded-for: 10.1.1.1, 127.0.0.1\r\ncontent-length: 7\r\n\r\n"
+             x-request-id: id-1\r\nx-forwarded-for: 10.1.1.1, 127.0.0.1\r\n\
+             content-length: 7\r\n\r\n"
         );
     }
 }

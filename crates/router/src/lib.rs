@@ -1,9 +1,9 @@
 //! Sockets and tasks around the brain: the proxy that clients talk to, the connections to
 //! endpoints, KV event subscribers, scraping, discovery, and the admin address.
 //!
-//! A request: [`proxy`] -> [`route`] -> [`tokenize`] -> core's brain -> [`forward`] ->
-//! [`observe`]. Knowledge: [`scrape`] and [`events`] feed the brain, [`discover`] the fleet.
-//! Everything shares one [`shared::Shared`]; nothing is global, so several routers can run in one
+//! A request: `proxy` -> `route` -> `tokenize` -> core's brain -> `forward` ->
+//! `observe`. Knowledge: `scrape` and `events` feed the brain, `discover` the fleet.
+//! Everything shares one `shared::Shared`; nothing is global, so several routers can run in one
 //! process.
 
 mod admin;
@@ -30,7 +30,7 @@ mod zmtp;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use kvroute_core::brain::Brain;
@@ -127,6 +127,7 @@ fn share(
         tokenizers: config.tokenizers,
         default_model: config.default_model,
         tokenize_room: Arc::new(Semaphore::new(room)),
+        tokenize_ns_per_kib: AtomicU64::new(tokenize::NS_PER_KIB_AT_START),
         tokenizer_complaints: Mutex::default(),
         discovery_errors: Mutex::default(),
         phase,

@@ -1,5 +1,6 @@
 //! How do clients reach the router? One listener for HTTP/1.1 and HTTP/2, with TLS if wanted.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -121,7 +122,7 @@ where
     let service = service_fn(|request| {
         asked.store(true, Ordering::Relaxed);
         let shared = Arc::clone(shared);
-        async move { Ok::<_, std::convert::Infallible>(route::serve(shared, request, client).await) }
+        async move { Ok::<_, Infallible>(route::serve(shared, request, client).await) }
     });
     let server = server(&shared.settings);
     let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));

@@ -1,6 +1,6 @@
 //! What happens to a request? All of it, in order.
 //!
-//! [`route`] is the path through the embedded proxy. [`choose`] is the part of it that every door
+//! `route` is the path through the embedded proxy. `choose` is the part of it that every door
 //! into the router shares: from a complete body to a decision with its reservation.
 
 use std::net::SocketAddr;

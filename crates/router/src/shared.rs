@@ -1,7 +1,7 @@
 //! What do all tasks of a router share?
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvroute_core::brain::Brain;
@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     /// Request headers that the plan's plugins read, lower case.
     pub scheduling_headers: Vec<String>,
     pub tokenize_room: Arc<Semaphore>,
+    /// How long reading a body takes, learned.
+    pub tokenize_ns_per_kib: AtomicU64,
     /// Models whose tokenizer's failure is in the log.
     pub tokenizer_complaints: Mutex<FxHashSet<String>>,
     /// What is wrong with sources of endpoints right now.

@@ -1,12 +1,14 @@
 //! What does a body ask for, in tokens and block keys? Read, rendered, tokenized and hashed in
 //! one go.
 //!
-//! Short bodies are read where they arrive: that costs less than handing them over. Long ones go
-//! to a bounded number of blocking threads, so that a prompt of a million tokens stalls nobody
-//! else. Whatever is missing on the way lowers the knowledge, never the request.
+//! Bodies that take little time are read where they arrive: that costs less than handing them
+//! over. The others go to a bounded number of blocking threads, so that a prompt of a million
+//! tokens stalls nobody else. How long a body takes is learned from those before it. Whatever is
+//! missing on the way lowers the knowledge, never the request.
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -23,8 +25,12 @@ use crate::error::RouteError;
 use crate::metrics::ReasonLabel;
 use crate::shared::Shared;
 
-/// Bodies up to this size are read on the task that received them.
-const INLINE_BYTES_MAX: usize = 48 << 10;
+/// Bodies expected to take up to this long are read on the task that received them.
+const INLINE_NS_MAX: u64 = 400_000;
+/// Time per KiB of body before any has been read; a cached prompt takes a tenth of it.
+pub(crate) const NS_PER_KIB_AT_START: u64 = 25_000;
+/// Smallest body from which the time per KiB is learned; below, fixed costs dominate.
+const LEARN_BYTES_MIN: usize = 2 << 10;
 /// Bytes of text for which a token is charged where tokens are not known.
 const BYTES_PER_TOKEN: usize = 4;
 /// Longest session id that is used.
@@ -63,12 +69,27 @@ pub(crate) async fn read(
     body: &Bytes,
 ) -> Result<Asked, RouteError> {
     let started = Instant::now();
-    let asked = if body.len() <= INLINE_BYTES_MAX || shared.tokens == TokensNeed::None {
-        read_now(shared, api, body)
+    let expected_ns = (body.len() as u64 >> 10) * shared.tokenize_ns_per_kib.load(Relaxed);
+    let asked = if expected_ns <= INLINE_NS_MAX || shared.tokens == TokensNeed::None {
+        timed(shared, api, body)
     } else {
         read_elsewhere(shared, api, body).await
     };
     shared.metrics.tokenize.observe(started.elapsed().as_secs_f64());
+    asked
+}
+
+/// Reads, and learns how long it takes: a moving average over about eight bodies. Races between
+/// threads lose a sample, which does not matter.
+fn timed(shared: &Shared, api: Api, body: &[u8]) -> Result<Asked, RouteError> {
+    let started = Instant::now();
+    let asked = read_now(shared, api, body);
+    if body.len() >= LEARN_BYTES_MIN {
+        let ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let seen = ns.saturating_mul(1024) / body.len() as u64;
+        let before = shared.tokenize_ns_per_kib.load(Relaxed);
+        shared.tokenize_ns_per_kib.store((before * 7 + seen.min(u64::from(u32::MAX))) / 8, Relaxed);
+    }
     asked
 }
 
@@ -77,7 +98,7 @@ async fn read_elsewhere(shared: &Arc<Shared>, api: Api, body: &Bytes) -> Result<
     let room = Arc::clone(&shared.tokenize_room).acquire_owned().await;
     let (there, bytes) = (Arc::clone(shared), body.clone());
     let work = tokio::task::spawn_blocking(move || {
-        let asked = read_now(&there, api, &bytes);
+        let asked = timed(&there, api, &bytes);
         drop(room);
         asked
     });

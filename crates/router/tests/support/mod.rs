@@ -96,7 +96,8 @@ impl Drop for Mock {
 
 pub const METRICS: &str = "vllm:num_requests_running{engine=\"0\"} 0\n\
     vllm:num_requests_waiting{engine=\"0\"} 0\nvllm:kv_cache_usage_perc{engine=\"0\"} 0.1\n";
-pub const OK_BODY: &str = r#"{"id":"x","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":4}}}"#;
+pub const OK_BODY: &str = "{\"id\":\"x\",\"choices\":[],\"usage\":{\"prompt_tokens\":9,\
+    \"completion_tokens\":2,\"prompt_tokens_details\":{\"cached_tokens\":4}}}";
 
 impl Mock {
     pub async fn start() -> Mock {
