@@ -3,9 +3,9 @@
 //! The engine caches by token ids, so a router that wants to know what is cached has to come to
 //! the same ids: [`Tokenizer::tokens_of`] takes the parsed body of a request, renders the
 //! conversation with the model's chat template as vLLM does, and tokenizes the text with the
-//! model's own `tokenizer.json`. The way of a prompt through the files: [`messages`] (what the
-//! template is given), [`template`] with [`methods`] and [`python`] (the text), [`cut`] and
-//! [`model`] (the ids).
+//! model's own `tokenizer.json`. The way of a prompt through the files: `messages.rs` (what the
+//! template is given), `template.rs` with `methods.rs` and `python.rs` (the text), `cut.rs` and
+//! `model.rs` (the ids).
 //!
 //! Where exact ids cannot be had, the answer is a [`TokensError`] with a reason, never a guess.
 //! All calls are CPU work, 0.1 to 1 ms for a prompt of 30 KB: run them off the reactor.

@@ -1,10 +1,10 @@
 //! Which ids does the model's tokenizer give for this text?
 //!
 //! The work is done by the crate `fastokens`. Against the tokenizers that engines run (Hugging
-//! Face `tokenizers` 0.23) it gave the same ids for Qwen 3, Llama 2 and 3, Gemma 3, DeepSeek V3 and
-//! gpt-oss on every one of 129,542 code points in five contexts and on 43,160 texts each, where
-//! the release candidate of Hugging Face's own next version differed in up to 489 because of newer
-//! Unicode tables; and it takes less than half the time. The table is in `docs/performance.md`.
+//! Face `tokenizers` 0.23) it gave the same ids for Qwen 3, Llama 2 and 3, Gemma 3 and DeepSeek V3
+//! on texts around each of 129,542 code points and on 43,160 others, and for gpt-oss on 3,160. The
+//! release candidate of Hugging Face's own next version differed in up to 489 of them, because of
+//! newer Unicode tables, and takes twice the time.
 //!
 //! A prompt is split at added tokens and, where that is provably exact, inside plain text
 //! ([`crate::cut`]); the ids of each piece are kept in a cache that is bounded by bytes, so that a
@@ -300,7 +300,7 @@ fn unsupported(outline: &Outline, error: &fastokens::Error) -> LoadError {
     // The library says "Other" for a model of a known kind that it cannot read.
     let message = match error.to_string() {
         text if text.ends_with("model type: Other") && kind == "BPE" => {
-            "a BPE model whose vocabulary and merges do not fit together".to_owned()
+            "a BPE model with a vocabulary, merges or options that cannot be read".to_owned()
         }
         text => format!("{text} (a model of type {kind})"),
     };
