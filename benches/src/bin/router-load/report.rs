@@ -1,0 +1,227 @@
+//! The figures as Markdown tables, ratios to the pass-through first.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use crate::open_loop;
+use crate::saturate;
+
+/// Under which load.
+#[derive(Debug, Serialize)]
+pub struct Conditions {
+    pub rate: f64,
+    pub seconds: u64,
+    pub warmup_seconds: u64,
+    pub engines: u32,
+    pub prompts: usize,
+    pub prompt_bytes: f64,
+    pub prompt_tokens: f64,
+    pub output_tokens: u32,
+}
+
+/// One router.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub name: String,
+    /// By the gap between tokens, milliseconds.
+    pub open: Vec<(u64, open_loop::Measured)>,
+    pub saturated: Vec<saturate::Measured>,
+}
+
+impl Row {
+    pub fn new(name: String) -> Row {
+        Row { name, open: Vec::new(), saturated: Vec::new() }
+    }
+
+    fn open(&self, gap_ms: u64) -> Option<&open_loop::Measured> {
+        self.open.iter().find(|(gap, _)| *gap == gap_ms).map(|(_, measured)| measured)
+    }
+}
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub conditions: Conditions,
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    pub fn new(conditions: Conditions) -> Report {
+        Report { conditions, rows: Vec::new() }
+    }
+
+    /// No request failed and no generator was late.
+    pub fn all_good(&self) -> bool {
+        self.rows.iter().all(|row| {
+            row.open.iter().all(|(_, open)| open.valid && open.errors.is_empty())
+                && row.saturated.iter().all(|saturated| saturated.errors == 0)
+        })
+    }
+
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        let c = &self.conditions;
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "{} engines; {} prompts of {:.0} bytes ({:.0} tokens); answers of {} tokens.\n",
+            c.engines, c.prompts, c.prompt_bytes, c.prompt_tokens, c.output_tokens
+        );
+        let gaps: Vec<u64> = self.rows.first().map(gaps).unwrap_or_default();
+        for gap in gaps {
+            self.open(gap, &mut text);
+            self.memory(gap, &mut text);
+        }
+        if self.rows.iter().any(|row| !row.saturated.is_empty()) {
+            self.saturated(&mut text);
+        }
+        self.errors(&mut text);
+        text
+    }
+
+    fn row(&self, name: &str) -> Option<&Row> {
+        self.rows.iter().find(|row| row.name == name)
+    }
+
+    fn open(&self, gap_ms: u64, text: &mut String) {
+        let c = &self.conditions;
+        let _ = writeln!(
+            text,
+            "### {} requests/s for {} s, tokens {gap_ms} ms apart\n\n\
+             | target | CPU, ratio to pass-through | CPU s per 1,000 requests | CPU ms/s idle | \
+             added to first token, p50 / p99 ms | added to whole answer, p50 / p99 ms | \
+             errors of requests | hit ratio |\n|---|---|---|---|---|---|---|---|",
+            c.rate, c.seconds
+        );
+        let base = |name: &str| self.row(name).and_then(|row| row.open(gap_ms));
+        let direct = base("direct").filter(|open| open.valid);
+        let floor = base("passthrough").filter(|open| open.valid);
+        for row in &self.rows {
+            let Some(open) = row.open(gap_ms) else { continue };
+            if !open.valid {
+                let _ = writeln!(
+                    text,
+                    "| {} | the generator was late (p99 {:.1} ms): no figures |",
+                    row.name, open.lag_p99_ms
+                );
+                continue;
+            }
+            let added = |of: fn(&open_loop::Measured) -> open_loop::Latency| match direct {
+                Some(direct) if row.name != "direct" => {
+                    let (with, without) = (of(open), of(direct));
+                    let (p50, p99) = (with.p50_ms - without.p50_ms, with.p99_ms - without.p99_ms);
+                    format!("{p50:.2} / {p99:.2}")
+                }
+                _ => format!("({:.2} / {:.2})", of(open).p50_ms, of(open).p99_ms),
+            };
+            let failed: usize = open.errors.values().sum();
+            let _ = writeln!(
+                text,
+                "| {} | {} | {:.3} | {:.1} | {} | {} | {failed} of {} | {:.3} |",
+                row.name,
+                ratio(open.cpu_s_per_1000, floor.map(|floor| floor.cpu_s_per_1000)),
+                open.cpu_s_per_1000,
+                open.idle_cpu_ms_per_s,
+                added(|open| open.first_token),
+                added(|open| open.whole_answer),
+                open.requests,
+                open.hit_ratio,
+            );
+        }
+        if let Some(direct) = direct {
+            let _ = writeln!(
+                text,
+                "\nIn brackets: without a router, not added. Engines: {:.3} CPU s per 1,000 \
+                 requests, load generator: {:.3}.",
+                direct.engines_cpu_s_per_1000, direct.generator_cpu_s_per_1000
+            );
+        }
+        text.push('\n');
+    }
+
+    fn memory(&self, gap_ms: u64, text: &mut String) {
+        text.push_str(
+            "| target | RSS MB: before the load | start | end | max | slope MB/min | \
+             slope of the second half |\n|---|---|---|---|---|---|---|\n",
+        );
+        for row in self.rows.iter().filter(|row| row.name != "direct") {
+            let Some(open) = row.open(gap_ms).filter(|open| open.valid) else { continue };
+            let memory = &open.memory;
+            let _ = writeln!(
+                text,
+                "| {} | {:.1} | {:.1} | {:.1} | {:.1} | {:+.2} | {:+.2} |",
+                row.name,
+                memory.idle_mb,
+                memory.start_mb,
+                memory.end_mb,
+                memory.max_mb,
+                memory.slope_mb_per_min,
+                memory.second_half_slope_mb_per_min,
+            );
+        }
+        text.push('\n');
+    }
+
+    fn saturated(&self, text: &mut String) {
+        let _ = writeln!(
+            text,
+            "### {} connections, closed loop\n\nCPU of the router for a request, µs, and its \
+             ratio to the pass-through; requests/s seen (engines and generator share the cores).\n",
+            self.conditions.engines
+        );
+        text.push_str("| target |");
+        for shape in saturate::Shape::ALL {
+            let _ = write!(text, " {0}: ratio | µs | requests/s |", shape.name());
+        }
+        text.push_str("\n|---|");
+        text.push_str(&"---|---|---|".repeat(saturate::Shape::ALL.len()));
+        text.push('\n');
+        let floor = self.row("passthrough");
+        for row in self.rows.iter().filter(|row| !row.saturated.is_empty()) {
+            let _ = write!(text, "| {} |", row.name);
+            for (i, measured) in row.saturated.iter().enumerate() {
+                let base = floor.and_then(|row| row.saturated.get(i)).map(|base| base.cpu_us);
+                let _ = write!(
+                    text,
+                    " {} | {:.0} | {:.0} |",
+                    ratio(measured.cpu_us, base),
+                    measured.cpu_us,
+                    measured.requests_per_s
+                );
+            }
+            text.push('\n');
+        }
+        if let Some(direct) = self.row("direct") {
+            let engines = direct.saturated.iter().map(|m| format!("{:.0}", m.engines_cpu_us));
+            let engines: Vec<String> = engines.collect();
+            let _ = writeln!(text, "\nEngines, µs for a request: {}.", engines.join(" / "));
+        }
+        text.push('\n');
+    }
+
+    fn errors(&self, text: &mut String) {
+        for row in &self.rows {
+            for (gap_ms, open) in &row.open {
+                for (error, count) in &open.errors {
+                    let _ = writeln!(text, "{} at {gap_ms} ms: {count} x {error}", row.name);
+                }
+            }
+            for saturated in row.saturated.iter().filter(|saturated| saturated.errors > 0) {
+                let (shape, count) = (saturated.shape, saturated.errors);
+                let _ = writeln!(text, "{}, closed loop, {shape}: {count} errors", row.name);
+            }
+        }
+    }
+}
+
+fn gaps(row: &Row) -> Vec<u64> {
+    row.open.iter().map(|(gap, _)| *gap).collect()
+}
+
+fn ratio(value: f64, base: Option<f64>) -> String {
+    match base {
+        Some(base) if base > 0.0 => format!("{:.2}", value / base),
+        _ => "-".to_owned(),
+    }
+}
