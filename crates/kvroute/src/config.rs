@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Plan, PlanError};
 use kvroute_router::{EndpointFlag, EventsSource, RouterConfig, TlsFiles, Tokenizers};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
+use kvroute_wire::yaml::YamlError;
+use kvroute_wire::yaml_place;
 
 use crate::cli;
 
@@ -15,7 +17,17 @@ use crate::cli;
 /// What is wrong, with line and column where the file is to blame.
 pub fn load_text(text: &str, file: &str) -> anyhow::Result<Plan> {
     let config = kvroute_wire::config::parse(text, file).map_err(|e| anyhow!("{e}"))?;
-    Plan::build(&config).with_context(|| file.to_owned())
+    Plan::build(&config).map_err(|error| {
+        let PlanError { path, message } = error;
+        let message = format!("{path}: {message}");
+        anyhow!(
+            "{}",
+            match yaml_place::place(text, &path) {
+                Some((line, column)) => YamlError::at(file, line, column, &message),
+                None => YamlError::of_file(file, &message),
+            }
+        )
+    })
 }
 
 /// The plan of `--config`, or the built-in one.
@@ -121,6 +133,16 @@ mod tests {
         let text = "kind: EndpointPickerConfig\nplugins:\n  - type: queue-scorrer\n";
         let error = format!("{:#}", load_text(text, "my.yaml").unwrap_err());
         for part in ["my.yaml", "3:", "queue-scorrer", "queue-scorer"] {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_reference_names_line_column_and_what_is_defined() {
+        let text = "plugins:\n  - type: queue-scorer\nschedulingProfiles:\n  - name: p\n    \
+                    plugins:\n      - pluginRef: queue-scorrer\n";
+        let error = format!("{:#}", load_text(text, "my.yaml").unwrap_err());
+        for part in ["my.yaml:6:", "queue-scorrer", "defined: queue-scorer"] {
             assert!(error.contains(part), "{part} is missing in: {error}");
         }
     }

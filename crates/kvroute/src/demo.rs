@@ -27,9 +27,9 @@ const SPEED: f64 = 2.0;
 /// published benchmark (73 % of the capacity).
 const KV_BLOCKS: u32 = 3085;
 /// Requests per second: above what round robin can serve, below what precise routing can.
-const RATE: f64 = 60.0;
-const DURATION_S: f64 = 16.0;
-const QUICK_DURATION_S: f64 = 7.0;
+const RATE: f64 = 45.0;
+const DURATION_S: f64 = 14.0;
+const QUICK_DURATION_S: f64 = 6.0;
 
 /// The published workload (150 groups of 5 users, 6,000 and 1,200 tokens) with fewer groups.
 const WORKLOAD: SharedPrefix = SharedPrefix {

@@ -12,8 +12,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use kvroute_core::brain::Brain;
 use kvroute_core::settings::ms;
-use kvroute_core::stream::{StreamInput, StreamOrder};
+use kvroute_core::stream::{StreamInput, StreamOrder, StreamState};
 use kvroute_wire::kv_event;
 use serde::Serialize;
 use tokio::time::Instant;
@@ -231,8 +232,44 @@ impl Subscriber {
     }
 
     fn tell(&self, input: StreamInput) -> StreamOrder {
-        let now = self.shared.clock.now();
-        self.shared.brain.lock().on_stream(now, self.upstream.id, input)
+        let (now, id) = (self.shared.clock.now(), self.upstream.id);
+        let seen = |brain: &Brain| {
+            brain.stream_state(id).zip(brain.stream_counters(id).map(|c| (c.gaps, c.restarts)))
+        };
+        let (before, order, after) = {
+            let mut brain = self.shared.brain.lock();
+            let before = seen(&brain);
+            let order = brain.on_stream(now, id, input);
+            (before, order, seen(&brain))
+        };
+        if let (Some(before), Some(after)) = (before, after) {
+            self.log_change(before, after);
+        }
+        order
+    }
+
+    /// States with the numbers of gaps and restarts: what changed is worth a line.
+    fn log_change(
+        &self,
+        (was, (gaps, restarts)): (StreamState, (u64, u64)),
+        (is, now): (StreamState, (u64, u64)),
+    ) {
+        let endpoint = self.upstream.name.as_str();
+        if now.1 > restarts {
+            warn!(endpoint, "An engine restarted: its old blocks are forgotten.");
+        }
+        if now.0 > gaps {
+            warn!(endpoint, "Events of an endpoint were lost.");
+        }
+        match is {
+            _ if was == is => {}
+            StreamState::Suspect(reason) => {
+                let reason = reason.as_str();
+                warn!(endpoint, reason, "An endpoint's cache is known in part: history helps out.");
+            }
+            StreamState::Live => info!(endpoint, "An endpoint's cache is known exactly."),
+            StreamState::Initial | StreamState::Replaying => {}
+        }
     }
 
     fn obey(&self, order: StreamOrder, place: &Place, replay: &mut Option<Replay>) {

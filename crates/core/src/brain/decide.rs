@@ -211,9 +211,16 @@ impl Brain {
         let retries_max = self.plan.settings.retries_max as usize;
         let offered = 1 + retries_max.max(self.pipeline.endpoints_max() - 1);
         let row_of = |id: &EndpointId| considered.iter().find(|row| row.id == *id);
+        // When everything better fails, an endpoint that failed before is still worth a try.
+        let failing = considered.iter().filter(|row| {
+            let removed_by = self.survivors.removed_by.get(row.at as usize);
+            removed_by.is_some_and(|by| by.as_ref() == Some(&self.builtin.failing))
+        });
+        let last_resort = failing.map(|row| &row.id);
         let mut options: Vec<Alternative> = outcome
             .order
             .iter()
+            .chain(last_resort)
             .take(offered)
             .filter_map(row_of)
             .map(|row| Alternative {
