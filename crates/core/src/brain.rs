@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::decision::{Reason, ResponseEvent};
+use crate::event::KvEvent;
 use crate::fleet::{EndpointId, EndpointSpec, Fleet, FleetError, RootKind, ServedModel};
 use crate::fleet::{EngineMetrics, Name};
 use crate::index::{Applied, Index, SpeculationId};
@@ -65,6 +66,8 @@ struct EndpointStream {
     generation: u32,
     stream: Stream,
     applied: Applied,
+    /// A cache reset was seen, and the engine has not published anything since.
+    reset_claimed: bool,
 }
 
 /// What is remembered with a ticket.
@@ -114,6 +117,8 @@ pub struct BrainCounters {
     pub scrapes_failed: u64,
     /// Caches emptied through the router.
     pub caches_reset: u64,
+    /// Of those, resets that the engine had refused.
+    pub resets_refused: u64,
     /// Tickets that nobody ended.
     pub tickets_expired: u64,
     /// Speculative entries made.
@@ -240,8 +245,12 @@ impl Brain {
         }
         let stream = Stream::new(limits);
         let generation = id.generation;
-        self.streams[slot] =
-            Some(EndpointStream { generation, stream, applied: Applied::default() });
+        self.streams[slot] = Some(EndpointStream {
+            generation,
+            stream,
+            applied: Applied::default(),
+            reset_claimed: false,
+        });
         self.collect_specs();
         Ok(id)
     }
@@ -287,23 +296,36 @@ impl Brain {
         self.fleet.on_failed(now, id, &self.plan.settings);
     }
 
-    /// A request that emptied the endpoint's cache passed through and succeeded: what was known is
-    /// void, the routing history and requests on their way included.
+    /// A request to empty the endpoint's cache passed through and was answered with success: what
+    /// was known is void, the routing history and requests on their way included. vLLM answers
+    /// 200 also when it refuses, because blocks are in use; its next batch tells, see
+    /// [`Brain::on_stream`].
     pub fn on_cache_reset(&mut self, _now: Time, id: EndpointId) {
         if self.fleet.get(id).is_some() {
             self.counters.caches_reset += 1;
             self.index.remove_endpoint(id);
             self.index.add_endpoint(id);
+            if let Some(Some(entry)) = self.streams.get_mut(usize::from(id.slot)) {
+                entry.reset_claimed = true;
+            }
         }
     }
 
     /// Something came from an endpoint's event stream, or about it. The answer is what the host
-    /// must do.
+    /// must do. After a cache reset the first batch says `Cleared`; when it does not, the engine
+    /// refused the reset, and what was forgotten is learned again.
     pub fn on_stream(&mut self, now: Time, id: EndpointId, input: StreamInput) -> StreamOrder {
         let slot = usize::from(id.slot);
         let entry = self.streams.get_mut(slot).and_then(Option::as_mut);
         let Some(entry) = entry.filter(|entry| entry.generation == id.generation) else {
             return StreamOrder::None;
+        };
+        let refused = match &input {
+            StreamInput::Batch { batch, .. } => {
+                std::mem::take(&mut entry.reset_claimed)
+                    && !batch.events.contains(&KvEvent::Cleared)
+            }
+            _ => false,
         };
         let EndpointStream { stream, applied, .. } = entry;
         let (index, ledger) = (&mut self.index, &mut self.ledger);
@@ -321,6 +343,10 @@ impl Brain {
         }
         if self.fleet.on_block_size(id, self.index.block_size(id)) {
             self.collect_specs();
+        }
+        if refused && order == StreamOrder::None {
+            self.counters.resets_refused += 1;
+            return self.on_stream(now, id, StreamInput::Drift);
         }
         order
     }
@@ -358,7 +384,10 @@ impl Brain {
         cached_tokens: Option<u32>,
     ) {
         let Some((endpoint, inflight)) = self.reservations.touch(now, ticket) else { return };
-        let Some(cached_tokens) = cached_tokens else { return };
+        // vLLM before 0.30 leaves the field out when nothing was cached; an engine that has told
+        // cached tokens before means zero.
+        let told = self.ledger.account(endpoint).reported.requests > 0;
+        let Some(cached_tokens) = cached_tokens.or(told.then_some(0)) else { return };
         if std::mem::replace(&mut inflight.reported, true) {
             return;
         }

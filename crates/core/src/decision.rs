@@ -82,6 +82,8 @@ pub struct Request<'a> {
     pub tokens_known: TokensKnown,
     /// Most output tokens, where the client limits them.
     pub max_tokens: Option<u32>,
+    /// The engine computes the whole prompt whatever it has cached (`prompt_logprobs`).
+    pub skips_cache: bool,
     /// What scheduling may read.
     pub headers: &'a Headers<'a>,
     /// The only endpoints that may serve it; `None`: all.

@@ -114,6 +114,7 @@ impl Fixture {
             prompt_tokens: 0,
             tokens_known: TokensKnown::None(NoTokens::NoPrompt),
             max_tokens: None,
+            skips_cache: false,
             headers: &headers,
             allowed: None,
         };

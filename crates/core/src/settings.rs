@@ -87,8 +87,6 @@ pub struct Settings {
     pub event_idle_watchdog_s: u32,
     /// Largest event message that is read.
     pub event_bytes_max: usize,
-    /// Decoded event batches waiting to be applied, per endpoint.
-    pub event_queue_batches_max: u32,
     /// Between two looks at discovery files and host names.
     pub discovery_interval_ms: u32,
     /// Memory of the tokenizer's prefix cache.
@@ -146,7 +144,6 @@ impl Default for Settings {
             replay_timeout_ms: 30_000,
             event_idle_watchdog_s: 30,
             event_bytes_max: 64 * MIB,
-            event_queue_batches_max: 1_024,
             discovery_interval_ms: 1_000,
             tokenizer_cache_bytes_max: 64 * MIB,
             tokenize_concurrency_max: 0,
@@ -181,7 +178,6 @@ impl Settings {
             ("metrics_staleness_ms", self.metrics_staleness_ms as usize),
             ("models_interval_s", self.models_interval_s as usize),
             ("replay_timeout_ms", self.replay_timeout_ms as usize),
-            ("event_queue_batches_max", self.event_queue_batches_max as usize),
             ("discovery_interval_ms", self.discovery_interval_ms as usize),
         ];
         fields.into_iter().find(|(_, value)| *value == 0).map(|(name, _)| name)

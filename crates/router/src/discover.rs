@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kvroute_core::fleet::EndpointSpec;
 use tracing::{info, warn};
@@ -135,6 +136,11 @@ impl Discovery {
             if !self.members.iter().any(|m| m.target == target) {
                 self.add(target);
             }
+        }
+        let all = self.shared.upstreams.all();
+        for upstream in &all {
+            let ranks = all.iter().filter(|other| other.address == upstream.address).count();
+            upstream.shares_address.store(ranks > 1, Ordering::Relaxed);
         }
     }
 

@@ -1,7 +1,9 @@
 //! How does a request get to an endpoint, and what if that one fails? Until the first byte of an
 //! answer another endpoint can take over; from then on the client sees what happens.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -134,7 +136,8 @@ async fn exchange(
     upstream: &Upstream,
     outgoing: &mut Outgoing,
 ) -> Result<(Head, Connection), Fault> {
-    let connection = upstream.connection(false).await?;
+    // What cannot be repeated must not meet a connection that the engine is just closing.
+    let connection = upstream.connection(!is_repeatable(outgoing)).await?;
     let reused = connection.reused;
     match attempt(shared, upstream, outgoing, connection).await {
         Err(Fault::Upstream(UpstreamError::Closed | UpstreamError::Broken(_)))
@@ -164,6 +167,7 @@ async fn attempt(
             request_id: &outgoing.id_value,
             client: outgoing.client,
             length: length_of(outgoing),
+            rank: upstream.shares_address.load(Ordering::Relaxed).then_some(upstream.rank),
             read_answer: outgoing.read_answer,
         },
         &outgoing.headers,
@@ -177,7 +181,8 @@ async fn attempt(
             .map_err(UpstreamError::Broken),
         Payload::Stream(body) => {
             let body = body.take();
-            send_stream(shared, &mut connection, &head, body, &outgoing.headers).await?
+            let mut sink = Sink { connection: &mut connection, limit };
+            send_stream(shared, &mut sink, &head, body, &outgoing.headers).await?
         }
     };
     // An engine may refuse a request before it has read all of it, and say why.
@@ -206,32 +211,45 @@ pub(crate) fn known_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
+/// A connection that must take each piece within a limit.
+struct Sink<'a> {
+    connection: &'a mut Connection,
+    limit: Duration,
+}
+
+impl Sink<'_> {
+    async fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let sent = tokio::time::timeout(self.limit, self.connection.send(head, body)).await;
+        sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
 /// Passes a body through piece by piece. The inner result is the endpoint's side: it may stop
 /// reading and still answer.
 async fn send_stream(
     shared: &Shared,
-    connection: &mut Connection,
+    sink: &mut Sink<'_>,
     head: &[u8],
     body: Option<Incoming>,
     headers: &HeaderMap,
 ) -> Result<Result<(), UpstreamError>, Fault> {
     let chunked = known_length(headers).is_none();
-    let mut sent = connection.send(head, b"").await;
+    let mut sent = sink.send(head, b"").await;
     let mut pieces = Pieces::new(shared, body);
     while sent.is_ok() {
         let Some(piece) = pieces.next().await.map_err(Fault::Client)? else { break };
         sent = if chunked {
             let size = format!("{:x}\r\n", piece.len());
-            match connection.send(size.as_bytes(), &piece).await {
-                Ok(()) => connection.send(b"\r\n", b"").await,
+            match sink.send(size.as_bytes(), &piece).await {
+                Ok(()) => sink.send(b"\r\n", b"").await,
                 Err(error) => Err(error),
             }
         } else {
-            connection.send(&piece, b"").await
+            sink.send(&piece, b"").await
         };
     }
     if chunked && sent.is_ok() {
-        sent = connection.send(b"0\r\n\r\n", b"").await;
+        sent = sink.send(b"0\r\n\r\n", b"").await;
     }
     Ok(sent.map_err(UpstreamError::Broken))
 }

@@ -32,6 +32,10 @@ const CONTROL: [&str; 6] = [
 /// The same, by how the name begins.
 const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-kvroute-"];
 
+/// Chooses a data parallel rank behind one address (vLLM, SGLang). A client's own choice is
+/// replaced only where the router has chosen.
+const RANK: &str = "x-data-parallel-rank";
+
 /// Is this a header that only the router itself may set?
 pub(crate) fn is_control(name: &HeaderName) -> bool {
     let name = name.as_str();
@@ -128,6 +132,8 @@ pub(crate) struct HeadParts<'a> {
     pub request_id: &'a HeaderValue,
     pub client: IpAddr,
     pub length: BodyLength,
+    /// Rank to choose behind an address that several ranks share.
+    pub rank: Option<u32>,
     /// Whether the answer will be read for usage, which a compressed one does not show.
     pub read_answer: bool,
 }
@@ -155,12 +161,16 @@ pub(crate) fn write_head(parts: &HeadParts<'_>, headers: &HeaderMap, out: &mut V
     for (name, value) in headers {
         let ours = [HOST, CONTENT_LENGTH, EXPECT, REQUEST_ID, FORWARDED_FOR].contains(name);
         let compresses = parts.read_answer && *name == ACCEPT_ENCODING;
-        if !ours && !compresses {
+        let chooses = parts.rank.is_some() && name.as_str() == RANK;
+        if !ours && !compresses && !chooses {
             line(out, name.as_str(), value.as_bytes());
         }
     }
     line(out, REQUEST_ID.as_str(), parts.request_id.as_bytes());
     write_forwarded_for(parts.client, headers, out);
+    if let Some(rank) = parts.rank {
+        line(out, RANK, rank.to_string().as_bytes());
+    }
     match parts.length {
         BodyLength::None => {}
         BodyLength::Known(n) => line(out, CONTENT_LENGTH.as_str(), n.to_string().as_bytes()),
@@ -254,6 +264,7 @@ mod tests {
             ("content-length", "7"),
             ("tracestate", "a=b"),
             ("x-forwarded-for", "10.1.1.1"),
+            ("x-data-parallel-rank", "7"),
         ]);
         let parts = HeadParts {
             method: &http::Method::POST,
@@ -262,6 +273,7 @@ mod tests {
             request_id: &HeaderValue::from_static("id-1"),
             client: IpAddr::V4(Ipv4Addr::LOCALHOST),
             length: BodyLength::Known(7),
+            rank: Some(1),
             read_answer: true,
         };
         let mut out = Vec::new();
@@ -270,7 +282,7 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "POST /v1/completions?x=1 HTTP/1.1\r\nhost: 10.0.0.1:8000\r\ntracestate: a=b\r\n\
              x-request-id: id-1\r\nx-forwarded-for: 10.1.1.1, 127.0.0.1\r\n\
-             content-length: 7\r\n\r\n"
+             x-data-parallel-rank: 1\r\ncontent-length: 7\r\n\r\n"
         );
     }
 }

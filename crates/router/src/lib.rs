@@ -18,6 +18,7 @@ mod headers;
 mod http1;
 mod metrics;
 mod observe;
+mod patient;
 mod proxy;
 mod route;
 mod scrape;

@@ -27,6 +27,8 @@ use crate::upstream::{Connection, Upstream, UpstreamError};
 
 /// Status noted for a client that left before its answer.
 const CLIENT_GONE: u16 = 499;
+/// How often a running answer is reported as alive.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The body of a response to a client.
 pub(crate) enum Body {
@@ -233,6 +235,8 @@ pub(crate) struct Observer {
     /// For answers whose usage is read.
     pub scanner: Option<UsageScanner>,
     pub outcome: Outcome,
+    /// When the brain was last told that the answer goes on.
+    pub touched: Instant,
     pub ended: bool,
 }
 
@@ -243,6 +247,11 @@ impl Observer {
             self.outcome.ttft_s = Some(ttft_s);
             self.shared.metrics.ttft.observe(ttft_s);
             self.reservation.first_chunk();
+            self.touched = Instant::now();
+        } else if self.touched.elapsed() >= TOUCH_INTERVAL {
+            // A long answer is a sign of life, too.
+            self.reservation.first_chunk();
+            self.touched = Instant::now();
         }
         if let Some(scanner) = &mut self.scanner {
             scanner.push(data);
@@ -265,6 +274,8 @@ impl Observer {
             return;
         }
         let usage = self.scanner.as_ref().and_then(UsageScanner::usage);
+        // In the middle of an answer a missing count says nothing.
+        let usage = usage.filter(|usage| error.is_none() || usage.cached_tokens.is_some());
         let last = match error {
             None => ResponseEvent::End { status: self.outcome.status },
             Some(_) => ResponseEvent::Aborted,

@@ -17,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tracing::{debug, warn};
 
+use crate::patient::Patient;
 use crate::route;
 use crate::shared::{Phase, Shared};
 use crate::tls::Acceptor;
@@ -125,6 +126,8 @@ where
         async move { Ok::<_, Infallible>(route::serve(shared, request, client).await) }
     });
     let server = server(&shared.settings);
+    let silence_s = shared.settings.response_idle_timeout_s.max(1);
+    let stream = Patient::new(stream, Duration::from_secs(u64::from(silence_s)));
     let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
     let patience = ms(shared.settings.client_header_timeout_ms.max(1));
     let mut head_due = pin!(tokio::time::sleep(patience));

@@ -205,6 +205,7 @@ pub(crate) fn choose(
         prompt_tokens: asked.prompt_tokens,
         tokens_known: asked.known,
         max_tokens: asked.max_tokens,
+        skips_cache: asked.skips_cache,
         headers: &Headers(&seen),
         allowed: None,
     };
@@ -266,6 +267,7 @@ fn observe(shared: &Arc<Shared>, way: &Way, chosen: Chosen, inflight: Inflight) 
         _inflight: inflight,
         scanner: routed.then(UsageScanner::new),
         outcome,
+        touched: way.started,
         ended: false,
     }
 }

@@ -41,6 +41,8 @@ const SESSION_ID_BYTES_MAX: usize = 256;
 pub(crate) struct Asked {
     pub model: String,
     pub max_tokens: Option<u32>,
+    /// See `core::decision::Request`.
+    pub skips_cache: bool,
     /// vLLM's `session_id`.
     pub session_id: Option<String>,
     pub prompts: Vec<PromptChains>,
@@ -54,6 +56,7 @@ impl Asked {
         Asked {
             model: String::new(),
             max_tokens: None,
+            skips_cache: false,
             session_id: None,
             prompts: Vec::new(),
             prompt_tokens: 0,
@@ -152,6 +155,7 @@ fn about(parsed: &RequestBody<'_>, model: String) -> Asked {
     Asked {
         model,
         max_tokens: parsed.max_tokens,
+        skips_cache: parsed.skips_cache,
         session_id: session_id.map(str::to_owned),
         ..Asked::nothing()
     }

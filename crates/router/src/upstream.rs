@@ -181,6 +181,8 @@ pub(crate) struct Upstream {
     pub address: SocketAddr,
     /// Data parallel rank.
     pub rank: u32,
+    /// Other ranks are served at the same address, so the engine must be told which is meant.
+    pub shares_address: AtomicBool,
     /// `host:port`, for the `host` header.
     pub authority: String,
     /// The name, for the response header.
@@ -223,6 +225,7 @@ impl Upstream {
             name,
             address,
             rank,
+            shares_address: AtomicBool::new(false),
             authority,
             header,
             metrics,

@@ -127,6 +127,9 @@ pub struct RequestBody<'a> {
     pub max_tokens: Option<u32>,
     /// Answers per prompt; `None` when the body does not say (1).
     pub n: Option<u32>,
+    /// The engine needs the logits of every prompt position (`prompt_logprobs`, or `echo` with
+    /// `logprobs`), so it computes the whole prompt and reads nothing from its cache.
+    pub skips_cache: bool,
     /// Separates the prefix caches of tenants.
     pub cache_salt: Option<Cow<'a, str>>,
     /// vLLM's `session_id`.
@@ -248,6 +251,9 @@ struct Fields<'a> {
     max_output_tokens: Loose<'a>,
     sampling_params: Nested<'a>,
     n: Loose<'a>,
+    echo: Loose<'a>,
+    logprobs: Loose<'a>,
+    prompt_logprobs: Loose<'a>,
     cache_salt: Loose<'a>,
     session_id: Loose<'a>,
     truncate_prompt_tokens: Loose<'a>,
@@ -274,6 +280,7 @@ struct Fields<'a> {
 struct Nested<'a> {
     include_usage: Loose<'a>,
     max_tokens: Loose<'a>,
+    prompt_logprobs: Loose<'a>,
     effort: Loose<'a>,
 }
 
@@ -316,6 +323,9 @@ impl<'de> Visitor<'de> for FieldsVisitor {
                 "max_output_tokens" => fields.max_output_tokens = map.next_value()?,
                 "sampling_params" => fields.sampling_params = map.next_value()?,
                 "n" => fields.n = map.next_value()?,
+                "echo" => fields.echo = map.next_value()?,
+                "logprobs" => fields.logprobs = map.next_value()?,
+                "prompt_logprobs" => fields.prompt_logprobs = map.next_value()?,
                 "cache_salt" => fields.cache_salt = map.next_value()?,
                 "session_id" => fields.session_id = map.next_value()?,
                 "truncate_prompt_tokens" => fields.truncate_prompt_tokens = map.next_value()?,
@@ -373,6 +383,7 @@ impl<'de> Visitor<'de> for NestedVisitor {
             match &*key.0 {
                 "include_usage" => nested.include_usage = map.next_value()?,
                 "max_tokens" => nested.max_tokens = map.next_value()?,
+                "prompt_logprobs" => nested.prompt_logprobs = map.next_value()?,
                 "effort" => nested.effort = map.next_value()?,
                 _ => _ = map.next_value::<IgnoredAny>()?,
             }
@@ -424,6 +435,7 @@ impl<'a> Fields<'a> {
             include_usage: false,
             max_tokens: self.max_tokens.count(),
             n: self.n.count(),
+            skips_cache: false,
             cache_salt: hint(self.cache_salt),
             session_id: hint(self.session_id),
             add_special_tokens: false,
@@ -448,6 +460,9 @@ impl<'a> Fields<'a> {
             include_usage: self.stream_options.include_usage.flag().unwrap_or(false),
             max_tokens,
             n: self.n.count(),
+            skips_cache: self.prompt_logprobs.is_set()
+                || self.sampling_params.prompt_logprobs.is_set()
+                || (self.echo.flag() == Some(true) && self.logprobs.is_set()),
             cache_salt: text("cache_salt", std::mem::take(&mut self.cache_salt))?,
             session_id: hint(std::mem::take(&mut self.session_id)),
             add_special_tokens: self.add_special_tokens.flag().unwrap_or(true),

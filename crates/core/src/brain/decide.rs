@@ -260,7 +260,11 @@ impl Brain {
             prompt_tokens: request.prompt_tokens,
             available_tokens,
             chosen_tokens: known.hit.predicted_tokens,
-            promised_tokens: known.promised_tokens,
+            // Engines report the cached tokens of the last prompt only, and read nothing from
+            // the cache where they need every position's logits.
+            promised_tokens: known
+                .promised_tokens
+                .filter(|_| request.prompts.len() == 1 && !request.skips_cache),
             block_size: known.hit.block_size,
             incomplete: known.reason == Reason::StreamSuspect,
             concurrent: row.inflight.requests > 0 || row.signals.is_some_and(|s| s.waiting > 0),

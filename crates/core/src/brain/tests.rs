@@ -135,6 +135,7 @@ impl Host {
             prompt_tokens: tokens.len() as u32,
             tokens_known: TokensKnown::Exact,
             max_tokens: None,
+            skips_cache: false,
             headers: Headers::NONE,
             allowed: None,
         };

@@ -229,3 +229,17 @@ fn depth_costs_no_stack() {
         let _ = parse(Api::Completions, closed.as_bytes());
     }
 }
+
+#[test]
+fn logits_of_the_prompt_bypass_the_cache() {
+    for (api, body, skips) in [
+        (Api::Completions, r#"{"prompt":"x"}"#, false),
+        (Api::Completions, r#"{"prompt":"x","prompt_logprobs":0}"#, true),
+        (Api::Completions, r#"{"prompt":"x","echo":true,"logprobs":1}"#, true),
+        (Api::Completions, r#"{"prompt":"x","echo":true}"#, false),
+        (Api::Completions, r#"{"prompt":"x","logprobs":1,"prompt_logprobs":null}"#, false),
+        (Api::VllmGenerate, r#"{"token_ids":[1],"sampling_params":{"prompt_logprobs":1}}"#, true),
+    ] {
+        assert_eq!(parse(api, body.as_bytes()).unwrap().skips_cache, skips, "{body}");
+    }
+}

@@ -162,3 +162,40 @@ fn round_robin_goes_round_whatever_is_known() {
         (0..4).map(|_| host.ask(&prompt(1, 100)).record.endpoint.to_string()).collect();
     assert_eq!(names, ["a", "b", "c", "a"]);
 }
+
+#[test]
+fn a_refused_cache_reset_is_made_good() {
+    let mut host = Host::live(1);
+    let (id, tokens) = (host.ids[0], prompt(1, 10 * BLOCK));
+    host.hold(id, &tokens);
+    host.brain.on_cache_reset(host.now, id);
+    assert_eq!(host.brain.index().endpoint_usage(id).resident, 0);
+    // The engine did not clear anything: its next batch does not say so. Without a replay socket
+    // its events are in doubt from then on, and the mode says it.
+    host.say(id, vec![stored(&prompt(2, BLOCK), BLOCK)]);
+    assert_eq!(host.brain.counters().resets_refused, 1);
+    assert_ne!(host.ask(&tokens).record.mode, Mode::Precise);
+    // A reset that did happen leaves no doubt.
+    let mut host = Host::live(1);
+    host.brain.on_cache_reset(host.now, host.ids[0]);
+    host.say(host.ids[0], vec![KvEvent::Cleared, stored(&tokens, BLOCK)]);
+    assert_eq!(host.brain.counters().resets_refused, 0);
+    assert_eq!(host.ask(&tokens).record.mode, Mode::Precise);
+}
+
+#[test]
+fn what_an_engine_cannot_deliver_is_not_promised() {
+    let tokens = prompt(1, 10 * BLOCK);
+    let misses = |change: fn(&mut Request<'_>)| {
+        let mut host = Host::live(1);
+        host.hold(host.ids[0], &tokens);
+        for _ in 0..8 {
+            let decision = host.try_ask(&tokens, change).unwrap();
+            host.answer(&decision, tokens.len() as u32, 0);
+        }
+        let verdicts = host.brain.ledger().total().verdicts;
+        (verdicts.below > 0, verdicts.drifts > 0)
+    };
+    assert_eq!(misses(|_| {}), (true, true));
+    assert_eq!(misses(|request| request.skips_cache = true), (false, false));
+}
