@@ -145,6 +145,9 @@ pub enum Reason {
     StreamSuspect,
     /// The engine delivers less than its events promise.
     Drift,
+    /// The engine counts other prompt tokens than the router: its tokenizer or chat template is
+    /// not the one that the router was given.
+    PromptDiffers,
     /// The configuration has no prefix scoring.
     NotConfigured,
     /// The request has no prompt.
@@ -161,7 +164,7 @@ pub enum Reason {
 
 impl Reason {
     /// All, in the order of `index()`.
-    pub const ALL: [Reason; 14] = [
+    pub const ALL: [Reason; 15] = [
         Reason::EventsLive,
         Reason::HistoryConfigured,
         Reason::TokensEstimated,
@@ -170,6 +173,7 @@ impl Reason {
         Reason::StreamReplaying,
         Reason::StreamSuspect,
         Reason::Drift,
+        Reason::PromptDiffers,
         Reason::NotConfigured,
         Reason::NoPrompt,
         Reason::NoTokenizer,
@@ -193,7 +197,8 @@ impl Reason {
             | Reason::StreamInitial
             | Reason::StreamReplaying
             | Reason::StreamSuspect
-            | Reason::Drift => Mode::Approximate,
+            | Reason::Drift
+            | Reason::PromptDiffers => Mode::Approximate,
             Reason::NotConfigured
             | Reason::NoPrompt
             | Reason::NoTokenizer
@@ -214,6 +219,7 @@ impl Reason {
             Reason::StreamReplaying => "stream-replaying",
             Reason::StreamSuspect => "stream-suspect",
             Reason::Drift => "drift",
+            Reason::PromptDiffers => "prompt-differs",
             Reason::NotConfigured => "not-configured",
             Reason::NoPrompt => "no-prompt",
             Reason::NoTokenizer => "no-tokenizer",

@@ -129,6 +129,8 @@ pub(crate) struct Sources<'a> {
     pub fleet: &'a Fleet,
     pub index: &'a Index,
     pub state_of: &'a dyn Fn(EndpointId) -> StreamState,
+    /// The endpoint counts other prompt tokens than the router.
+    pub differs: &'a dyn Fn(EndpointId) -> bool,
     pub speculative: bool,
 }
 
@@ -167,7 +169,10 @@ impl Known {
         let block_size = spec.map_or(0, |spec| spec.block_size);
         let hit = HitRecord { block_size, ..HitRecord::default() };
         // While the stream is silent or being rebuilt, its engine has promised nothing.
-        let is_held = matches!(reason, Reason::EventsLive | Reason::StreamSuspect | Reason::Drift);
+        let is_held = matches!(
+            reason,
+            Reason::EventsLive | Reason::StreamSuspect | Reason::Drift | Reason::PromptDiffers
+        );
         Known { reason, spec, hit, promised_tokens: is_held.then_some(0) }
     }
 
@@ -198,7 +203,12 @@ fn precisely(
     match sources.request.tokens_known {
         TokensKnown::Exact => {
             let state = (sources.state_of)(id);
-            let reason = reason_of(state, endpoint.events_expected);
+            let reason = match reason_of(state, endpoint.events_expected) {
+                Reason::EventsLive | Reason::StreamSuspect if (sources.differs)(id) => {
+                    Reason::PromptDiffers
+                }
+                reason => reason,
+            };
             Known::new(reason, Some(exact_spec(precise, endpoint.block_size())))
         }
         TokensKnown::Estimated => {

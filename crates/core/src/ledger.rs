@@ -18,6 +18,10 @@ const BIG_MISS_BLOCKS: u32 = 4;
 /// often at most.
 const DRIFT_DOUBLINGS_MAX: u32 = 8;
 
+/// So many answers in a row with another count of prompt tokens than the router's mean another
+/// tokenizer or chat template, not an odd request.
+const PROMPTS_DIFFERENT_MIN: u32 = 3;
+
 /// What one request was expected to get.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Expectation {
@@ -112,6 +116,8 @@ struct Book {
     evidence: u32,
     agreements: u32,
     in_doubt: bool,
+    /// Answers in a row whose count of prompt tokens was not the router's.
+    prompts_different: u32,
     /// Drifts since the last promise that was kept.
     drifts: u32,
 }
@@ -206,12 +212,32 @@ impl Ledger {
             account.verdicts.prompt_differs += u64::from(differs);
             verdict.count(&mut account.verdicts);
         });
+        self.compare_prompts(id, expectation, differs);
         let conclusion = self.conclude(id, expectation, verdict)?;
         self.each(id, |account| match conclusion {
             Conclusion::Drift => account.verdicts.drifts += 1,
             Conclusion::Agrees => account.verdicts.agreements += 1,
         });
         Some(conclusion)
+    }
+
+    fn compare_prompts(&mut self, id: EndpointId, expectation: &Expectation, differs: bool) {
+        if let Some(book) = self.books.get_mut(usize::from(id.slot))
+            && book.generation == id.generation
+            && expectation.promised_tokens.is_some()
+        {
+            book.prompts_different =
+                if differs { book.prompts_different.saturating_add(1) } else { 0 };
+        }
+    }
+
+    /// Whether the endpoint's engine makes other tokens of prompts than the router: what its
+    /// events hold cannot be found then.
+    pub fn prompt_differs(&self, id: EndpointId) -> bool {
+        let book = self.books.get(usize::from(id.slot));
+        book.is_some_and(|book| {
+            book.generation == id.generation && book.prompts_different >= PROMPTS_DIFFERENT_MIN
+        })
     }
 
     fn conclude(

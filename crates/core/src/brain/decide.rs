@@ -82,7 +82,7 @@ impl Brain {
     }
 
     fn fill_knowledge(&mut self, request: &Request<'_>, rows: &[Row]) {
-        let streams = &self.streams;
+        let (streams, ledger) = (&self.streams, &self.ledger);
         let state_of = |id: EndpointId| {
             let entry = streams.get(usize::from(id.slot)).and_then(Option::as_ref);
             entry.map_or(StreamState::Initial, |entry| entry.stream.state())
@@ -92,6 +92,7 @@ impl Brain {
             fleet: &self.fleet,
             index: &self.index,
             state_of: &state_of,
+            differs: &|id| ledger.prompt_differs(id),
             speculative: self.speculative,
         };
         self.knowledge.fill(&self.plan.producers, &sources, rows);

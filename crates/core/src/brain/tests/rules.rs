@@ -199,3 +199,21 @@ fn what_an_engine_cannot_deliver_is_not_promised() {
     assert_eq!(misses(|_| {}), (true, true));
     assert_eq!(misses(|request| request.skips_cache = true), (false, false));
 }
+
+#[test]
+fn another_tokenizer_in_the_engine_shows_and_history_routes() {
+    let mut host = Host::live(1);
+    let (tokens, ours) = (prompt(1, 10 * BLOCK), 10 * BLOCK as u32);
+    for _ in 0..3 {
+        let decision = host.ask(&tokens);
+        assert_eq!(decision.record.mode, Mode::Precise);
+        host.answer(&decision, ours + 7, 0);
+        host.pass(1.0);
+    }
+    let decision = host.ask(&tokens);
+    assert_eq!(decision.record.reason, Reason::PromptDiffers);
+    assert_eq!(decision.record.candidates[0].hit.matched, 10, "history");
+    // One right count, and the events are believed again.
+    host.answer(&decision, ours, 0);
+    assert_eq!(host.ask(&tokens).record.reason, Reason::EventsLive);
+}
