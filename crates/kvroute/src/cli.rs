@@ -26,14 +26,26 @@ Exit codes: 0 done, 1 failed or found wrong, 2 wrong usage or configuration.";
 pub struct Cli {
     /// What to log: error, warn, info, debug, trace, or per module (`kvroute_router=debug`).
     #[arg(long, global = true, value_name = "FILTER", env = "KVROUTE_LOG")]
+    #[arg(value_parser = log_filter, help_heading = "Logging", hide_env = true)]
     log: Option<String>,
 
     /// How a log line looks.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(help_heading = "Logging")]
     log_format: LogFormat,
 
     #[command(subcommand)]
     command: Command,
+}
+
+impl Cli {
+    /// The arguments of `kvroute engine`, if that is the command.
+    pub fn engine(self) -> Option<Engine> {
+        match self.command {
+            Command::Engine(args) => Some(*args),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -85,11 +97,11 @@ pub struct Serve {
     pub config: Option<PathBuf>,
 
     /// Where clients connect.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
     pub http: SocketAddr,
 
     /// Metrics, health, decisions, index. Reachable by whoever can reach the address.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 
     /// `tokenizer.json` of the engines' model, its configuration beside it; `MODEL=FILE` for one
@@ -129,7 +141,7 @@ Example:
   kvroute engine --http 127.0.0.1:8000 --kv-events tcp://*:5557 --replay tcp://*:5558")]
 pub struct Engine {
     /// Where clients connect.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = address)]
     pub http: SocketAddr,
 
     /// Served model name.
@@ -157,7 +169,7 @@ pub struct Engine {
     pub kv_events: Option<String>,
 
     /// Answer replay requests there.
-    #[arg(long, value_name = "tcp://ADDR")]
+    #[arg(long, value_name = "tcp://ADDR", requires = "kv_events")]
     pub replay: Option<String>,
 
     /// Hardware profile: how long a step takes.
@@ -169,7 +181,7 @@ pub struct Engine {
     pub speed: f64,
 
     /// Longest prompt plus answer, in tokens.
-    #[arg(long, value_name = "N", default_value_t = 131_072)]
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
     pub max_model_len: u32,
 
     /// Seed of the generated tokens.
@@ -179,6 +191,10 @@ pub struct Engine {
 
 /// `kvroute demo`.
 #[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvroute demo
+  kvroute demo --quick --json | tail -1")]
 pub struct Demo {
     /// Seed of the workload and of tie-breaks.
     #[arg(long, value_name = "N", default_value_t = 7)]
@@ -197,7 +213,10 @@ pub struct Demo {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 The folder holds requests.jsonl and any number of kv_events*.jsonl, one for each engine.
-Exit code 1 when a prediction or a token differs.")]
+Exit code 1 when a prediction or a token differs.
+
+Example:
+  kvroute replay recordings/run-1 --tokenizer Qwen3-32B/tokenizer.json")]
 pub struct Replay {
     /// Folder of the recording.
     #[arg(value_name = "DIR")]
@@ -210,6 +229,26 @@ pub struct Replay {
     /// Print one JSON object on the last line.
     #[arg(long)]
     pub json: bool,
+}
+
+/// An address to listen on.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let named = text.replace("localhost:", "127.0.0.1:");
+    named.parse().map_err(|_| "write IP:PORT, for example 127.0.0.1:8080 or [::]:8080".to_owned())
+}
+
+/// Levels, or modules with levels; what cannot be meant is refused.
+fn log_filter(text: &str) -> Result<String, String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let is_level = |part: &str| LEVELS.contains(&part.trim().to_ascii_lowercase().as_str());
+    let known = text.split(',').all(|part| match part.rsplit_once('=') {
+        Some((_, level)) => is_level(level),
+        None => is_level(part),
+    });
+    match (known, tracing_subscriber::EnvFilter::try_new(text)) {
+        (true, Ok(_)) => Ok(text.to_owned()),
+        _ => Err(format!("write a level ({}) or MODULE=LEVEL", LEVELS.join(", "))),
+    }
 }
 
 /// Parses the command line, runs the command and says what went wrong.

@@ -17,6 +17,11 @@ use crate::cli;
 /// What is wrong, with line and column where the file is to blame.
 pub fn load_text(text: &str, file: &str) -> anyhow::Result<Plan> {
     let config = kvroute_wire::config::parse(text, file).map_err(|e| anyhow!("{e}"))?;
+    if config.plugins.is_empty() {
+        let message = "no plugins: nothing would decide. Name at least one scorer under `plugins`, \
+                       or leave --config out for the built-in configuration";
+        return Err(anyhow!("{}", YamlError::of_file(file, message)));
+    }
     Plan::build(&config).map_err(|error| {
         let PlanError { path, message } = error;
         let message = format!("{path}: {message}");

@@ -1,5 +1,6 @@
 //! `kvroute engine`: a simulated vLLM server until somebody stops it.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -21,8 +22,8 @@ pub fn main(args: &cli::Engine) -> anyhow::Result<ExitCode> {
         let engine = engine::serve(config).await?;
         info!(
             http = %engine.http_addr(),
-            kv_events = ?engine.events_addr(),
-            replay = ?engine.replay_addr(),
+            kv_events = shown(engine.events_addr()),
+            replay = shown(engine.replay_addr()),
             "The simulated engine listens."
         );
         serve::stop_signal().await?;
@@ -54,6 +55,10 @@ fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
     Ok(config)
 }
 
+fn shown(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "off".to_owned(), |address| address.to_string())
+}
+
 /// A built-in profile by name, or a file.
 fn profile(name: &str) -> anyhow::Result<Profile> {
     if !name.ends_with(".yaml") {
@@ -65,4 +70,20 @@ fn profile(name: &str) -> anyhow::Result<Profile> {
 
 fn adapter(name: &str) -> Adapter {
     Adapter { name: name.to_owned(), path: name.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn it_starts_as_its_help_says() {
+        let parsed = cli::Cli::try_parse_from(["kvroute", "engine", "--http", "127.0.0.1:0"]);
+        let Some(args) = parsed.unwrap().engine() else { panic!("another command") };
+        let engine = engine::serve(configure(&args).unwrap()).await.unwrap();
+        assert_ne!(engine.http_addr().port(), 0);
+        engine.shutdown().await;
+    }
 }

@@ -70,7 +70,7 @@ pub fn main(args: &cli::Replay) -> anyhow::Result<ExitCode> {
     let tokenizer = match &args.tokenizer {
         Some(path) => Some(
             Tokenizer::load(path, &TokenizerOptions::default())
-                .with_context(|| format!("tokenizer {}", path.display()))?,
+                .with_context(|| format!("--tokenizer {}", path.display()))?,
         ),
         None => None,
     };

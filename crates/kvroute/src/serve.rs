@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use kvroute_core::plan::NoteKind;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -21,7 +22,11 @@ pub fn main(args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let finished = runtime.block_on(async {
         let router = kvroute_router::start(config).await?;
         stop_signal().await.context("cannot listen for signals")?;
-        anyhow::Ok(router.shutdown(drain).await)
+        tokio::select! {
+            finished = router.shutdown(drain) => anyhow::Ok(finished),
+            // The second time it is meant.
+            again = stop_signal() => again.map(|()| false).context("cannot listen for signals"),
+        }
     })?;
     info!(all_requests_finished = finished, "Stopped.");
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -38,7 +43,11 @@ fn warn_of_degradations(config: &kvroute_router::RouterConfig) {
         );
     }
     for note in &config.plan.notes {
-        info!(kind = ?note.kind, "{}", note.text);
+        match note.kind {
+            NoteKind::Added => info!("Added to the configuration: {}.", note.text),
+            NoteKind::Inert => warn!("Without effect in the configuration: {}.", note.text),
+            NoteKind::Warning => warn!("In the configuration: {}.", note.text),
+        }
     }
 }
 

@@ -90,7 +90,7 @@ pub enum ModelConfigError {
     /// One sequence of the longest length would never fit.
     #[error(
         "max_model_len {max_model_len} does not fit the KV cache of {usable} blocks of \
-         {block_size} tokens: raise blocks or lower max_model_len"
+         {block_size} tokens: raise the blocks (--kv-blocks) or lower --max-model-len"
     )]
     CacheTooSmall {
         /// Configured limit, tokens.

@@ -12,7 +12,7 @@ use super::fleet::Fleet;
 use crate::cli::say;
 
 const REDRAW: Duration = Duration::from_millis(100);
-const BAR: usize = 32;
+const BAR: usize = 20;
 
 /// The live view.
 pub struct View {
@@ -39,7 +39,8 @@ impl View {
 
     /// Shows how far the run is, ten times a second at most.
     pub fn draw(&mut self, progress: Progress, fleet: &Fleet, router: &RouterHandle) {
-        let fresh = self.drawn.is_some_and(|drawn| drawn.elapsed() < REDRAW);
+        let last = progress.ended == progress.planned;
+        let fresh = !last && self.drawn.is_some_and(|drawn| drawn.elapsed() < REDRAW);
         if !self.on || fresh {
             return;
         }
@@ -52,7 +53,7 @@ impl View {
         for (at, engine) in fleet.engines().iter().enumerate() {
             let stats = engine.stats();
             text += &format!(
-                "\x1b[2K  engine {}   running {:>3}   waiting {:>3}   KV {} {:>3.0} %\n",
+                "\x1b[2K  engine {}  running {:>3}  waiting {:>3}  KV {} {:>3.0} %\n",
                 at + 1,
                 stats.running,
                 stats.waiting,
@@ -71,7 +72,7 @@ impl View {
         let hit = account.delivered_tokens as f64 / prompt_tokens as f64;
         let admin = self.admin.map(|at| format!("http://{at}/index")).unwrap_or_default();
         format!(
-            "\x1b[2K{:<12} [{}] {:>4} of {} answered   hit ratio so far {hit:.2}\n\
+            "\x1b[2K{:<11} [{}] {:>4} of {} answered, hit ratio {hit:.2}\n\
              \x1b[2K  look inside: {admin}\n",
             self.name,
             bar(done, BAR),
@@ -111,8 +112,8 @@ pub fn table(file: &SummaryFile) {
     }
     say("");
     say(&format!(
-        "{} requests each, {} failed; seed {}. Engines: simulated Qwen3-32B on two H100, at double \
-         speed; times are what a client measured.",
+        "{} requests each, {} failed; seed {}. Engines: Qwen3-32B on two H100, simulated at\n\
+         double speed. Times are what a client measured.",
         after.summary.requests,
         failed(before, after),
         file.seed

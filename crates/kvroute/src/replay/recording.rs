@@ -28,10 +28,16 @@ impl Recording {
     /// A file that is missing or cannot be read, and events that belong to no engine.
     pub fn read(dir: &Path) -> anyhow::Result<Recording> {
         let path = dir.join("requests.jsonl");
-        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = fs::read(&path).with_context(|| {
+            let dir = dir.display();
+            format!("{dir} is no recording: it must hold requests.jsonl and kv_events*.jsonl")
+        })?;
         let mut requests = trace::requests(&text)
             .collect::<Result<Vec<_>, _>>()
             .with_context(|| format!("{} is not a recording", path.display()))?;
+        if requests.is_empty() {
+            bail!("{} holds no requests", path.display());
+        }
         requests.sort_by_key(|request| request.t_start_unix_ns);
         let messages = read_messages(dir, &requests)?;
         let adapters = adapters(&requests, &messages);
