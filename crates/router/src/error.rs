@@ -10,6 +10,7 @@ use kvroute_wire::error_body;
 use kvroute_wire::request::BodyError;
 use thiserror::Error;
 
+use crate::headers::ENDPOINT;
 use crate::observe::Body;
 use crate::upstream::UpstreamError;
 
@@ -103,6 +104,11 @@ impl RouteError {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if matches!(status.as_u16(), 429 | 503) {
             headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        }
+        if let RouteError::Upstream { endpoint, .. } = self
+            && let Ok(name) = HeaderValue::from_str(endpoint)
+        {
+            headers.insert(ENDPOINT, name);
         }
         response
     }

@@ -19,7 +19,7 @@ use crate::error::{RouteError, failure_label};
 use crate::headers::{self, BodyLength, HeadParts};
 use crate::http1::Head;
 use crate::metrics::ReasonLabel;
-use crate::observe::Reservation;
+use crate::observe::Observer;
 use crate::shared::Shared;
 use crate::upstream::{Connection, Upstream, UpstreamError};
 
@@ -54,38 +54,36 @@ pub(crate) struct Answer {
     pub head: Head,
     pub connection: Connection,
     pub upstream: Arc<Upstream>,
-    /// Endpoints tried.
-    pub attempts: u32,
 }
 
-/// Sends the request to the first of `candidates` that answers.
+/// Sends the request to the first of `candidates` that answers. The outcome says which ones were
+/// tried, also when none of them answers.
 pub(crate) async fn forward(
     shared: &Shared,
     outgoing: &mut Outgoing,
-    reservation: &Reservation,
+    observer: &mut Observer,
     candidates: &[EndpointId],
 ) -> Result<Answer, RouteError> {
     let mut failed: Option<RouteError> = None;
-    let mut attempts = 0;
-    for &id in candidates {
+    for (at, &id) in candidates.iter().enumerate() {
         let Some(upstream) = shared.upstreams.get(id) else { continue };
-        if attempts > shared.settings.retries_max {
-            break;
-        }
         // Also when the first choice has left the fleet meanwhile.
         if candidates.first() != Some(&id) {
-            reservation.redirect(id);
+            observer.reservation.redirect(id);
         }
-        attempts += 1;
+        observer.outcome.attempts += 1;
+        observer.outcome.endpoint.clone_from(&upstream.name);
         let error = match exchange(shared, &upstream, outgoing).await {
-            Ok((head, connection)) => return Ok(Answer { head, connection, upstream, attempts }),
+            Ok((head, connection)) => return Ok(Answer { head, connection, upstream }),
             Err(Fault::Client(error)) => return Err(error),
             Err(Fault::Upstream(error)) => error,
         };
         let reason = failure_label(&error);
         shared.count_upstream_failure(&upstream.name, reason);
         shared.brain.lock().on_endpoint_failed(shared.clock.now(), id);
-        let again = may_retry(&error, outgoing);
+        let again = observer.outcome.attempts <= shared.settings.retries_max
+            && may_retry(&error, outgoing)
+            && candidates[at + 1..].iter().any(|next| shared.upstreams.get(*next).is_some());
         let (request_id, endpoint) = (&outgoing.request_id, upstream.name.clone());
         warn!(request_id, endpoint, again, %error, "An endpoint failed before it answered.");
         if again {

@@ -106,8 +106,8 @@ async fn route(
     };
     let Chosen { candidates, response_headers, .. } = &chosen;
     let (candidates, response_headers) = (candidates.clone(), response_headers.clone());
-    let observer = observe(shared, way, chosen, inflight);
-    match forward(shared, &mut outgoing, &observer.reservation, &candidates).await {
+    let mut observer = observe(shared, way, chosen, inflight);
+    match forward(shared, &mut outgoing, &mut observer, &candidates).await {
         Ok(answer) => {
             note_cache_reset(shared, &outgoing, &answer);
             Ok(respond(shared, answer, observer, &response_headers))
@@ -279,10 +279,8 @@ fn respond(
     mut observer: Observer,
     response_headers: &[(HeaderName, HeaderValue)],
 ) -> Response<Body> {
-    let Answer { head, connection, upstream, attempts } = answer;
+    let Answer { head, connection, upstream } = answer;
     observer.outcome.status = head.status.as_u16();
-    observer.outcome.attempts = attempts;
-    observer.outcome.endpoint.clone_from(&upstream.name);
     let idle_s = shared.settings.response_idle_timeout_s.max(1);
     let (status, mut headers) = (head.status, head.headers);
     headers::strip_hop_by_hop(&mut headers);

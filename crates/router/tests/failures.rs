@@ -199,6 +199,8 @@ async fn when_nobody_answers_the_client_is_told() {
     assert!(got.error_message().contains("cannot connect"), "{got:?}");
     assert!(got.headers.contains_key("x-request-id"));
     assert_eq!(metric(&router, "kvroute_rejects_total{reason=\"connect\"}").await, 1.0);
+    let retries = metric(&router, "kvroute_retries_total{reason=\"connect\"}").await;
+    assert_eq!(retries, 1.0, "there is no third endpoint");
     let engine = Mock::start_at(a).await;
     for _ in 0..100 {
         let got = send(router.http_addr(), post("/v1/completions", COMPLETION)).await;
@@ -217,8 +219,15 @@ async fn retries_end() {
     let addresses: Vec<_> = engines.iter().map(|e| e.addr).collect();
     let limits = Settings { retries_max: 1, failure_backoff_ms: 0, ..settings() };
     let router = router(&addresses, limits).await;
-    let got = send(router.http_addr(), post("/v1/completions", COMPLETION)).await;
+    let request = post_with("/v1/completions", "x-request-id: all\r\n", COMPLETION);
+    let got = send(router.http_addr(), request).await;
     assert_eq!(got.status, 502);
+    let outcome = &admin_json(&router, "/decisions/all").await["outcome"];
+    assert_eq!((&outcome["attempts"], &outcome["status"]), (&2.into(), &502.into()), "{outcome}");
+    assert_eq!(outcome["endpoint"], got.headers["x-kvroute-endpoint"].as_str(), "the last one");
+    assert!(got.error_message().contains(&got.headers["x-kvroute-endpoint"]), "{got:?}");
+    let series = "kvroute_retries_total{reason=\"closed\"}";
+    assert_eq!(metric(&router, series).await, 1.0, "the last failure is not retried");
     assert_eq!(engines.iter().map(|e| e.seen().len()).sum::<usize>(), 2);
     let got = send(router.http_addr(), get("/x")).await;
     assert_eq!(got.status, 502);
