@@ -170,6 +170,10 @@ impl AnswerBody {
     ) -> Poll<Option<Result<Bytes, UpstreamError>>> {
         self.connection = None;
         self.observer.end(Some(&error));
+        if error.is_connection_lost() {
+            let shared = &self.observer.shared;
+            shared.brain.lock().on_endpoint_failed(shared.clock.now(), self.upstream.id);
+        }
         self.broken = Some(error);
         cx.waker().wake_by_ref();
         Poll::Pending

@@ -2,7 +2,8 @@
 //!
 //! Every endpoint has a loop with its own connection and page buffer, both reused; the loops are
 //! futures of one task, woken by their own timers at spread-out phases. An endpoint that does not
-//! answer is asked less and less often.
+//! answer is asked less and less often; while it cannot be reached at all, requests go to others
+//! first.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,6 +18,16 @@ use tracing::{debug, info, warn};
 
 use crate::shared::Shared;
 use crate::upstream::{Connection, Upstream, UpstreamError};
+
+/// From so many failures in a row on, an endpoint that accepts connections but answers nothing
+/// counts as unreachable, too. A single late page is what a busy engine looks like.
+const MUTE_SCRAPES_MAX: u32 = 3;
+/// Share of a scrape's time that connecting may take: less than all, so that a host that cannot be
+/// reached is told from one that is slow.
+const CONNECT_SHARE: f64 = 0.9;
+/// Most doublings of an endpoint's back-off for one failed scrape; it starts in milliseconds, so
+/// this covers any wait between scrapes.
+const BACKOFF_DOUBLINGS_MAX: u32 = 16;
 
 /// Watches every endpoint that comes through `added` until it leaves the fleet.
 pub(crate) async fn run(shared: Arc<Shared>, mut added: mpsc::UnboundedReceiver<Arc<Upstream>>) {
@@ -75,14 +86,19 @@ impl Watch {
     /// Doubles from the interval with each failure; up to a quarter is random, so that engines
     /// that died together are not asked together.
     fn backoff(&self, failures: u32) -> Duration {
+        self.delay_max(failures).mul_f64(1.0 - fastrand::f64() / 4.0)
+    }
+
+    fn delay_max(&self, failures: u32) -> Duration {
         let settings = &self.shared.settings;
         let max = settings.scrape_backoff_max_ms.max(settings.scrape_interval_ms);
         let delay = u64::from(settings.scrape_interval_ms) << failures.min(16);
-        Duration::from_millis(delay.min(u64::from(max))).mul_f64(1.0 - fastrand::f64() / 4.0)
+        Duration::from_millis(delay.min(u64::from(max)))
     }
 
     async fn metrics(&mut self) -> bool {
         let outcome = self.get("/metrics").await;
+        let failure = outcome.as_ref().err().map(reach_of);
         let (shared, upstream) = (&self.shared, &self.upstream);
         let now = shared.clock.now();
         upstream.metrics.scrapes.inc();
@@ -105,16 +121,37 @@ impl Watch {
             }
             Err(error) => {
                 upstream.metrics.scrape_failures.inc();
-                shared.brain.lock().on_scrape_failed(now, upstream.id);
                 if self.failures == 0 {
                     warn!(endpoint = upstream.name, error, "An endpoint's metrics are missing.");
                 }
                 self.failures = self.failures.saturating_add(1);
+                let mute = self.failures >= MUTE_SCRAPES_MAX;
+                if failure.is_some_and(|reach| reach == Reach::None || mute) {
+                    self.avoid();
+                }
+                shared.brain.lock().on_scrape_failed(now, upstream.id);
             }
         }
         upstream.up.store(self.failures == 0, Ordering::Relaxed);
         upstream.metrics.up.set(i64::from(self.failures == 0));
         self.failures == 0
+    }
+
+    /// Lets requests go to others first until the next scrape has come to its end, so that a dead
+    /// endpoint is found by scrapes and not by requests. That holds as long as
+    /// `failure_backoff_max_ms` exceeds the longest time between two scrapes.
+    fn avoid(&self) {
+        let (shared, id) = (&self.shared, self.upstream.id);
+        let settings = &shared.settings;
+        let longest = self.delay_max(self.failures) + ms(settings.scrape_timeout_ms.max(1));
+        let now = shared.clock.now();
+        let mut brain = shared.brain.lock();
+        for _ in 0..BACKOFF_DOUBLINGS_MAX {
+            brain.on_endpoint_failed(now, id);
+            if brain.fleet().get(id).is_none_or(|e| e.is_avoided(now + longest)) {
+                return;
+            }
+        }
     }
 
     async fn models(&mut self) {
@@ -155,7 +192,10 @@ impl Watch {
     ) -> Result<u16, UpstreamError> {
         let mut connection = match connection {
             Some(connection) => connection,
-            None => Connection::open(self.upstream.address, timeout).await?,
+            None => {
+                let limit = timeout.mul_f64(CONNECT_SHARE);
+                Connection::open(self.upstream.address, limit).await?
+            }
         };
         self.head.clear();
         for part in ["GET ", path, " HTTP/1.1\r\nhost: ", &self.upstream.authority, "\r\n\r\n"] {
@@ -169,6 +209,22 @@ impl Watch {
             self.connection = Some(connection);
         }
         Ok(head.status.as_u16())
+    }
+}
+
+/// How far a scrape that failed came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reach {
+    /// No connection.
+    None,
+    /// A connection, but no complete answer.
+    Connected,
+}
+
+fn reach_of(error: &UpstreamError) -> Reach {
+    match error {
+        UpstreamError::Connect(_) | UpstreamError::ConnectTimeout(_) => Reach::None,
+        _ => Reach::Connected,
     }
 }
 

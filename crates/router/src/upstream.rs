@@ -59,6 +59,14 @@ pub(crate) enum UpstreamError {
     IdleTimeout(Duration),
 }
 
+impl UpstreamError {
+    /// Whether the endpoint ended a connection that an answer was to come over, as a process that
+    /// dies does. Silence is something else: an engine may be slow.
+    pub fn is_connection_lost(&self) -> bool {
+        matches!(self, UpstreamError::Broken(_) | UpstreamError::Closed | UpstreamError::Truncated)
+    }
+}
+
 /// One HTTP/1.1 connection.
 #[derive(Debug)]
 pub(crate) struct Connection {

@@ -191,6 +191,28 @@ async fn another_endpoint_takes_over_before_the_first_byte() {
 }
 
 #[tokio::test]
+async fn the_dead_are_found_by_scrapes_and_not_by_requests() {
+    let (good, dead) = (Mock::start().await, dead_address().await);
+    // Shorter at first than a scrape may take: the wait is doubled until it is long enough.
+    let limits = Settings { failure_backoff_max_ms: 10_000, ..settings() };
+    let router = round_robin(&[good.addr, dead], limits).await;
+    let failed_scrapes = || {
+        let brain = router.brain();
+        brain.fleet().by_name(&dead.to_string()).unwrap().scrape_failures()
+    };
+    eventually("a failed scrape", || failed_scrapes() >= 1).await;
+    while failed_scrapes() < 8 {
+        assert_eq!(works(&router).await.headers["x-kvroute-endpoint"], good.addr.to_string());
+        let page = admin_json(&router, "/endpoints").await;
+        let listed = page.as_array().unwrap();
+        let row = listed.iter().find(|row| row["name"] == dead.to_string()).unwrap();
+        assert_eq!(row["avoided"], true, "{row}");
+    }
+    let page = admin(&router, "/metrics").await.body;
+    assert!(!page.contains("kvroute_upstream_failures_total{"), "no request met it: {page}");
+}
+
+#[tokio::test]
 async fn when_nobody_answers_the_client_is_told() {
     let (a, b) = (dead_address().await, dead_address().await);
     let router = router(&[a, b], settings()).await;
@@ -259,7 +281,10 @@ async fn after_the_first_byte_the_error_is_passed_on() {
         assert_eq!(bad.seen().len() + other.seen().len(), before + 1, "no second try");
         eventually("the place is free", || router.inflight() == 0).await;
         let page = admin_json(&router, "/decisions/cut").await;
-        assert!(page["outcome"]["error"].is_string(), "{page}");
+        let error = page["outcome"]["error"].as_str().unwrap();
+        let lost = error.contains("connection");
+        let told = router.brain().counters().endpoints_failed;
+        assert_eq!(told, u64::from(lost), "a lost connection is a failure of the engine: {page}");
         [&bad, &other].iter().for_each(|e| e.script(Script::Answer(200, OK_BODY.to_owned())));
         works(&router).await;
     }
