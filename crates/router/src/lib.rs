@@ -64,6 +64,9 @@ pub enum StartError {
         /// What the system says.
         error: io::Error,
     },
+    /// The file of endpoints cannot be read, or is not what it should be.
+    #[error("the file of endpoints cannot be used: {0}")]
+    Endpoints(String),
     /// The certificate or key cannot be used.
     #[error("cannot serve TLS: {0}")]
     Tls(String),
@@ -81,18 +84,22 @@ pub struct RouterHandle {
 /// Starts a router and returns when it listens and knows the endpoints that its sources list.
 ///
 /// # Errors
-/// [`StartError`] when an address cannot be bound or TLS files cannot be read. Sources of
-/// endpoints that cannot be read do not prevent a start: they are tried again.
+/// [`StartError`] when an address cannot be bound, or TLS files or the file of endpoints cannot be
+/// read. Host names that cannot be resolved do not prevent a start: they are tried again. So is a
+/// file of endpoints that turns bad later; its endpoints stay as they were.
 pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
     let acceptor = tls::Acceptor::new(config.tls.as_ref())?;
+    let mut sources =
+        vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
+    if let Some(file) = config.endpoints_file.clone() {
+        let mut file = FileSource::new(file, config.events.clone());
+        file.load().await.map_err(StartError::Endpoints)?;
+        sources.push(Source::File(file));
+    }
     let (http, http_addr) = listen(config.http).await?;
     let (admin, admin_addr) = listen(config.admin).await?;
     let (scraper, added) = mpsc::unbounded_channel();
     let (phase, phase_seen) = watch::channel(Phase::Serving);
-    let mut sources =
-        vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
-    let file = config.endpoints_file.clone();
-    sources.extend(file.map(|f| Source::File(FileSource::new(f, config.events.clone()))));
     let shared = Arc::new(share(config, phase, scraper));
 
     let mut tasks = vec![tokio::spawn(scrape::run(Arc::clone(&shared), added))];

@@ -376,6 +376,39 @@ async fn a_file_of_endpoints_is_followed() {
 }
 
 #[tokio::test]
+async fn a_file_of_endpoints_that_is_wrong_at_first_prevents_the_start() {
+    let dir = std::env::temp_dir().join(format!("kvroute-wrong-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("endpoints.yaml");
+    let label =
+        "endpoints:\n- { name: a, address: 127.0.0.1, port: \"1\", labels: { kvroute/rank: x } }";
+    let table = [
+        (None, "No such file"),
+        (Some("endpoints:\n- nam: one\n"), "endpoints.yaml:2:"),
+        (Some(label), "label kvroute/rank has a wrong value"),
+    ];
+    for (text, says) in table {
+        if let Some(text) = text {
+            std::fs::write(&path, text).unwrap();
+        }
+        let mut config = config(&[], settings());
+        config.endpoints_file = Some(path.clone());
+        let error = kvroute_router::start(config).await.err().expect("no start");
+        let shown = error.to_string();
+        assert!(matches!(error, kvroute_router::StartError::Endpoints(_)), "{shown}");
+        assert!(shown.contains("endpoints.yaml") && shown.contains(says), "{shown}");
+    }
+    // A name that cannot be resolved yet is no fault of the file.
+    let text = "endpoints:\n- { name: a, address: no-such-host.invalid, port: \"1\" }\n";
+    std::fs::write(&path, text).unwrap();
+    let mut config = config(&[], settings());
+    config.endpoints_file = Some(path.clone());
+    let started = kvroute_router::start(config).await;
+    assert!(started.is_ok(), "{:?}", started.err());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[tokio::test]
 async fn requests_of_an_endpoint_that_left_finish() {
     let engine = Mock::start().await;
     let dir = std::env::temp_dir().join(format!("kvroute-leave-{}", std::process::id()));

@@ -47,9 +47,8 @@ impl FileSource {
         &self.targets
     }
 
-    /// Reads the file if it has changed, and resolves host names again. A file that is wrong in
-    /// any place changes nothing.
-    pub async fn refresh(&mut self) -> Result<(), String> {
+    /// Reads the file if it has changed. One that is wrong in any place changes nothing.
+    pub async fn load(&mut self) -> Result<(), String> {
         let shown = self.path.display().to_string();
         let content = self.read().await.map_err(|e| format!("{shown}: {e}"))?;
         if self.content.as_ref() != Some(&content) {
@@ -59,6 +58,13 @@ impl FileSource {
             self.listed = listed.collect::<Result<_, _>>().map_err(|e| format!("{shown}: {e}"))?;
             self.content = Some(content);
         }
+        Ok(())
+    }
+
+    /// Reads the file if it has changed, and resolves host names again.
+    pub async fn refresh(&mut self) -> Result<(), String> {
+        self.load().await?;
+        let shown = self.path.display().to_string();
         let mut failed = None;
         for listed in &mut self.listed {
             let (host, port) = (listed.endpoint.address.as_str(), listed.endpoint.port);
