@@ -17,6 +17,9 @@ use crate::upstream::UpstreamError;
 /// Seconds after which a refused client may try again.
 const RETRY_AFTER_S: u16 = 1;
 
+/// Label of request heads over a limit, the router's own or hyper's.
+pub(crate) const HEAD_TOO_LARGE: &str = "head_too_large";
+
 /// Why a request was not answered by an endpoint.
 #[derive(Debug, Error)]
 pub(crate) enum RouteError {
@@ -73,7 +76,7 @@ impl RouteError {
             RouteError::Body(_) => "bad_body",
             RouteError::NoModel => "no_model",
             RouteError::BodyTooLarge(_) => "body_too_large",
-            RouteError::HeadTooLarge(_) => "head_too_large",
+            RouteError::HeadTooLarge(_) => HEAD_TOO_LARGE,
             RouteError::BodyTimeout(_) => "body_timeout",
             RouteError::BodyBroken => "body_broken",
             RouteError::Tunnel => "tunnel",

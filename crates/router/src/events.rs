@@ -78,7 +78,8 @@ impl fmt::Display for End {
 
 /// Follows an endpoint's events until it leaves the fleet.
 pub(crate) async fn subscribe(shared: Arc<Shared>, upstream: Arc<Upstream>, source: EventsSource) {
-    let mut subscriber = Subscriber { shared, upstream, source, heard: false, patience: 1 };
+    let mut subscriber =
+        Subscriber { shared, upstream, source, heard: false, patience: 1, known: false };
     let mut delay = RECONNECT_MS.0;
     *subscriber.upstream.subscription.lock() = Subscription::Searching;
     loop {
@@ -102,6 +103,8 @@ struct Subscriber {
     heard: bool,
     /// Factor of the watchdog's patience.
     patience: u64,
+    /// There has been a connection before.
+    known: bool,
 }
 
 impl Subscriber {
@@ -116,7 +119,9 @@ impl Subscriber {
         let connected = Socket::connect(address, Role::Sub, timeout, bytes_max).await;
         let mut socket = connected.map_err(|e| format!("{address}: {e}"))?;
         socket.subscribe("").await.map_err(|e| format!("{address}: {e}"))?;
-        self.upstream.metrics.stream_reconnects.inc();
+        if std::mem::replace(&mut self.known, true) {
+            self.upstream.metrics.stream_reconnects.inc();
+        }
         self.upstream.busy_ms.store(0, Ordering::Relaxed);
         info!(endpoint = self.upstream.name, address, "Subscribed to an endpoint's KV events.");
         *self.upstream.subscription.lock() = Subscription::Connected(place.events.clone());

@@ -251,7 +251,11 @@ impl Metrics {
         r.register("stream_gaps", "Holes in the sequence", self.stream_gaps.clone());
         r.register("stream_replays", "Replays asked for", self.stream_replays.clone());
         r.register("stream_restarts", "Engine restarts noticed", self.stream_restarts.clone());
-        r.register("stream_reconnects", "Connections made", self.stream_reconnects.clone());
+        r.register(
+            "stream_reconnects",
+            "Connections after the first",
+            self.stream_reconnects.clone(),
+        );
         r.register("stream_messages", "Messages received", self.stream_messages.clone());
         r.register("events_bad", "Events that could not be read", self.events_bad.clone());
         r.register(

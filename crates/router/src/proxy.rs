@@ -17,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tracing::{debug, warn};
 
+use crate::error::HEAD_TOO_LARGE;
 use crate::patient::Patient;
 use crate::route;
 use crate::shared::{Phase, Shared};
@@ -62,6 +63,7 @@ pub(crate) async fn serve(
         tokio::spawn(async move {
             shared.metrics.connections.inc();
             if let Err(error) = connection(&shared, stream, client, acceptor, phase).await {
+                count_unread(&shared, error.as_ref());
                 debug!(%client, error = %error, "A client's connection broke.");
             }
             shared.metrics.connections.dec();
@@ -70,6 +72,16 @@ pub(crate) async fn serve(
     }
     drop((listener, alive));
     let _ = all_gone.recv().await;
+}
+
+/// Heads that hyper cannot read are answered by hyper (400, 414 or 431) and never get to a route.
+fn count_unread(shared: &Shared, error: &(dyn std::error::Error + Send + Sync + 'static)) {
+    let Some(error) = error.downcast_ref::<hyper::Error>() else { return };
+    if error.is_parse_too_large() {
+        shared.metrics.count_reject(HEAD_TOO_LARGE);
+    } else if error.is_parse() {
+        shared.metrics.count_reject("bad_request_head");
+    }
 }
 
 /// The next connection, once there is room for it. Those that must wait stay in the kernel's

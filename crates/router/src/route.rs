@@ -247,6 +247,10 @@ fn scheduling_headers<'a>(
 fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
     let metrics = &shared.metrics;
     metrics.prompt_tokens.observe(f64::from(asked.prompt_tokens));
+    // Counted as `tokenize_failures`; the model is routed as before.
+    if asked.request_at_fault {
+        return;
+    }
     metrics.set_model_mode(&asked.model, record.mode.as_str());
     if record.mode > shared.best_mode() {
         metrics.count_fallback(record.reason.as_str());

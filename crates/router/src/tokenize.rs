@@ -48,6 +48,9 @@ pub(crate) struct Asked {
     pub prompts: Vec<PromptChains>,
     pub prompt_tokens: u32,
     pub known: TokensKnown,
+    /// What is not known is missing because of this request alone: it says nothing about how the
+    /// model's requests are routed.
+    pub request_at_fault: bool,
 }
 
 impl Asked {
@@ -61,6 +64,7 @@ impl Asked {
             prompts: Vec::new(),
             prompt_tokens: 0,
             known: TokensKnown::None(NoTokens::NoPrompt),
+            request_at_fault: false,
         }
     }
 }
@@ -125,7 +129,10 @@ fn read_now(shared: &Shared, api: Api, body: &[u8]) -> Result<Asked, RouteError>
     }
     let (tokens, known) = match tokens_of(shared, &model, &parsed) {
         Ok(tokens) => tokens,
-        Err(why) => return Ok(without_tokens(&parsed, model, body.len(), why)),
+        Err(Missing { why, request_at_fault }) => {
+            let asked = without_tokens(&parsed, model, body.len(), why);
+            return Ok(Asked { request_at_fault, ..asked });
+        }
     };
     let (specs, root) = {
         let brain = shared.brain.lock();
@@ -178,16 +185,23 @@ fn without_tokens(
     }
 }
 
+/// Why a prompt has no tokens here.
+struct Missing {
+    why: NoTokens,
+    /// See [`Asked`].
+    request_at_fault: bool,
+}
+
 /// The tokens of each prompt: as the engine will see them, or estimated where the plan is content
 /// with that or no tokenizer is known for the model.
 fn tokens_of(
     shared: &Shared,
     model: &str,
     parsed: &RequestBody<'_>,
-) -> Result<(Vec<Vec<u32>>, TokensKnown), NoTokens> {
+) -> Result<(Vec<Vec<u32>>, TokensKnown), Missing> {
     let exact = shared.tokens == TokensNeed::Exact;
     match (&parsed.prompt, tokenizer_of(shared, model).filter(|_| exact)) {
-        (Prompt::None(_), _) => Err(NoTokens::NoPrompt),
+        (Prompt::None(why), _) => Err(failure(shared, model, &TokensError::NoPrompt(*why))),
         (Prompt::TokenIds(prompts), _) => Ok((prompts.clone(), TokensKnown::Exact)),
         (_, Some(tokenizer)) => match tokenizer.tokens_of(parsed) {
             Ok(tokens) => Ok((tokens, TokensKnown::Exact)),
@@ -207,21 +221,21 @@ fn tokenizer_of<'a>(shared: &'a Shared, model: &str) -> Option<&'a Tokenizer> {
 }
 
 /// Some prompts cannot be tokenized here and never could (images), and some never will be
-/// (nonsense, which the engine refuses); only the other failures deserve a line in the log.
-fn failure(shared: &Shared, model: &str, error: &TokensError) -> NoTokens {
+/// (nonsense, which the engine refuses). All are counted; only what lies in the tokenizer deserves
+/// a line in the log, because only that will happen to other requests as well.
+fn failure(shared: &Shared, model: &str, error: &TokensError) -> Missing {
     let reason = error.reason();
     shared.metrics.tokenize_failures.get_or_create(&ReasonLabel { reason }).inc();
-    match error {
+    let why = match error {
         TokensError::NoPrompt(_) => NoTokens::NoPrompt,
         TokensError::TooLarge { .. } => NoTokens::TooLong,
-        TokensError::Multimodal { .. } | TokensError::BadMessages { .. } => {
-            NoTokens::TokenizerFailed
-        }
-        _ => {
-            complain(shared, model, error);
-            NoTokens::TokenizerFailed
-        }
+        _ => NoTokens::TokenizerFailed,
+    };
+    let request_at_fault = error.is_clients_fault();
+    if !request_at_fault {
+        complain(shared, model, error);
     }
+    Missing { why, request_at_fault }
 }
 
 /// Says once for each model that its prompts cannot be tokenized; the counter tells how often.

@@ -92,7 +92,21 @@ async fn too_much_is_refused() {
     let huge = format!("x-long: {}\r\n", "y".repeat(100_000));
     let got = send(router.http_addr(), post_with("/v1/completions", &huge, COMPLETION)).await;
     assert_eq!(got.status, 431);
+    counted(&router, "head_too_large", 3.0).await;
+    let got = send(router.http_addr(), "GET / HTTP/1.1\r\nbad header\r\n\r\n").await;
+    assert_eq!(got.status, 400);
+    counted(&router, "bad_request_head", 1.0).await;
     works(&router).await;
+}
+
+/// Waits for a count of rejects: hyper's own are counted when their connection has ended.
+async fn counted(router: &kvroute_router::RouterHandle, reason: &str, count: f64) {
+    let series = format!("kvroute_rejects_total{{reason=\"{reason}\"}}");
+    let until = tokio::time::Instant::now() + LONG;
+    while metric(router, &series).await != count {
+        assert!(tokio::time::Instant::now() < until, "{reason} is never {count}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test]

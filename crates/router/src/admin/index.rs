@@ -23,7 +23,7 @@ pub(super) struct View {
     index: IndexUsage,
     ledger: Account,
     decisions_by_reason: BTreeMap<&'static str, u64>,
-    counters: BrainCounters,
+    counters: CountersView,
     endpoints: Vec<EndpointView>,
 }
 
@@ -33,11 +33,42 @@ struct EndpointView {
     endpoint: String,
     block_size: Option<u32>,
     blocks_by_tier: BTreeMap<&'static str, u32>,
-    blocks: EndpointUsage,
+    blocks: BlocksView,
     stream: StreamView,
     ledger: Account,
     /// The ledger has put the endpoint's events in doubt.
     in_doubt: bool,
+}
+
+/// What the brain counts, apart from its decisions; see `BrainCounters`.
+#[derive(Serialize)]
+struct CountersView {
+    rejected_no_endpoints: u64,
+    rejected_saturated: u64,
+    rejected_in_flight: u64,
+    avoided_failing: u64,
+    avoided_model: u64,
+    scores_missing: u64,
+    redirected: u64,
+    endpoints_failed: u64,
+    scrapes_failed: u64,
+    caches_reset: u64,
+    resets_refused: u64,
+    tickets_expired: u64,
+    speculations: u64,
+    drifts: u64,
+}
+
+/// What the index holds for an endpoint, apart from tiers; see `EndpointUsage`.
+#[derive(Serialize)]
+struct BlocksView {
+    resident: usize,
+    copies_extra: u64,
+    groups: usize,
+    pending: u32,
+    history: usize,
+    speculations: usize,
+    bytes: usize,
 }
 
 /// One event stream.
@@ -52,7 +83,8 @@ struct StreamView {
     applied: BTreeMap<&'static str, u64>,
     messages: u64,
     events_bad: u64,
-    connects: u64,
+    /// Connections after the first.
+    reconnects: u64,
 }
 
 /// Answer of `/endpoints`, one element each.
@@ -85,7 +117,7 @@ pub(super) fn view(shared: &Shared) -> View {
         index: brain.index().usage(),
         ledger: *brain.ledger().total(),
         decisions_by_reason: reasons.filter(|(_, n)| *n > 0).collect(),
-        counters,
+        counters: counters_view(&counters),
         endpoints: in_order(&brain, &upstreams).map(|u| endpoint_view(&brain, u)).collect(),
     }
 }
@@ -109,7 +141,7 @@ fn endpoint_view(brain: &Brain, upstream: &Upstream) -> EndpointView {
         endpoint: upstream.name.clone(),
         block_size: brain.fleet().get(id).and_then(|e| e.block_size()),
         blocks_by_tier: tiers(&blocks).collect(),
-        blocks,
+        blocks: blocks_view(&blocks),
         stream: StreamView {
             state: state.map_or("gone", state_name),
             reason: state.and_then(reason_of),
@@ -118,10 +150,60 @@ fn endpoint_view(brain: &Brain, upstream: &Upstream) -> EndpointView {
             applied: brain.stream_applied(id).map(applied).unwrap_or_default(),
             messages: metrics.stream_messages.get(),
             events_bad: metrics.events_bad.get(),
-            connects: metrics.stream_reconnects.get(),
+            reconnects: metrics.stream_reconnects.get(),
         },
         ledger: brain.ledger().account(id),
         in_doubt: brain.ledger().in_doubt(id),
+    }
+}
+
+fn counters_view(all: &BrainCounters) -> CountersView {
+    // Each field by its name, so that a new counter is not forgotten here.
+    let BrainCounters {
+        decisions: _,
+        candidates: _,
+        rejected_no_endpoints,
+        rejected_saturated,
+        rejected_in_flight,
+        avoided_failing,
+        avoided_model,
+        scores_missing,
+        redirected,
+        endpoints_failed,
+        scrapes_failed,
+        caches_reset,
+        resets_refused,
+        tickets_expired,
+        speculations,
+        drifts,
+    } = *all;
+    CountersView {
+        rejected_no_endpoints,
+        rejected_saturated,
+        rejected_in_flight,
+        avoided_failing,
+        avoided_model,
+        scores_missing,
+        redirected,
+        endpoints_failed,
+        scrapes_failed,
+        caches_reset,
+        resets_refused,
+        tickets_expired,
+        speculations,
+        drifts,
+    }
+}
+
+fn blocks_view(usage: &EndpointUsage) -> BlocksView {
+    BlocksView {
+        resident: usage.resident,
+        copies_extra: usage.copies_extra,
+        groups: usage.groups,
+        pending: usage.pending,
+        history: usage.history,
+        speculations: usage.speculations,
+        bytes: usage.bytes,
     }
 }
 
