@@ -190,7 +190,8 @@ impl Metrics {
         r.register("rejects", "Requests answered by the router itself", self.rejects.clone());
         r.register(
             "fallbacks",
-            "Requests routed with less knowledge than configured, by reason",
+            "Requests routed with less knowledge than configured, by reason, unless that lies in \
+             the request itself",
             self.fallbacks.clone(),
         );
         r.register(

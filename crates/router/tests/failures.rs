@@ -227,6 +227,37 @@ async fn the_dead_are_found_by_scrapes_and_not_by_requests() {
 }
 
 #[tokio::test]
+async fn an_engine_that_accepts_but_stays_silent_is_avoided_after_a_few_scrapes() {
+    let good = Mock::start().await;
+    // The kernel accepts connections to it.
+    let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let name = mute.local_addr().unwrap().to_string();
+    // Answers, but not with metrics: that is no reason to avoid it.
+    let other = Mock::start().await;
+    *other.state.metrics.lock() = None;
+    let limits = Settings { scrape_timeout_ms: 50, failure_backoff_max_ms: 10_000, ..settings() };
+    let router = router(&[good.addr, mute.local_addr().unwrap(), other.addr], limits).await;
+    let failures_of = |name: &str| {
+        let brain = router.brain();
+        let endpoint = brain.fleet().by_name(name).unwrap();
+        (endpoint.scrape_failures(), endpoint.failures())
+    };
+    let mut before = (0, 0);
+    eventually("three scrapes have failed", || {
+        let seen = failures_of(&name);
+        if seen.0 < 3 {
+            before = seen;
+        }
+        seen.0 >= 3 && seen.1 >= 1
+    })
+    .await;
+    assert_eq!(before.1, 0, "a late page or two is what a busy engine looks like");
+    let other = other.addr.to_string();
+    eventually("the other's scrapes have failed", || failures_of(&other).0 >= 3).await;
+    assert_eq!(failures_of(&other).1, 0);
+}
+
+#[tokio::test]
 async fn when_nobody_answers_the_client_is_told() {
     let (a, b) = (dead_address().await, dead_address().await);
     let router = router(&[a, b], settings()).await;
