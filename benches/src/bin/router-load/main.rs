@@ -31,7 +31,7 @@ const EXAMPLES: &str = "\
 Examples:
   router-load --tokenizer ../target/tokenizers/qwen3/tokenizer.json
       every router that is installed, 30 s each with tokens at once and 10 ms apart
-  router-load --targets passthrough,kvroute --seconds 300 --token-gap-ms 10 --saturate-seconds 0
+  router-load --targets kvroute --seconds 300 --token-gap-ms 10 --saturate-seconds 0
       is its memory flat?";
 
 /// Load through routers, side by side.
@@ -53,8 +53,8 @@ enum Command {
 
 #[derive(Args)]
 struct Bench {
-    /// What to measure; `direct` (no router) and `passthrough` come first, as the others are
-    /// compared with them. Peers that are not installed are left out.
+    /// What to measure; without it everything. Others are compared with `direct` (no router) and
+    /// `passthrough`, where these are among them. Peers that are not installed are left out.
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", value_enum)]
     targets: Vec<Kind>,
 
@@ -154,15 +154,9 @@ async fn bench(args: Bench) -> anyhow::Result<bool> {
     let mut report = Report::new(args.conditions(&work));
     for kind in args.kinds(&paths) {
         let mut row = Row::new(kind.name());
-        for &gap_ms in &args.token_gap_ms {
-            eprintln!("{}: {} requests/s, tokens {gap_ms} ms apart", kind.name(), args.rate);
-            let measured = args.open_loop(kind, gap_ms, &paths, &work).await;
-            row.open.push((gap_ms, measured.with_context(|| kind.name())?));
-        }
-        if args.saturate_seconds > 0 {
-            eprintln!("{}: closed loops", kind.name());
-            let measured = args.saturated(kind, &paths, &work).await;
-            row.saturated = measured.with_context(|| kind.name())?;
+        if let Err(error) = args.measure(kind, &paths, &work, &mut row).await {
+            eprintln!("{}: {error:#}", kind.name());
+            row.broken = Some(format!("{error:#}"));
         }
         report.rows.push(row);
     }
@@ -200,7 +194,7 @@ impl Bench {
     /// What to measure, in order.
     fn kinds(&self, paths: &Paths) -> Vec<Kind> {
         let asked = if self.targets.is_empty() { &Kind::ALL[..] } else { &self.targets };
-        let wanted = |kind: &Kind| kind.is_baseline() || asked.contains(kind);
+        let wanted = |kind: &Kind| asked.contains(kind);
         let (found, missing): (Vec<Kind>, Vec<Kind>) =
             Kind::ALL.into_iter().filter(wanted).partition(|kind| paths.has(*kind));
         for kind in missing {
@@ -224,6 +218,24 @@ impl Bench {
         .await?;
         let target = Target::start(kind, paths, &engines.addresses).await?;
         Ok((engines, target))
+    }
+
+    async fn measure(
+        &self,
+        kind: Kind,
+        paths: &Paths,
+        work: &Work,
+        row: &mut Row,
+    ) -> anyhow::Result<()> {
+        for &gap_ms in &self.token_gap_ms {
+            eprintln!("{}: {} requests/s, tokens {gap_ms} ms apart", kind.name(), self.rate);
+            row.open.push((gap_ms, self.open_loop(kind, gap_ms, paths, work).await?));
+        }
+        if self.saturate_seconds > 0 {
+            eprintln!("{}: closed loops", kind.name());
+            row.saturated = self.saturated(kind, paths, work).await?;
+        }
+        Ok(())
     }
 
     async fn open_loop(

@@ -27,11 +27,13 @@ pub struct Row {
     /// By the gap between tokens, milliseconds.
     pub open: Vec<(u64, open_loop::Measured)>,
     pub saturated: Vec<saturate::Measured>,
+    /// Why the rest is missing.
+    pub broken: Option<String>,
 }
 
 impl Row {
     pub fn new(name: String) -> Row {
-        Row { name, open: Vec::new(), saturated: Vec::new() }
+        Row { name, open: Vec::new(), saturated: Vec::new(), broken: None }
     }
 
     fn open(&self, gap_ms: u64) -> Option<&open_loop::Measured> {
@@ -54,7 +56,8 @@ impl Report {
     /// No request failed and no generator was late.
     pub fn all_good(&self) -> bool {
         self.rows.iter().all(|row| {
-            row.open.iter().all(|(_, open)| open.valid && open.errors.is_empty())
+            row.broken.is_none()
+                && row.open.iter().all(|(_, open)| open.valid && open.errors.is_empty())
                 && row.saturated.iter().all(|saturated| saturated.errors == 0)
         })
     }
@@ -202,6 +205,9 @@ impl Report {
 
     fn errors(&self, text: &mut String) {
         for row in &self.rows {
+            if let Some(reason) = &row.broken {
+                let _ = writeln!(text, "{}: {reason}", row.name);
+            }
             for (gap_ms, open) in &row.open {
                 for (error, count) in &open.errors {
                     let _ = writeln!(text, "{} at {gap_ms} ms: {count} x {error}", row.name);

@@ -31,7 +31,7 @@ pub enum Kind {
     Passthrough,
     /// kvroute with the tokenizer and KV events: precise routing.
     Kvroute,
-    /// kvroute without tokenizer and events: routing by its own history.
+    /// kvroute without a tokenizer: prompts are estimated, routing goes by its own history.
     KvrouteApprox,
     /// Envoy, round robin.
     Envoy,
@@ -62,11 +62,6 @@ impl Kind {
     /// As typed.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-    }
-
-    /// Others are compared with it.
-    pub fn is_baseline(self) -> bool {
-        matches!(self, Kind::Direct | Kind::Passthrough)
     }
 }
 
@@ -142,10 +137,10 @@ impl Paths {
                 command.arg("-c").arg(path).args(["--concurrency", "2"]);
                 command.args(["--use-dynamic-base-id", "--log-level", "warn"]);
             }
-            Kind::SglangRr => sglang(&mut command, port, "round_robin", engines)?,
-            Kind::SglangCache => sglang(&mut command, port, "cache_aware", engines)?,
-            Kind::SmgRr => sglang(command.arg("launch"), port, "round_robin", engines)?,
-            Kind::SmgCache => sglang(command.arg("launch"), port, "cache_aware", engines)?,
+            Kind::SglangRr | Kind::SmgRr => sglang(&mut command, port, "round_robin", engines)?,
+            Kind::SglangCache | Kind::SmgCache => {
+                sglang(&mut command, port, "cache_aware", engines)?;
+            }
         }
         Ok(command)
     }
@@ -164,7 +159,7 @@ fn sglang(
     policy: &str,
     engines: &[Address],
 ) -> anyhow::Result<()> {
-    command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+    command.args(["launch", "--host", "127.0.0.1", "--port", &port.to_string()]);
     command.args(["--policy", policy, "--log-level", "warn", "--disable-retries"]);
     command.args(["--prometheus-host", "127.0.0.1"]);
     command.args(["--prometheus-port", &free_port()?.to_string()]);
