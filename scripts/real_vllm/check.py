@@ -40,6 +40,27 @@ def conversation(group, turns):
     return "/v1/chat/completions", {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0}
 
 
+def response(group, question):
+    """The responses API: instructions are the system message."""
+    body = {"instructions": f"You are responder {group}. {text(70 + group, 180)}", "input": text(4000 + question, 30)}
+    return "/v1/responses", {"model": MODEL, **body, "max_output_tokens": 8, "temperature": 0}
+
+
+def tools(group):
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "description": "Weather.", "parameters": parameters}}
+    path, body = conversation(group, 1)
+    return path, {**body, "tools": [tool], "tool_choice": "none", "chat_template_kwargs": {"enable_thinking": False}}
+
+
+def usage_of(body):
+    """Prompt tokens and those of them that were cached, under the names of either API."""
+    usage = json.loads(body)["usage"]
+    if "input_tokens" in usage:
+        return usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]
+    return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+
 class Router:
     """The router under test and what its admin address says."""
 
@@ -76,14 +97,14 @@ class Router:
         assert status == 200, f"{path}: {status} {answer}"
         headers = {name.lower(): value for name, value in headers.items()}
         decision = self.admin(f"/decisions/{headers['x-request-id']}")
-        usage = json.loads(answer)["usage"]
+        prompt, delivered = usage_of(answer)
         return {
             "endpoint": headers["x-kvroute-endpoint"],
             "mode": decision["decision"]["mode"],
             "chosen": decision["decision"]["chosen_tokens"],
             "prompt_predicted": decision["decision"]["prompt_tokens"],
-            "prompt": usage["prompt_tokens"],
-            "delivered": usage["prompt_tokens_details"]["cached_tokens"],
+            "prompt": prompt,
+            "delivered": delivered,
         }
 
 
@@ -102,6 +123,7 @@ def expect(router, name, requests):
 def shared_prefix_workload(round_at):
     requests = [completion(group, 10 * round_at + user) for user in range(4) for group in range(4)]
     requests += [conversation(group, turns) for turns in (1, 2, 3) for group in range(2)]
+    requests += [response(0, question) for question in range(2)] + [tools(0), tools(0)]
     return requests
 
 

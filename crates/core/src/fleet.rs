@@ -338,6 +338,11 @@ impl Fleet {
         let lora = metrics.lora.iter();
         let names: Vec<String> =
             lora.flat_map(|l| l.running.iter().chain(&l.waiting)).cloned().collect();
+        if endpoint.scrape_failures > 0 {
+            // It was gone and is back: what failed then says nothing now.
+            endpoint.failures = 0;
+            endpoint.avoided_until = Time::ZERO;
+        }
         endpoint.scrape_failures = 0;
         endpoint.metrics = Some((now, metrics));
         self.adapters.extend(names);

@@ -250,3 +250,34 @@ async fn endpoints_of_a_file_come_and_go() {
     assert_eq!(router.brain().index().usage().endpoints, 1, "no trace of the other");
     std::fs::remove_dir_all(dir).unwrap();
 }
+
+#[tokio::test]
+async fn a_chat_template_that_differs_from_the_engines_is_noticed() {
+    let engines = engines(2).await;
+    let options = kvroute_tokens::TokenizerOptions {
+        chat_template: Some("{% for m in messages %}{{ m.content }}\n{% endfor %}".into()),
+        ..kvroute_tokens::TokenizerOptions::default()
+    };
+    let mut config = config(Plan::precise(), &flags(&engines));
+    config.tokenizers.default = Some(kvroute_tokens::Tokenizer::demo_with(&options).unwrap());
+    let router = router(config, &engines).await;
+    let ask = async |question: usize| {
+        settled(&router, &engines.iter().collect::<Vec<_>>()).await;
+        let messages = serde_json::json!([{"role": "user", "content": prompt(1, question)}]);
+        let body = serde_json::json!({"model": MODEL, "messages": messages, "max_tokens": 2});
+        http(router.http_addr(), "POST", "/v1/chat/completions", &body.to_string()).await
+    };
+    let mut reasons = Vec::new();
+    for question in 0..12 {
+        let answer = ask(question).await;
+        assert_eq!(answer.status, 200);
+        reasons.push(decision(&router, &answer).await["decision"]["reason"].clone());
+    }
+    assert_eq!(reasons.last().unwrap(), "prompt-differs", "{reasons:?}");
+    let metrics = http(router.admin_addr(), "GET", "/metrics", "").await.body;
+    assert!(metrics.contains("kvroute_fallbacks_total{reason=\"prompt-differs\"}"), "{metrics}");
+    // Routing history keeps the prefix at home all the same.
+    let (one, two) = (ask(20).await, ask(21).await);
+    assert_eq!(one.endpoint(), two.endpoint());
+    assert!(two.cached_tokens() > 200);
+}

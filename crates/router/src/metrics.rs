@@ -108,6 +108,8 @@ pub(crate) struct Metrics {
     pub stream_replays: Family<EndpointLabel, Counter>,
     pub stream_restarts: Family<EndpointLabel, Counter>,
     pub drift_alarms: Family<EndpointLabel, Counter>,
+    /// Answers whose engine counted other prompt tokens than the router.
+    pub prompts_different: Family<EndpointLabel, Counter>,
     pub engine_waiting: Family<EndpointLabel, Gauge>,
     pub engine_running: Family<EndpointLabel, Gauge>,
     pub engine_kv_usage: Family<EndpointLabel, GaugeF64>,
@@ -165,6 +167,7 @@ impl Metrics {
             stream_replays: Family::default(),
             stream_restarts: Family::default(),
             drift_alarms: Family::default(),
+            prompts_different: Family::default(),
             engine_waiting: Family::default(),
             engine_running: Family::default(),
             engine_kv_usage: Family::default(),
@@ -264,6 +267,11 @@ impl Metrics {
             "Times an endpoint delivered less than predicted for too long",
             self.drift_alarms.clone(),
         );
+        r.register(
+            "prompts_different",
+            "Answers whose engine counted other prompt tokens than the router",
+            self.prompts_different.clone(),
+        );
         r.register("engine_waiting", "Requests queued in the engine", self.engine_waiting.clone());
         r.register("engine_running", "Requests being computed", self.engine_running.clone());
         r.register("engine_kv_usage_ratio", "KV blocks in use", self.engine_kv_usage.clone());
@@ -303,6 +311,7 @@ impl Metrics {
             &self.stream_replays,
             &self.stream_restarts,
             &self.drift_alarms,
+            &self.prompts_different,
             &self.tokens_available,
             &self.tokens_chosen,
             &self.tokens_delivered,

@@ -12,11 +12,11 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 use kvroute_core::EndpointId;
-use kvroute_core::decision::{Decision, DecisionRecord, Headers, Mode};
+use kvroute_core::decision::{Decision, DecisionRecord, Headers, Mode, Reason};
 use kvroute_core::fleet::Name;
 use kvroute_wire::api::Api;
 use kvroute_wire::usage::UsageScanner;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::decisions::Outcome;
 use crate::error::RouteError;
@@ -254,6 +254,17 @@ fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
     metrics.set_model_mode(&asked.model, record.mode.as_str());
     if record.mode > shared.best_mode() {
         metrics.count_fallback(record.reason.as_str());
+    }
+    if record.reason == Reason::PromptDiffers {
+        let (model, endpoint) = (asked.model.as_str(), record.endpoint.as_str());
+        if shared.is_first_complaint(&format!("{model} at {endpoint}")) {
+            warn!(
+                model,
+                endpoint,
+                "The engine counts other prompt tokens than the router: give --tokenizer the \
+                 engine's own tokenizer.json and chat template. Until then history routes."
+            );
+        }
     }
 }
 

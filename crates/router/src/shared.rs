@@ -50,7 +50,7 @@ pub(crate) struct Shared {
     pub tokenize_room: Arc<Semaphore>,
     /// How long reading a body takes, learned.
     pub tokenize_ns_per_kib: AtomicU64,
-    /// Models whose tokenizer's failure is in the log.
+    /// Models, and models at endpoints, whose trouble with tokens is in the log.
     pub tokenizer_complaints: Mutex<FxHashSet<String>>,
     /// What is wrong with sources of endpoints right now.
     pub discovery_errors: Mutex<Vec<String>>,
@@ -101,6 +101,13 @@ impl Shared {
             TokensNeed::None => Mode::LoadOnly,
             TokensNeed::Estimated | TokensNeed::Exact => Mode::Approximate,
         }
+    }
+
+    /// Whether trouble with the tokens of `what` is worth a line: said once, and not for more
+    /// names than labels.
+    pub fn is_first_complaint(&self, what: &str) -> bool {
+        let mut told = self.tokenizer_complaints.lock();
+        told.len() < self.settings.label_values_max as usize && told.insert(what.to_owned())
     }
 
     /// The phase now.

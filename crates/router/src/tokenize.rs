@@ -240,8 +240,7 @@ fn failure(shared: &Shared, model: &str, error: &TokensError) -> Missing {
 
 /// Says once for each model that its prompts cannot be tokenized; the counter tells how often.
 fn complain(shared: &Shared, model: &str, error: &dyn std::fmt::Display) {
-    let mut told = shared.tokenizer_complaints.lock();
-    if told.len() < shared.settings.label_values_max as usize && told.insert(model.to_owned()) {
+    if shared.is_first_complaint(model) {
         warn!(model, %error, "A prompt could not be tokenized; such requests are routed by load.");
     }
 }

@@ -299,6 +299,7 @@ fn mirror_cache(shared: &Shared, brain: &Brain, upstream: &Upstream) {
         (&metrics.tokens_chosen, account.decided.chosen_tokens),
         (&metrics.tokens_delivered, account.delivered_tokens),
         (&metrics.drift_alarms, account.verdicts.drifts),
+        (&metrics.prompts_different, account.verdicts.prompt_differs),
     ] {
         mirror(&family.get_or_create(&label), value);
     }
