@@ -92,12 +92,15 @@ fn bar(share: f64, width: usize) -> String {
     format!("{}{}", "█".repeat(full), "░".repeat(width - full))
 }
 
+/// Title, value, digits after the point.
+type Figure = (&'static str, fn(&Summary) -> f64, usize);
+
 /// The closing table.
 pub fn table(file: &SummaryFile) {
     let [before, after] = file.runs.as_slice() else { return };
     say("");
     say(&format!("{:<28}{:>14}{:>14}{:>12}", "", before.name, after.name, "factor"));
-    let rows: [(&str, fn(&Summary) -> f64, usize); 8] = [
+    let rows: [Figure; 8] = [
         ("hit ratio", |s| s.hit_ratio, 3),
         ("TTFT p50, s", |s| s.ttft_s.p50, 3),
         ("TTFT p90, s", |s| s.ttft_s.p90, 3),
