@@ -115,8 +115,8 @@ pub fn table(file: &SummaryFile) {
     }
     say("");
     say(&format!(
-        "{} requests each, {} failed; seed {}. Engines: Qwen3-32B on two H100, simulated at\n\
-         double speed. Times are what a client measured.",
+        "{} requests each, {} failed; seed {}. Engines: Qwen3-32B on two H100, simulated\n\
+         at double speed. Times are what a client measured.",
         after.summary.requests,
         failed(before, after),
         file.seed
