@@ -95,6 +95,15 @@ struct Bench {
     #[arg(long, value_name = "S", default_value_t = 5)]
     saturate_seconds: u64,
 
+    /// Seconds to wait at most until nothing else works on the machine, before each run.
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    wait_seconds: u64,
+
+    /// How often an open loop is run at most while the generator is late or the machine is not
+    /// quiet; the quietest counts.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    attempts: u32,
+
     /// Simulated engines.
     #[arg(long, value_name = "N", default_value_t = 8)]
     engines: u32,
@@ -216,6 +225,7 @@ impl Bench {
             tokenizer: self.tokenizer.clone(),
         })
         .await?;
+        process::quiet(Duration::from_secs(self.wait_seconds)).await;
         let target = Target::start(kind, paths, &engines.addresses).await?;
         Ok((engines, target))
     }
@@ -229,7 +239,19 @@ impl Bench {
     ) -> anyhow::Result<()> {
         for &gap_ms in &self.token_gap_ms {
             eprintln!("{}: {} requests/s, tokens {gap_ms} ms apart", kind.name(), self.rate);
-            row.open.push((gap_ms, self.open_loop(kind, gap_ms, paths, work).await?));
+            let mut measured = self.open_loop(kind, gap_ms, paths, work).await?;
+            for _ in 1..self.attempts {
+                if measured.valid && measured.other_cores <= process::QUIET_CORES {
+                    break;
+                }
+                let (cores, lag_ms) = (measured.other_cores, measured.lag_p99_ms);
+                eprintln!("  again: others used {cores:.1} cores, requests {lag_ms:.1} ms late");
+                let again = self.open_loop(kind, gap_ms, paths, work).await?;
+                if again.valid && (!measured.valid || again.other_cores < measured.other_cores) {
+                    measured = again;
+                }
+            }
+            row.open.push((gap_ms, measured));
         }
         if self.saturate_seconds > 0 {
             eprintln!("{}: closed loops", kind.name());

@@ -68,6 +68,8 @@ pub struct Measured {
     /// The same for the engines and this process, to see who is the bottleneck.
     pub engines_cpu_s_per_1000: f64,
     pub generator_cpu_s_per_1000: f64,
+    /// Cores that everything else on the machine kept busy: noise.
+    pub other_cores: f64,
     pub memory: Memory,
     /// How late requests left, 99th percentile.
     pub lag_p99_ms: f64,
@@ -82,6 +84,24 @@ struct Look {
     router: Usage,
     engines: Usage,
     generator: Usage,
+    machine_cpu_s: f64,
+}
+
+impl Look {
+    fn now(at_s: f64, target: &Target, engines: &Engines) -> Look {
+        Look {
+            at_s,
+            router: target.usage(),
+            engines: engines.usage(),
+            generator: process::usage_of_this(),
+            machine_cpu_s: process::machine_cpu_s(),
+        }
+    }
+
+    /// CPU seconds of everything else on the machine.
+    fn others_cpu_s(&self) -> f64 {
+        self.machine_cpu_s - self.router.cpu_s - self.engines.cpu_s - self.generator.cpu_s
+    }
 }
 
 impl OpenLoop {
@@ -101,12 +121,9 @@ impl OpenLoop {
         let (mut outcomes, mut lag_p99_s, mut valid) = (Vec::new(), 0.0_f64, true);
         loop {
             tokio::select! {
-                _ = tick.tick() => looks.push(Look {
-                    at_s: begin.elapsed().as_secs_f64(),
-                    router: target.usage(),
-                    engines: engines.usage(),
-                    generator: process::usage(Some(std::process::id())),
-                }),
+                _ = tick.tick() => {
+                    looks.push(Look::now(begin.elapsed().as_secs_f64(), target, engines));
+                }
                 ended = senders.join_next() => match ended {
                     None => break,
                     Some(report) => {
@@ -181,6 +198,7 @@ impl OpenLoop {
             cpu_s_per_1000: cpu(|look| look.router),
             engines_cpu_s_per_1000: cpu(|look| look.engines),
             generator_cpu_s_per_1000: cpu(|look| look.generator),
+            other_cores: (last.others_cpu_s() - first.others_cpu_s()) / (last.at_s - first.at_s),
             memory: memory(&inside, looks),
             idle_cpu_ms_per_s: 0.0,
             lag_p99_ms: 0.0,

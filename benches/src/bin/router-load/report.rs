@@ -94,7 +94,8 @@ impl Report {
             "### {} requests/s for {} s, tokens {gap_ms} ms apart\n\n\
              | target | CPU, ratio to pass-through | CPU s per 1,000 requests | CPU ms/s idle | \
              added to first token, p50 / p99 ms | added to whole answer, p50 / p99 ms | \
-             errors of requests | hit ratio |\n|---|---|---|---|---|---|---|---|",
+             errors of requests | hit ratio | cores used by others |\n\
+             |---|---|---|---|---|---|---|---|---|",
             c.rate, c.seconds
         );
         let base = |name: &str| self.row(name).and_then(|row| row.open(gap_ms));
@@ -121,7 +122,7 @@ impl Report {
             let failed: usize = open.errors.values().sum();
             let _ = writeln!(
                 text,
-                "| {} | {} | {:.3} | {:.1} | {} | {} | {failed} of {} | {:.3} |",
+                "| {} | {} | {:.3} | {:.1} | {} | {} | {failed} of {} | {:.3} | {:.2} |",
                 row.name,
                 ratio(open.cpu_s_per_1000, floor.map(|floor| floor.cpu_s_per_1000)),
                 open.cpu_s_per_1000,
@@ -130,6 +131,7 @@ impl Report {
                 added(|open| open.whole_answer),
                 open.requests,
                 open.hit_ratio,
+                open.other_cores,
             );
         }
         if let Some(direct) = direct {
