@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use kvroute::replay::{self, Report, recording::Recording};
@@ -76,7 +77,9 @@ fn a_missing_batch_is_told() {
 fn prompts_tokenize_as_in_the_engine() {
     let path = root().join("target/tokenizers/qwen3/tokenizer.json");
     if !path.exists() {
-        println!("SKIPPED: no Qwen3 tokenizer; run scripts/fetch-tokenizer.sh");
+        // Past the capture of the test runner, so that it is seen.
+        let line = b"SKIPPED: no Qwen3 tokenizer; run scripts/fetch-tokenizer.sh\n";
+        std::io::stderr().write_all(line).unwrap();
         return;
     }
     let tokenizer = Tokenizer::load(&path, &TokenizerOptions::default()).unwrap();

@@ -268,5 +268,10 @@ fn example_configurations_parse() {
             faults.push(format!("{}: {error}", shown(&path)));
         }
     }
+    let endpoints = root().join("config/endpoints.yaml.example");
+    let text = fs::read_to_string(&endpoints).expect("examples are UTF-8");
+    if let Err(error) = kvroute_wire::discovery::parse(&text, "config/endpoints.yaml.example") {
+        faults.push(error.to_string());
+    }
     report("an example configuration does not load", faults);
 }
