@@ -7,6 +7,8 @@
 pub mod engine;
 pub mod load;
 pub mod model;
+pub mod record;
+pub mod scenario;
 pub mod summary;
 pub mod words;
 pub mod workload;

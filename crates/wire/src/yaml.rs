@@ -37,11 +37,7 @@ impl YamlError {
 }
 
 /// Reads one document. Duplicate keys are errors; aliases and depth are bounded.
-pub(crate) fn read<T: DeserializeOwned>(
-    text: &str,
-    file: &str,
-    bytes_max: usize,
-) -> Result<T, YamlError> {
+pub fn read<T: DeserializeOwned>(text: &str, file: &str, bytes_max: usize) -> Result<T, YamlError> {
     if text.len() > bytes_max {
         let message = format!("{} bytes, more than the limit of {bytes_max}", text.len());
         return Err(YamlError::of_file(file, &message));

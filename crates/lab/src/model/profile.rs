@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Profile {
-    /// Shown in reports.
+    /// Shown in reports; may be left out where constants stand inside a scenario.
+    #[serde(default)]
     pub name: String,
     /// Floor of a step.
     pub step_base_s: f64,
