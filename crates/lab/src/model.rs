@@ -276,8 +276,54 @@ pub struct Step {
     pub stats: Stats,
 }
 
+/// Where a request is kept: an index into `Requests`.
+type Slot = u32;
+
+/// The requests of an engine. A slot is found by the id only when a request comes or is aborted:
+/// a step looks at every running request, and looks it up by its slot.
+#[derive(Clone, Debug, Default)]
+struct Requests {
+    slots: Vec<Option<Request>>,
+    free: Vec<Slot>,
+    ids: FxHashMap<RequestId, Slot>,
+}
+
+impl Requests {
+    fn insert(&mut self, request: Request) -> Slot {
+        let id = request.id;
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() as Slot - 1
+        });
+        self.slots[slot as usize] = Some(request);
+        self.ids.insert(id, slot);
+        slot
+    }
+
+    fn remove(&mut self, slot: Slot) -> Request {
+        let request = self.slots[slot as usize].take().expect(KNOWN);
+        self.ids.remove(&request.id);
+        self.free.push(slot);
+        request
+    }
+
+    fn get_mut(&mut self, slot: Slot) -> &mut Request {
+        self.slots[slot as usize].as_mut().expect(KNOWN)
+    }
+}
+
+impl std::ops::Index<Slot> for Requests {
+    type Output = Request;
+    fn index(&self, slot: Slot) -> &Request {
+        self.slots[slot as usize].as_ref().expect(KNOWN)
+    }
+}
+
+const KNOWN: &str = "the queues hold slots of requests that are there";
+
 #[derive(Clone, Debug)]
 struct Request {
+    id: RequestId,
     tokens: Vec<u32>,
     prompt_tokens: u32,
     max_tokens: u32,
@@ -308,11 +354,25 @@ impl Request {
     fn output_tokens(&self) -> u32 {
         self.len() - self.prompt_tokens
     }
+
+    /// Names the blocks that have become complete.
+    fn extend_names(&mut self, config: &ModelConfig, hasher: &mut BlockHasher) {
+        let size = config.block_size as usize;
+        let adapter = self.adapter.map(|i| &config.adapters[i]);
+        while (self.names.len() + 1) * size <= self.tokens.len() {
+            let from = self.names.len() * size;
+            let cache_salt = self.cache_salt.as_deref().filter(|_| from == 0);
+            let extras = HashExtras { adapter, cache_salt };
+            let tokens = &self.tokens[from..from + size];
+            self.last_hash = hasher.next(&self.last_hash, tokens, extras);
+            self.names.push(self.last_hash.key());
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Arrival {
-    Submit(RequestId),
+    Submit(Slot),
     Abort(RequestId),
 }
 
@@ -324,9 +384,9 @@ pub struct EngineModel {
     pace: f64,
     hasher: BlockHasher,
     pool: BlockPool,
-    requests: FxHashMap<RequestId, Request>,
-    running: Vec<RequestId>,
-    waiting: VecDeque<RequestId>,
+    requests: Requests,
+    running: Vec<Slot>,
+    waiting: VecDeque<Slot>,
     inbox: VecDeque<Arrival>,
     events: Vec<KvEvent>,
     stats: Stats,
@@ -357,7 +417,7 @@ impl EngineModel {
         Ok(EngineModel {
             hasher: BlockHasher::new(config.hash, &config.hash_seed),
             pool: BlockPool::new(usable),
-            requests: FxHashMap::default(),
+            requests: Requests::default(),
             running: Vec::new(),
             waiting: VecDeque::new(),
             inbox: VecDeque::new(),
@@ -396,14 +456,13 @@ impl EngineModel {
         if request.tokens.len() > limit as usize {
             return Err(SubmitError::PromptTooLong { tokens: request.tokens.len(), limit });
         }
-        if self.requests.contains_key(&request.id) {
+        if self.requests.ids.contains_key(&request.id) {
             return Err(SubmitError::DuplicateId(request.id));
         }
-        let id = request.id;
         let mut accepted = self.accept(now, request, adapter);
-        self.extend_names(&mut accepted);
-        self.requests.insert(id, accepted);
-        self.inbox.push_back(Arrival::Submit(id));
+        accepted.extend_names(&self.config, &mut self.hasher);
+        let slot = self.requests.insert(accepted);
+        self.inbox.push_back(Arrival::Submit(slot));
         Ok(())
     }
 
@@ -415,6 +474,7 @@ impl EngineModel {
             Output::Scripted(script) => (fingerprint(&request.tokens), script),
         };
         Request {
+            id: request.id,
             tokens: request.tokens,
             prompt_tokens,
             max_tokens: request.max_tokens.min(self.config.max_model_len - prompt_tokens),
@@ -440,7 +500,7 @@ impl EngineModel {
 
     /// Ends a request before the next step. An unknown or finished one is ignored.
     pub fn abort(&mut self, id: RequestId) {
-        if self.requests.contains_key(&id) {
+        if self.requests.ids.contains_key(&id) {
             self.inbox.push_back(Arrival::Abort(id));
         }
     }
@@ -457,7 +517,7 @@ impl EngineModel {
 
     /// Whether there is anything to do: a sequence, or an arrival to take in.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.inbox.is_empty()
+        self.requests.ids.is_empty() && self.inbox.is_empty()
     }
 
     /// Statistics as of the end of the last step.

@@ -6,7 +6,7 @@
 
 use kvroute_core::event::EngineHash;
 use sha2::{Digest as _, Sha256};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed, xxh3_128};
 
 /// Which of vLLM's `--prefix-caching-hash-algo` values names the blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,6 +17,9 @@ pub enum HashAlgorithm {
     /// `xxhash_cbor`: XXH3-128 of canonical CBOR; several times cheaper, for demos and large
     /// simulations.
     XxhashCbor,
+    /// Not one of vLLM's: XXH3-64 of the tokens as they lie in memory, seeded by the parent. Names
+    /// are opaque to a router, so a simulation in virtual time need not pay for better ones.
+    Plain,
 }
 
 impl HashAlgorithm {
@@ -25,6 +28,7 @@ impl HashAlgorithm {
         match self {
             HashAlgorithm::Sha256Cbor => "sha256_cbor",
             HashAlgorithm::XxhashCbor => "xxhash_cbor",
+            HashAlgorithm::Plain => "plain",
         }
     }
 
@@ -43,6 +47,8 @@ pub enum BlockHash {
     Sha256([u8; 32]),
     /// 16 bytes of XXH3-128, big endian.
     Xxh3([u8; 16]),
+    /// 8 bytes of XXH3-64, big endian.
+    Plain([u8; 8]),
 }
 
 impl BlockHash {
@@ -51,12 +57,13 @@ impl BlockHash {
         match self {
             BlockHash::Sha256(bytes) => bytes,
             BlockHash::Xxh3(bytes) => bytes,
+            BlockHash::Plain(bytes) => bytes,
         }
     }
 
     /// What events carry with vLLM's default of integer hashes.
     pub fn key(&self) -> EngineHash {
-        let tail = self.bytes().last_chunk::<8>().expect("both digests are longer than 8 bytes");
+        let tail = self.bytes().last_chunk::<8>().expect("no digest is shorter than 8 bytes");
         EngineHash(u64::from_be_bytes(*tail))
     }
 }
@@ -103,6 +110,9 @@ impl BlockHasher {
 
     /// The hash of the block after `parent` that holds `tokens`.
     pub fn next(&mut self, parent: &BlockHash, tokens: &[u32], extras: HashExtras) -> BlockHash {
+        if self.algorithm == HashAlgorithm::Plain {
+            return plain(parent.key(), tokens, extras);
+        }
         let out = &mut self.scratch;
         out.clear();
         cbor_head(0x80, 3, out);
@@ -119,7 +129,19 @@ fn digest(algorithm: HashAlgorithm, bytes: &[u8]) -> BlockHash {
     match algorithm {
         HashAlgorithm::Sha256Cbor => BlockHash::Sha256(Sha256::digest(bytes).into()),
         HashAlgorithm::XxhashCbor => BlockHash::Xxh3(xxh3_128(bytes).to_be_bytes()),
+        HashAlgorithm::Plain => BlockHash::Plain(xxh3_64(bytes).to_be_bytes()),
     }
+}
+
+fn plain(parent: EngineHash, tokens: &[u32], extras: HashExtras) -> BlockHash {
+    let adapter = extras.adapter.map_or("", |adapter| &adapter.name);
+    let texts = [adapter, extras.cache_salt.unwrap_or("")];
+    let seed = texts
+        .iter()
+        .filter(|text| !text.is_empty())
+        .fold(parent.0, |seed, text| xxh3_64_with_seed(text.as_bytes(), seed));
+    let hash = xxh3_64_with_seed(bytemuck::cast_slice(tokens), seed);
+    BlockHash::Plain(hash.to_be_bytes())
 }
 
 fn cbor_extras(extras: HashExtras, out: &mut Vec<u8>) {

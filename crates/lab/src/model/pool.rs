@@ -6,6 +6,8 @@
 //! to the tail, so cached content lives as long as possible. The same name may sit in several
 //! blocks at once; lookups return the one that was named first.
 
+use std::collections::hash_map::Entry;
+
 use kvroute_core::event::EngineHash;
 use rustc_hash::FxHashMap;
 
@@ -29,7 +31,23 @@ pub(super) struct BlockPool {
     head: BlockId,
     tail: BlockId,
     free: u32,
-    named: FxHashMap<u64, Vec<BlockId>>,
+    named: FxHashMap<u64, Copies>,
+}
+
+/// The blocks of one name, in the order in which they got it. One is the rule.
+#[derive(Clone, Debug)]
+enum Copies {
+    One(BlockId),
+    More(Vec<BlockId>),
+}
+
+impl Copies {
+    fn first(&self) -> Option<BlockId> {
+        match self {
+            Copies::One(id) => Some(*id),
+            Copies::More(ids) => ids.first().copied(),
+        }
+    }
 }
 
 impl BlockPool {
@@ -61,7 +79,7 @@ impl BlockPool {
 
     /// The block named `name` that got that name first.
     pub(super) fn find(&self, name: EngineHash) -> Option<BlockId> {
-        self.named.get(&name.0).and_then(|copies| copies.first().copied())
+        self.named.get(&name.0).and_then(Copies::first)
     }
 
     /// Whether nobody uses `id`.
@@ -92,7 +110,18 @@ impl BlockPool {
     /// Names a used block.
     pub(super) fn name(&mut self, id: BlockId, name: EngineHash) {
         self.blocks[id as usize].name = Some(name);
-        self.named.entry(name.0).or_default().push(id);
+        match self.named.entry(name.0) {
+            Entry::Vacant(place) => {
+                place.insert(Copies::One(id));
+            }
+            Entry::Occupied(mut place) => match place.get_mut() {
+                Copies::One(first) => {
+                    let ids = vec![*first, id];
+                    place.insert(Copies::More(ids));
+                }
+                Copies::More(ids) => ids.push(id),
+            },
+        }
     }
 
     /// One user fewer of each block, in eviction order.
@@ -127,10 +156,11 @@ impl BlockPool {
     }
 
     fn forget(&mut self, name: EngineHash, id: BlockId) {
-        if let Some(copies) = self.named.get_mut(&name.0) {
-            copies.retain(|&copy| copy != id);
-            if copies.is_empty() {
-                self.named.remove(&name.0);
+        let Entry::Occupied(mut place) = self.named.entry(name.0) else { return };
+        match place.get_mut() {
+            Copies::More(ids) if ids.len() > 1 => ids.retain(|&copy| copy != id),
+            _ => {
+                place.remove();
             }
         }
     }

@@ -6,14 +6,11 @@ use kvroute_core::Time;
 use kvroute_core::event::{BlockRemoved, BlockStored, Extra, GroupKind, KvEvent, Tier};
 
 use super::pool::BlockId;
-use super::{
-    Arrival, Emitted, EngineModel, FinishReason, Finished, HashExtras, Request, RequestId, Step,
-    StepWork,
-};
+use super::{Arrival, Emitted, EngineModel, FinishReason, Finished, Request, Slot, Step, StepWork};
 
 /// The share of one sequence in a step.
 struct Share {
-    id: RequestId,
+    slot: Slot,
     start: u32,
     tokens: u32,
 }
@@ -58,12 +55,13 @@ impl EngineModel {
         self.stats.deferred = 0;
         while let Some(arrival) = self.inbox.pop_front() {
             match arrival {
-                Arrival::Submit(id) => self.waiting.push_back(id),
+                Arrival::Submit(slot) => self.waiting.push_back(slot),
                 Arrival::Abort(id) => {
-                    if let Some(request) = self.requests.remove(&id) {
+                    if let Some(&slot) = self.requests.ids.get(&id) {
+                        let request = self.requests.remove(slot);
                         self.pool.release(request.blocks.into_iter().rev());
-                        self.running.retain(|&other| other != id);
-                        self.waiting.retain(|&other| other != id);
+                        self.running.retain(|&other| other != slot);
+                        self.waiting.retain(|&other| other != slot);
                         self.stats.aborted += 1;
                     }
                 }
@@ -77,24 +75,24 @@ impl EngineModel {
         let mut preempted = false;
         let mut index = 0;
         while index < self.running.len() && *budget > 0 {
-            let id = self.running[index];
-            let request = &self.requests[&id];
+            let slot = self.running[index];
+            let request = &self.requests[slot];
             let (start, tokens) =
                 (request.computed, (request.len() - request.computed).min(*budget));
-            let mut placed = self.allocate(id, tokens, &[]);
+            let mut placed = self.allocate(slot, tokens, &[]);
             while !placed {
                 let Some(victim) = self.running.pop() else { break };
                 self.preempt(victim);
                 preempted = true;
-                if victim == id {
+                if victim == slot {
                     break;
                 }
-                placed = self.allocate(id, tokens, &[]);
+                placed = self.allocate(slot, tokens, &[]);
             }
             if !placed {
                 break;
             }
-            shares.push(Share { id, start, tokens });
+            shares.push(Share { slot, start, tokens });
             *budget -= tokens;
             index += 1;
         }
@@ -103,21 +101,23 @@ impl EngineModel {
 
     /// First come, first served; a request whose adapter does not fit this step is passed over.
     fn schedule_waiting(&mut self, now: Time, budget: &mut u32, shares: &mut Vec<Share>) {
-        let mut adapters: Vec<usize> =
-            shares.iter().filter_map(|share| self.requests[&share.id].adapter).collect();
+        let mut adapters: Vec<usize> = match self.config.adapters.is_empty() {
+            true => Vec::new(),
+            false => shares.iter().filter_map(|s| self.requests[s.slot].adapter).collect(),
+        };
         adapters.sort_unstable();
         adapters.dedup();
         let mut passed_over = Vec::new();
         while *budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
-            let Some(&id) = self.waiting.front() else { break };
-            let adapter = self.requests[&id].adapter;
+            let Some(&slot) = self.waiting.front() else { break };
+            let adapter = self.requests[slot].adapter;
             let known = adapter.is_none_or(|adapter| adapters.contains(&adapter));
             if !known && adapters.len() >= self.config.max_loras as usize {
                 self.waiting.pop_front();
-                passed_over.push(id);
+                passed_over.push(slot);
                 continue;
             }
-            let Some(share) = self.admit(now, id, *budget) else { break };
+            let Some(share) = self.admit(now, slot, *budget) else { break };
             if !known {
                 adapters.extend(adapter);
             }
@@ -125,12 +125,12 @@ impl EngineModel {
             shares.push(share);
         }
         self.stats.deferred = passed_over.len() as u32;
-        passed_over.into_iter().rev().for_each(|id| self.waiting.push_front(id));
+        passed_over.into_iter().rev().for_each(|slot| self.waiting.push_front(slot));
     }
 
-    fn admit(&mut self, now: Time, id: RequestId, budget: u32) -> Option<Share> {
+    fn admit(&mut self, now: Time, slot: Slot, budget: u32) -> Option<Share> {
         let size = self.config.block_size;
-        let request = &self.requests[&id];
+        let request = &self.requests[slot];
         let reusable = ((request.len() - 1) / size) as usize;
         let hits: Vec<BlockId> =
             request.names[..reusable].iter().map_while(|&name| self.pool.find(name)).collect();
@@ -138,7 +138,7 @@ impl EngineModel {
             let event = self.stored(request, 0, hits.len());
             self.events.push(event);
         }
-        let request = &self.requests[&id];
+        let request = &self.requests[slot];
         let start = hits.len() as u32 * size;
         let tokens = (request.len() - start).min(budget);
         let revived = hits.iter().filter(|&&block| self.pool.is_free(block)).count() as u32;
@@ -146,12 +146,12 @@ impl EngineModel {
         if self.config.reserve_full_prompt && needed > self.pool.free() {
             return None;
         }
-        if !self.allocate(id, tokens, &hits) {
+        if !self.allocate(slot, tokens, &hits) {
             return None;
         }
         self.waiting.pop_front();
-        self.running.push(id);
-        let request = self.requests.get_mut(&id).expect("a waiting request is known");
+        self.running.push(slot);
+        let request = self.requests.get_mut(slot);
         request.computed = start;
         request.admitted.get_or_insert(now);
         request.cached_tokens.get_or_insert(start);
@@ -159,14 +159,14 @@ impl EngineModel {
             self.stats.prefix_queries_tokens += u64::from(request.len());
             self.stats.prefix_hits_tokens += u64::from(start);
         }
-        Some(Share { id, start, tokens })
+        Some(Share { slot, start, tokens })
     }
 
     /// Gives a sequence the blocks it needs for `tokens` more, `hits` of them from the cache, and
     /// names those that become full. Does nothing and says no when too few are free.
-    fn allocate(&mut self, id: RequestId, tokens: u32, hits: &[BlockId]) -> bool {
+    fn allocate(&mut self, slot: Slot, tokens: u32, hits: &[BlockId]) -> bool {
         let size = self.config.block_size;
-        let request = self.requests.get_mut(&id).expect("a scheduled request is known");
+        let request = self.requests.get_mut(slot);
         let total = request.computed + hits.len() as u32 * size + tokens;
         let held = request.blocks.len() + hits.len();
         let missing = (total.div_ceil(size) as usize).saturating_sub(held);
@@ -188,21 +188,20 @@ impl EngineModel {
                 }));
             }
         }
-        self.name_full_blocks(id, total / size);
+        if total / size > request.named {
+            self.name_full_blocks(slot, total / size);
+        }
         true
     }
 
-    fn name_full_blocks(&mut self, id: RequestId, full: u32) {
-        let request = self.requests.get_mut(&id).expect("a scheduled request is known");
+    fn name_full_blocks(&mut self, slot: Slot, full: u32) {
+        let request = self.requests.get_mut(slot);
         let (from, to) = (request.named as usize, full as usize);
-        if from >= to {
-            return;
-        }
         request.named = full;
         for i in from..to {
             self.pool.name(request.blocks[i], request.names[i]);
         }
-        let event = self.stored(&self.requests[&id], from, to);
+        let event = self.stored(&self.requests[slot], from, to);
         self.events.push(event);
     }
 
@@ -227,13 +226,13 @@ impl EngineModel {
         })
     }
 
-    fn preempt(&mut self, id: RequestId) {
-        let request = self.requests.get_mut(&id).expect("a running request is known");
+    fn preempt(&mut self, slot: Slot) {
+        let request = self.requests.get_mut(slot);
         let blocks = std::mem::take(&mut request.blocks);
         (request.computed, request.named) = (0, 0);
         request.preemptions += 1;
         self.pool.release(blocks.into_iter().rev());
-        self.waiting.push_front(id);
+        self.waiting.push_front(slot);
         self.stats.preemptions += 1;
     }
 
@@ -263,10 +262,9 @@ impl EngineModel {
         emitted: &mut Vec<Emitted>,
         finished: &mut Vec<Finished>,
     ) {
-        let mut request = self.requests.remove(&share.id).expect("a scheduled request is known");
+        let request = self.requests.get_mut(share.slot);
         request.computed += share.tokens;
         if request.computed < request.len() {
-            self.requests.insert(share.id, request);
             return;
         }
         let index = request.output_tokens();
@@ -274,43 +272,36 @@ impl EngineModel {
             request.first_token = Some(end);
             self.stats.prompt_tokens += u64::from(request.prompt_tokens);
         }
-        let drawn = self.config.output_ids[request.rng.below(self.config.output_ids.len())];
-        let token = request.script.pop_front().unwrap_or(drawn);
+        let token = request.script.pop_front().unwrap_or_else(|| {
+            self.config.output_ids[request.rng.below(self.config.output_ids.len())]
+        });
         let gap = end.since(request.last_token);
         request.last_token = end;
         request.tokens.push(token);
-        self.extend_names(&mut request);
+        request.extend_names(&self.config, &mut self.hasher);
         self.stats.generation_tokens += 1;
-        let finish = match request.output_tokens() {
+        let finish = match index + 1 {
             n if n >= request.stop_after => Some(FinishReason::Stop),
             n if n >= request.max_tokens => Some(FinishReason::Length),
             _ => None,
         };
         let cached_tokens = request.cached_tokens.unwrap_or(0);
-        emitted.push(Emitted { id: share.id, token, index, gap, cached_tokens, finish });
-        match finish {
-            Some(reason) => finished.push(self.finish(share.id, request, reason, end)),
-            None => {
-                self.requests.insert(share.id, request);
-            }
+        emitted.push(Emitted { id: request.id, token, index, gap, cached_tokens, finish });
+        if let Some(reason) = finish {
+            finished.push(self.finish(share.slot, reason, end));
         }
     }
 
-    fn finish(
-        &mut self,
-        id: RequestId,
-        request: Request,
-        reason: FinishReason,
-        end: Time,
-    ) -> Finished {
-        self.running.retain(|&other| other != id);
+    fn finish(&mut self, slot: Slot, reason: FinishReason, end: Time) -> Finished {
+        self.running.retain(|&other| other != slot);
         match reason {
             FinishReason::Stop => self.stats.finished_stop += 1,
             FinishReason::Length => self.stats.finished_length += 1,
         }
+        let request = self.requests.remove(slot);
         let since = |time: Option<Time>| time.unwrap_or(end).since(request.submitted);
         let summary = Finished {
-            id,
+            id: request.id,
             reason,
             prompt_tokens: request.prompt_tokens,
             output_tokens: request.output_tokens(),
@@ -325,20 +316,6 @@ impl EngineModel {
         summary
     }
 
-    /// Names the blocks that have become complete.
-    pub(super) fn extend_names(&mut self, request: &mut Request) {
-        let size = self.config.block_size as usize;
-        let adapter = request.adapter.map(|i| &self.config.adapters[i]);
-        while (request.names.len() + 1) * size <= request.tokens.len() {
-            let from = request.names.len() * size;
-            let cache_salt = request.cache_salt.as_deref().filter(|_| from == 0);
-            let extras = HashExtras { adapter, cache_salt };
-            let tokens = &request.tokens[from..from + size];
-            request.last_hash = self.hasher.next(&request.last_hash, tokens, extras);
-            request.names.push(request.last_hash.key());
-        }
-    }
-
     fn publish_stats(&mut self) {
         let usable = self.pool.used() + self.pool.free();
         self.stats.running = self.running.len() as u32;
@@ -346,14 +323,14 @@ impl EngineModel {
         self.stats.kv_usage = f64::from(self.pool.used()) / f64::from(usable);
         if !self.config.adapters.is_empty() {
             self.stats.running_adapters = self.adapter_names(&self.running);
-            let waiting: Vec<RequestId> = self.waiting.iter().copied().collect();
+            let waiting: Vec<Slot> = self.waiting.iter().copied().collect();
             self.stats.waiting_adapters = self.adapter_names(&waiting);
         }
     }
 
-    fn adapter_names(&self, ids: &[RequestId]) -> Vec<String> {
+    fn adapter_names(&self, slots: &[Slot]) -> Vec<String> {
         let mut indices: Vec<usize> =
-            ids.iter().filter_map(|id| self.requests[id].adapter).collect();
+            slots.iter().filter_map(|&slot| self.requests[slot].adapter).collect();
         indices.sort_unstable();
         indices.dedup();
         let mut names: Vec<String> =
