@@ -230,7 +230,7 @@ fn unknown_type(name: &str) -> String {
 }
 
 /// Orders names by how little must be typed differently to get from `wanted` to them.
-pub(crate) fn nearest_first<'a>(
+pub fn nearest_first<'a>(
     wanted: &str,
     names: impl Iterator<Item = &'a str>,
 ) -> Vec<&'a str> {

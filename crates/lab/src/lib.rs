@@ -10,5 +10,6 @@ pub mod model;
 pub mod record;
 pub mod scenario;
 pub mod summary;
+pub mod traffic;
 pub mod words;
 pub mod workload;

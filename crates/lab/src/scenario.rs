@@ -3,6 +3,10 @@
 //! A scenario is a YAML file, read strictly: an unknown field, a missing one, or one that its kind
 //! does not know is an error with line and column. Times are seconds, sizes are tokens.
 
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use kvroute_core::plugin::nearest_first;
 use kvroute_wire::yaml::YamlError;
 use serde::{Deserialize, Serialize};
 
@@ -344,12 +348,84 @@ mod defaults {
 }
 
 impl Scenario {
+    /// The scenarios that ship with the program: name and file content.
+    pub const BUILT_IN: [(&'static str, &'static str); 1] =
+        [("b2b-saas", include_str!("../scenarios/b2b-saas.yaml"))];
+
+    /// The built-in scenario `name`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn built_in(name: &str) -> Result<Scenario, ScenarioError> {
+        match Scenario::BUILT_IN.iter().find(|(known, _)| *known == name) {
+            Some((_, text)) => Ok(Scenario::parse(text, &format!("{name}.yaml"))?),
+            None => Err(ScenarioError::unknown(name)),
+        }
+    }
+
+    /// The built-in scenario of that name, else the file at that path; with the folder in which
+    /// relative paths start.
+    ///
+    /// # Errors
+    /// Neither exists, or the file is wrong.
+    pub fn load(name_or_path: &str) -> Result<(Scenario, PathBuf), ScenarioError> {
+        if Scenario::BUILT_IN.iter().any(|(known, _)| *known == name_or_path) {
+            return Ok((Scenario::built_in(name_or_path)?, PathBuf::from(".")));
+        }
+        let path = Path::new(name_or_path);
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(ScenarioError::unknown(name_or_path));
+            }
+            Err(source) => {
+                return Err(ScenarioError::Read { path: name_or_path.to_owned(), source });
+            }
+        };
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        Ok((Scenario::parse(&text, name_or_path)?, folder))
+    }
+
     /// Reads and checks a scenario; `file` names it in errors.
     ///
     /// # Errors
     /// What is wrong and where.
     pub fn parse(text: &str, file: &str) -> Result<Scenario, YamlError> {
         kvroute_wire::yaml::read(text, file, SCENARIO_BYTES_MAX)
+    }
+}
+
+/// A scenario that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ScenarioError {
+    /// Neither the name of a built-in scenario nor a file.
+    #[error(
+        "no scenario {name}: no file of that name, and none built in. Built in, nearest first: {}",
+        nearest_first(name, Scenario::BUILT_IN.iter().map(|(name, _)| *name)).join(", ")
+    )]
+    Unknown {
+        /// What was asked for.
+        name: String,
+    },
+    /// The file cannot be read.
+    #[error("cannot read the scenario {path}: {source}")]
+    Read {
+        /// As given.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is wrong.
+    #[error(transparent)]
+    Yaml(#[from] YamlError),
+}
+
+impl ScenarioError {
+    fn unknown(name: &str) -> ScenarioError {
+        ScenarioError::Unknown { name: name.to_owned() }
     }
 }
 
