@@ -9,6 +9,7 @@ pub mod load;
 pub mod model;
 pub mod record;
 pub mod scenario;
+pub mod sim;
 pub mod summary;
 pub mod traffic;
 pub mod words;
