@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{demo, engine, replay, serve};
+use crate::{demo, engine, fit, replay, serve};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -66,6 +66,8 @@ enum Command {
     Engine(Box<Engine>),
     /// Checks predictions against a recording of a real engine.
     Replay(Replay),
+    /// Fits a hardware profile to times measured on an engine.
+    Fit(Fit),
     /// Prints a shell's completion script.
     Completions {
         /// The shell.
@@ -231,6 +233,47 @@ pub struct Replay {
     pub json: bool,
 }
 
+/// `kvroute fit`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+TABLE is CSV or TSV with a header: concurrency, prompt_tokens, cached_tokens, output_tokens,
+shared_tokens (of all sequences), ttft_s (used at concurrency 1), tpot_s. docs/profiles.md says
+which rows tell which constant. The profile goes to standard output, the rest to standard error.
+
+Examples:
+  kvroute fit measured.csv --name my-gpu > my-gpu.json
+  kvroute fit measured.tsv --like qwen3-32b-tp2-h100 --clients independent")]
+pub struct Fit {
+    /// Measurements, one a line.
+    #[arg(value_name = "TABLE")]
+    pub table: PathBuf,
+
+    /// Name of the profile; without it that of the file.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// The engine's `--max-num-batched-tokens`.
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    pub batched_tokens: u32,
+
+    /// Profile (name or file) that gives what the table cannot tell, in proportion.
+    #[arg(long, value_name = "PROFILE")]
+    pub like: Option<String>,
+
+    /// How the sequences of a row ran beside each other.
+    #[arg(long, value_enum, default_value_t = FitClients::Together)]
+    pub clients: FitClients,
+}
+
+/// How the sequences of one row ran beside each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FitClients {
+    /// Nobody's prefill fell into another's answer: started at once, or prompts cached.
+    Together,
+    /// A closed loop out of step: each answer saw the prefill of every other client.
+    Independent,
+}
+
 /// An address to listen on.
 fn address(text: &str) -> Result<SocketAddr, String> {
     let named = text.replace("localhost:", "127.0.0.1:");
@@ -254,13 +297,14 @@ fn log_filter(text: &str) -> Result<String, String> {
 /// Parses the command line, runs the command and says what went wrong.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let quiet = matches!(cli.command, Command::Demo(_) | Command::Replay(_));
+    let quiet = !matches!(cli.command, Command::Serve(_) | Command::Engine(_));
     init_logging(cli.log.as_deref(), cli.log_format, quiet);
     let done = match cli.command {
         Command::Serve(args) => serve::main(&args),
         Command::Demo(args) => demo::main(&args),
         Command::Engine(args) => engine::main(&args),
         Command::Replay(args) => replay::main(&args),
+        Command::Fit(args) => fit::main(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "kvroute", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -59,9 +59,12 @@ fn shown(address: Option<SocketAddr>) -> String {
     address.map_or_else(|| "off".to_owned(), |address| address.to_string())
 }
 
-/// A built-in profile by name, or a file.
-fn profile(name: &str) -> anyhow::Result<Profile> {
-    if !name.ends_with(".yaml") {
+/// A built-in profile by name, or a JSON file.
+///
+/// # Errors
+/// No such profile, or a file that is none.
+pub fn profile(name: &str) -> anyhow::Result<Profile> {
+    if !name.ends_with(".json") {
         return Ok(Profile::built_in(name)?);
     }
     let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;

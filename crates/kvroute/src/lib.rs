@@ -4,5 +4,6 @@ pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod engine;
+pub mod fit;
 pub mod replay;
 pub mod serve;

@@ -5,6 +5,7 @@
 //! asks it over HTTP and measures, [`summary`] holds the figures.
 
 pub mod engine;
+pub mod fit;
 pub mod load;
 pub mod model;
 pub mod record;

@@ -3,9 +3,9 @@
 //! `t = t0 + c_seq*sequences + c_ctx*decode context + c_uni*unique resident tokens
 //!    + c_pf*prefill tokens + c_attn*sum(chunk*(start + chunk/2))`, all in seconds.
 //!
-//! A profile is a small JSON file; the shipped ones live in `crates/lab/profiles`. To describe
-//! other hardware, scale the constants by the ratios of weight bytes (`step_base_s`), KV bytes per
-//! token over memory bandwidth (the context and unique terms) and FLOPs (the prefill terms).
+//! A profile is a small JSON file; the shipped ones live in `crates/lab/profiles`, and
+//! `docs/profiles.md` says where their constants come from. [`crate::fit`] makes one from
+//! measurements.
 
 use std::time::Duration;
 
@@ -86,8 +86,16 @@ pub enum ProfileError {
 
 impl Profile {
     /// The profiles that ship with the program: name and file content.
-    pub const BUILT_IN: [(&'static str, &'static str); 2] = [
+    pub const BUILT_IN: [(&'static str, &'static str); 7] = [
         ("qwen3-32b-tp2-h100", include_str!("../../profiles/qwen3-32b-tp2-h100.json")),
+        ("qwen3-32b-tp2-a100", include_str!("../../profiles/qwen3-32b-tp2-a100.json")),
+        ("qwen3-8b-h100", include_str!("../../profiles/qwen3-8b-h100.json")),
+        ("llama-3.1-8b-h100", include_str!("../../profiles/llama-3.1-8b-h100.json")),
+        ("llama-3.1-70b-tp4-h100", include_str!("../../profiles/llama-3.1-70b-tp4-h100.json")),
+        (
+            "llama-3.3-70b-fp8-tp2-h200",
+            include_str!("../../profiles/llama-3.3-70b-fp8-tp2-h200.json"),
+        ),
         ("tiny", include_str!("../../profiles/tiny.json")),
     ];
 
@@ -147,7 +155,7 @@ mod tests {
 
     #[test]
     fn bad_profiles_are_refused_with_the_reason() {
-        let good = Profile::BUILT_IN[1].1;
+        let good = include_str!("../../profiles/tiny.json");
         for (text, expected) in [
             (good.replace("step_base_s", "step_bass_s"), "step_bass_s"),
             (good.replace("0.002", "0"), "step_base_s is 0"),
@@ -157,7 +165,7 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         }
         let error = Profile::built_in("h200").unwrap_err().to_string();
-        assert!(error.contains("qwen3-32b-tp2-h100, tiny"), "{error}");
+        assert!(error.contains("qwen3-32b-tp2-h100, qwen3-32b-tp2-a100"), "{error}");
     }
 
     #[test]
@@ -172,5 +180,34 @@ mod tests {
         let seconds = profile.step_duration(&work(0, 8192)).as_secs_f64()
             + profile.step_duration(&work(8192, 1808)).as_secs_f64();
         assert!((0.65..0.85).contains(&seconds), "{seconds}");
+    }
+    /// Parameters in billions, bytes of each, GPUs, layers, heads, bandwidth in TB/s, TFLOP/s of
+    /// the weights' type and of bf16.
+    type Specification = (f64, f64, f64, f64, f64, f64, f64, f64);
+
+    #[test]
+    fn derived_profiles_follow_from_the_specifications() {
+        let fitted: Specification = (32.8, 2.0, 2.0, 64.0, 64.0, 3.35, 989.4, 989.4);
+        let derived: [(&str, Specification); 5] = [
+            ("qwen3-32b-tp2-a100", (32.8, 2.0, 2.0, 64.0, 64.0, 2.039, 312.0, 312.0)),
+            ("qwen3-8b-h100", (8.2, 2.0, 1.0, 36.0, 32.0, 3.35, 989.4, 989.4)),
+            ("llama-3.1-8b-h100", (8.03, 2.0, 1.0, 32.0, 32.0, 3.35, 989.4, 989.4)),
+            ("llama-3.1-70b-tp4-h100", (70.6, 2.0, 4.0, 80.0, 64.0, 3.35, 989.4, 989.4)),
+            ("llama-3.3-70b-fp8-tp2-h200", (70.6, 1.0, 2.0, 80.0, 64.0, 4.8, 1978.9, 989.4)),
+        ];
+        // Floor, sequence, context, unique, prefill, attention. All models have 8 KV heads.
+        let costs = |(weights, bytes, gpus, layers, heads, memory, flops, bf16): Specification| {
+            let (kv, dense) = (layers / gpus / memory, weights / gpus / flops);
+            [weights * bytes / gpus / memory, dense, kv, kv, dense, layers * heads / gpus / bf16]
+        };
+        let from = Profile::built_in("qwen3-32b-tp2-h100").unwrap();
+        for (name, specification) in derived {
+            let profile = Profile::built_in(name).unwrap();
+            for (at, (field, value, _)) in profile.constants().into_iter().enumerate() {
+                let ratio = costs(specification)[at] / costs(fitted)[at];
+                let expected = from.constants()[at].1 * ratio;
+                assert!((value / expected - 1.0).abs() < 1e-3, "{name} {field}: {expected}");
+            }
+        }
     }
 }
