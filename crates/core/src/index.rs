@@ -217,9 +217,9 @@ impl Index {
         self.endpoint(id).map(|endpoint| endpoint.block_size).filter(|&size| size > 0)
     }
 
-    /// Notes that a prompt was routed to an endpoint. Of a prompt longer than the limit the first
-    /// blocks are kept.
-    pub fn record(&mut self, id: EndpointId, chain: &Chain) {
+    /// Notes that a prompt with these first blocks was routed to an endpoint. Of more than the
+    /// limit the first are kept.
+    pub fn record(&mut self, id: EndpointId, keys: &[BlockKey]) {
         if self.endpoint(id).is_none() {
             return;
         }
@@ -227,7 +227,7 @@ impl Index {
         self.stamp = self.stamp.wrapping_add(1);
         let stamp = self.stamp;
         // From the end, so that of two blocks of a prompt the earlier one stays longer.
-        for key in chain.keys.iter().take(limit).rev() {
+        for key in keys.iter().take(limit).rev() {
             if !self.make_room(id.slot, 0, Class::History) {
                 return;
             }

@@ -487,6 +487,14 @@ impl<'a> Builder<'a> {
             (Some(PluginKind::PrecisePrefixProducer), PluginSpec::PrecisePrefixScorer(scorer)) => {
                 Ok(PluginSpec::PrecisePrefixProducer(scorer.producer()))
             }
+            (Some(PluginKind::PrecisePrefixProducer), PluginSpec::PrefixScorer(scorer)) => {
+                Ok(PluginSpec::PrecisePrefixProducer(scorer.older_tracking()))
+            }
+            (Some(PluginKind::ApproxPrefixProducer), PluginSpec::PrefixScorer(scorer))
+                if scorer.older_form().is_some() =>
+            {
+                Ok(PluginSpec::ApproxPrefixProducer(scorer.older_history()))
+            }
             (Some(PluginKind::PrecisePrefixProducer), _) => {
                 Ok(PluginSpec::PrecisePrefixProducer(PrecisePrefix::default()))
             }
@@ -583,6 +591,17 @@ impl<'a> Builder<'a> {
 
     fn warn(&mut self, profiles: &[ProfilePlan], producers: &[ProducerPlan]) {
         let stages = || profiles.iter().flat_map(|p| p.filters.iter().chain(&p.scorers));
+        for stage in stages() {
+            if let PluginSpec::PrefixScorer(scorer) = &stage.spec
+                && scorer.older_form().is_some()
+            {
+                let text = format!(
+                    "{}: parameters of llm-d's releases of 2025; it matches and scores as those did",
+                    stage.name
+                );
+                self.note(NoteKind::Warning, text);
+            }
+        }
         for (at, producer) in producers.iter().enumerate() {
             if !stages().any(|stage| stage.prefix == Some(at)) {
                 let text = format!("{}: nothing in a profile reads it", producer.name);

@@ -230,10 +230,7 @@ fn unknown_type(name: &str) -> String {
 }
 
 /// Orders names by how little must be typed differently to get from `wanted` to them.
-pub fn nearest_first<'a>(
-    wanted: &str,
-    names: impl Iterator<Item = &'a str>,
-) -> Vec<&'a str> {
+pub fn nearest_first<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut names: Vec<&str> = names.collect();
     names.sort_by_key(|name| (edit_distance(wanted, name), *name));
     names

@@ -11,6 +11,7 @@ use crate::knowledge::{Known, Sources};
 use crate::ledger::Expectation;
 use crate::load::Charge;
 use crate::pipeline::{Inputs, Outcome};
+use crate::plan::ProducerKind;
 use crate::produce::uncached_tokens;
 use crate::stage::{Picked, PrefixMatch, ResponseHeader, Row};
 use crate::stream::StreamState;
@@ -297,8 +298,12 @@ impl Brain {
             if earlier.any(|column| spec_of(column) == Some(spec)) {
                 continue;
             }
+            let blocks_max = match self.plan.producers.get(at).map(|producer| &producer.kind) {
+                Some(ProducerKind::Approx(approx)) => approx.blocks_max(spec.block_size) as usize,
+                _ => usize::MAX,
+            };
             for chain in request.prompts.iter().filter_map(|prompt| prompt.get(spec)) {
-                self.index.record(id, chain);
+                self.index.record(id, &chain.keys[..chain.keys.len().min(blocks_max)]);
             }
         }
     }

@@ -25,6 +25,10 @@ pub struct ApproxPrefix {
     pub max_prefix_blocks_to_match: u32,
     /// Blocks remembered per endpoint. One history serves all producers; the largest value counts.
     pub lru_capacity_per_server: u32,
+    /// Blocks of so many bytes, full ones only: how llm-d's releases of 2025 cut prompts. Not a
+    /// parameter; follows from the older form of `prefix-cache-scorer`.
+    #[serde(skip)]
+    pub block_bytes: Option<u32>,
 }
 
 impl Default for ApproxPrefix {
@@ -36,6 +40,7 @@ impl Default for ApproxPrefix {
             max_prefix_tokens_to_match: 131_072,
             max_prefix_blocks_to_match: 2_048,
             lru_capacity_per_server: 31_250,
+            block_bytes: None,
         }
     }
 }
@@ -43,6 +48,9 @@ impl Default for ApproxPrefix {
 impl ApproxPrefix {
     /// Tokens per block, given the largest block size that the endpoints have shown.
     pub fn block_tokens(&self, engines: Option<u32>) -> u32 {
+        if let Some(bytes) = self.block_bytes {
+            return (bytes / 4).max(1);
+        }
         let configured = self.block_size.map_or(self.block_size_tokens, |chars| chars / 4);
         let wanted = if self.auto_tune { engines.unwrap_or(configured) } else { configured };
         wanted.max(BLOCK_TOKENS_MIN)
@@ -50,7 +58,8 @@ impl ApproxPrefix {
 
     /// The chain that history is kept for: a last partial block counts, too.
     pub fn chain_spec(&self, engines: Option<u32>, space: TokenSpace) -> ChainSpec {
-        ChainSpec { block_size: self.block_tokens(engines), space, partial_tail: true }
+        let partial_tail = self.block_bytes.is_none();
+        ChainSpec { block_size: self.block_tokens(engines), space, partial_tail }
     }
 
     /// Blocks of a prompt that are looked at.

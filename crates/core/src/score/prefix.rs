@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::produce::PrecisePrefix as Producer;
+use crate::produce::{ApproxPrefix, Indexer, KvEvents, PrecisePrefix as Producer, TokenProcessor};
 use crate::stage::{Inputs, PREFIX_DEFAULT, PrefixMatch, ProducerRef, Scorer, View};
 
 /// Type name of the precise producer.
@@ -22,7 +22,40 @@ pub struct Prefix {
     pub match_length_weight: f64,
     /// Matched tokens from which the length part is full.
     pub match_length_scale_tokens: f64,
+    /// Parameters of the releases of 2025, in which the scorer had a producer of its own. Any of
+    /// them means that form: see [`Prefix::older_form`].
+    pub mode: Option<PrefixMode>,
+    /// Of the older form, mode `estimated`: bytes per block, 64 when left out.
+    #[serde(alias = "hashBlockSize")]
+    pub block_size: Option<u32>,
+    /// Of the older form, mode `estimated`: blocks of a prompt that are looked at.
+    pub max_prefix_blocks_to_match: Option<u32>,
+    /// Of the older form, mode `estimated`: blocks remembered per endpoint.
+    pub lru_capacity_per_server: Option<u32>,
+    /// Of the older form, mode `cache_tracking`.
+    pub token_processor_config: Option<TokenProcessor>,
+    /// Of the older form, mode `cache_tracking`.
+    pub indexer_config: Option<Indexer>,
+    /// Of the older form, mode `cache_tracking`.
+    pub kv_events_config: Option<KvEvents>,
 }
+
+/// Where matches come from in the older form of `prefix-cache-scorer`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixMode {
+    /// Routing history over blocks of text.
+    #[default]
+    Estimated,
+    /// The engines' events. Scores are stretched so that the longest match is 1 and the shortest
+    /// of those that match at all is 0; where all are equal they are 1.
+    CacheTracking,
+}
+
+/// Bytes per block of the older form.
+const OLDER_BLOCK_BYTES: u32 = 64;
+/// Blocks of a prompt that the older form looks at.
+const OLDER_BLOCKS_MAX: u32 = 256;
 
 impl Default for Prefix {
     fn default() -> Prefix {
@@ -30,11 +63,72 @@ impl Default for Prefix {
             prefix_match_info_producer_name: None,
             match_length_weight: 0.0,
             match_length_scale_tokens: 8192.0,
+            mode: None,
+            block_size: None,
+            max_prefix_blocks_to_match: None,
+            lru_capacity_per_server: None,
+            token_processor_config: None,
+            indexer_config: None,
+            kv_events_config: None,
         }
     }
 }
 
 impl Prefix {
+    /// The mode, if the parameters are those of the releases of 2025.
+    pub fn older_form(&self) -> Option<PrefixMode> {
+        let tracking = self.token_processor_config.is_some()
+            || self.indexer_config.is_some()
+            || self.kv_events_config.is_some();
+        let estimated = self.block_size.is_some()
+            || self.max_prefix_blocks_to_match.is_some()
+            || self.lru_capacity_per_server.is_some();
+        match (self.mode, tracking, estimated) {
+            (Some(mode), _, _) => Some(mode),
+            (None, true, _) => Some(PrefixMode::CacheTracking),
+            (None, false, true) => Some(PrefixMode::Estimated),
+            (None, false, false) => None,
+        }
+    }
+
+    /// The history that stands behind the older form, mode `estimated`.
+    pub fn older_history(&self) -> ApproxPrefix {
+        let defaults = ApproxPrefix::default();
+        ApproxPrefix {
+            max_prefix_tokens_to_match: 0,
+            max_prefix_blocks_to_match: self.max_prefix_blocks_to_match.unwrap_or(OLDER_BLOCKS_MAX),
+            lru_capacity_per_server: self
+                .lru_capacity_per_server
+                .unwrap_or(defaults.lru_capacity_per_server),
+            block_bytes: Some(self.block_size.unwrap_or(OLDER_BLOCK_BYTES).max(4)),
+            ..defaults
+        }
+    }
+
+    /// The producer that stands behind the older form, mode `cache_tracking`.
+    pub fn older_tracking(&self) -> Producer {
+        Producer {
+            token_processor_config: self.token_processor_config.clone().unwrap_or_default(),
+            indexer_config: self.indexer_config.clone().unwrap_or_default(),
+            kv_events_config: self.kv_events_config.clone().unwrap_or_default(),
+            ..Producer::default()
+        }
+    }
+
+    /// Source: llm-d-kv-cache-manager 0.3, normalisation over the endpoints that match.
+    fn stretch(&self, view: &View<'_>, column: &mut [f64]) {
+        let blocks = |row| view.prefix(row).blocks;
+        let matching = || view.rows.iter().map(blocks).filter(|blocks| *blocks > 0);
+        let (least, most) = (matching().min().unwrap_or(0), matching().max().unwrap_or(0));
+        for (row, cell) in view.rows.iter().zip(column) {
+            *cell = match blocks(row) {
+                0 => 0.0,
+                _ if least == most => 1.0,
+                blocks => f64::from(blocks - least) / f64::from(most - least),
+            };
+        }
+    }
+
     fn value(&self, m: PrefixMatch) -> f64 {
         if m.total == 0 {
             return 0.0;
@@ -48,7 +142,11 @@ impl Prefix {
 
 impl Scorer for Prefix {
     fn inputs(&self) -> Inputs<'_> {
-        let prefix = ProducerRef::of(&self.prefix_match_info_producer_name, PREFIX_DEFAULT);
+        let default = match self.older_form() {
+            Some(PrefixMode::CacheTracking) => PRECISE,
+            _ => PREFIX_DEFAULT,
+        };
+        let prefix = ProducerRef::of(&self.prefix_match_info_producer_name, default);
         Inputs { prefix: Some(prefix), ..Inputs::default() }
     }
 
@@ -63,6 +161,9 @@ impl Scorer for Prefix {
     }
 
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
+        if self.older_form() == Some(PrefixMode::CacheTracking) {
+            return self.stretch(view, column);
+        }
         for (row, cell) in view.rows.iter().zip(column) {
             *cell = self.value(view.prefix(row));
         }
@@ -75,11 +176,11 @@ impl Scorer for Prefix {
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PrecisePrefix {
     /// Parameters of the producer that is created when none is configured.
-    pub token_processor_config: crate::produce::TokenProcessor,
+    pub token_processor_config: TokenProcessor,
     /// See [`Producer`].
-    pub indexer_config: crate::produce::Indexer,
+    pub indexer_config: Indexer,
     /// See [`Producer`].
-    pub kv_events_config: crate::produce::KvEvents,
+    pub kv_events_config: KvEvents,
     /// See [`Producer`].
     pub speculative_indexing: bool,
     /// See [`Producer`].
@@ -139,6 +240,35 @@ mod tests {
             assert_scores(&fixture.score(&mut scorer.clone()), &[score]);
         }
         assert_scores(&Fixture::new(1).score(&mut Prefix::default()), &[0.0]);
+    }
+
+    #[test]
+    fn the_older_form_stretches_the_scores_of_those_that_match() {
+        let mode = Some(PrefixMode::CacheTracking);
+        let mut scorer = Prefix { mode, ..Prefix::default() };
+        let mut fixture = Fixture::new(4);
+        for (row, matched) in [0.0, 4.0, 10.0, 7.0].into_iter().enumerate() {
+            fixture.prefix(row, matched, 12, 64);
+        }
+        assert_scores(&fixture.score(&mut scorer), &[0.0, 0.0, 1.0, 0.5]);
+        let mut fixture = Fixture::new(3);
+        fixture.prefix(1, 5.0, 12, 64);
+        fixture.prefix(2, 5.0, 12, 64);
+        assert_scores(&fixture.score(&mut scorer), &[0.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn the_older_form_is_told_by_its_parameters() {
+        let read = |json: &str| -> Prefix { serde_json::from_str(json).unwrap() };
+        assert_eq!(read("{}").older_form(), None);
+        let history = read(r#"{"maxPrefixBlocksToMatch": 256, "lruCapacityPerServer": 31250}"#);
+        assert_eq!(history.older_form(), Some(PrefixMode::Estimated));
+        let history = history.older_history();
+        assert_eq!((history.block_tokens(Some(64)), history.blocks_max(16)), (16, 256));
+        let tracking =
+            read(r#"{"mode": "cache_tracking", "tokenProcessorConfig": {"blockSizeTokens": 64}}"#);
+        assert_eq!(tracking.older_form(), Some(PrefixMode::CacheTracking));
+        assert_eq!(tracking.older_tracking().block_tokens_assumed(), 64);
     }
 
     #[test]

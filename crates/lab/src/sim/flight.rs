@@ -70,9 +70,6 @@ impl Flights {
     pub fn at(&self, engine: usize) -> Vec<FlightId> {
         let here = |flight: &Flight| flight.engine == Some(engine) && flight.ending.is_none();
         let slots = (0..).zip(&self.slots);
-        slots
-            .filter(|(_, slot)| slot.as_ref().is_some_and(here))
-            .map(|(id, _)| id)
-            .collect()
+        slots.filter(|(_, slot)| slot.as_ref().is_some_and(here)).map(|(id, _)| id).collect()
     }
 }

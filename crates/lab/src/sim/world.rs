@@ -186,8 +186,7 @@ impl<'a> World<'a> {
         self.now = at;
         let now_s = at.as_secs_f64();
         if self.timeline.is_due(now_s) {
-            self.timeline.sums.preemptions =
-                self.engines.iter_mut().map(Engine::preemptions).sum();
+            self.timeline.sums.preemptions = self.engines.iter_mut().map(Engine::preemptions).sum();
             let (in_flight, engines) = (self.in_flight, &mut self.engines);
             self.timeline.note(now_s, || look(in_flight, engines));
         }

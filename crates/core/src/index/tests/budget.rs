@@ -9,7 +9,7 @@ fn removing_an_endpoint_returns_to_the_start() {
     let small = prompt(1, 50);
     store(&mut index, 0, &small, 0);
     store(&mut index, 1, &small, 0);
-    index.record(id(0), &chain_of(&small));
+    index.record(id(0), &chain_of(&small).keys);
     index.speculate(id(1), &chain_of(&small), Time(5));
     let start = index.usage();
     let third = EndpointId { slot: 2, generation: 4 };
@@ -20,7 +20,7 @@ fn removing_an_endpoint_returns_to_the_start() {
         index.apply(third, &KvEvent::Stored(stored(&tokens, 0)));
         index.apply(third, &KvEvent::Stored(stored(&tokens, 30)));
         index.apply(third, &KvEvent::Stored(stored(&prompt(1000 + name, 3), 1)));
-        index.record(third, &chain_of(&prompt(2000 + name, 20)));
+        index.record(third, &chain_of(&prompt(2000 + name, 20)).keys);
         index.speculate(third, &chain_of(&tokens), Time(5));
     }
     assert!(index.usage().bytes > 3 * start.bytes);
@@ -46,7 +46,7 @@ fn the_budget_holds_at_every_step_and_is_used() {
             let slot = rng.below(4) as u16;
             let tokens = prompt(rng.below(1500) as u32, 1 + rng.below(30) as u32);
             match rng.below(10) {
-                0 => index.record(id(slot), &chain_of(&tokens)),
+                0 => index.record(id(slot), &chain_of(&tokens).keys),
                 1 => drop(index.speculate(id(slot), &chain_of(&tokens), Time(step))),
                 2 => drop(store(&mut index, slot, &tokens, 1)),
                 3 => index.expire(Time(step.saturating_sub(200))),
@@ -69,7 +69,7 @@ fn the_budget_holds_at_every_step_and_is_used() {
 fn what_is_worth_least_goes_first() {
     let mut index = index_of(IndexLimits { bytes_max: 100_000, ..ROOMY }, 2);
     for name in 0..4 {
-        index.record(id(0), &chain_of(&prompt(100 + name, 20)));
+        index.record(id(0), &chain_of(&prompt(100 + name, 20)).keys);
         index.speculate(id(0), &chain_of(&prompt(200 + name, 20)), Time(u64::from(name)));
         store(&mut index, 0, &prompt(300 + name, 5), 1);
     }
@@ -105,7 +105,7 @@ fn history_does_not_drive_out_what_engines_reported() {
     }
     let resident = index.usage().resident;
     for name in 100..200 {
-        index.record(id(0), &chain_of(&prompt(name, 20)));
+        index.record(id(0), &chain_of(&prompt(name, 20)).keys);
         index.speculate(id(0), &chain_of(&prompt(name, 20)), Time(1));
         assert_eq!(index.usage().resident, resident);
     }
@@ -117,7 +117,7 @@ fn a_budget_below_the_fixed_part_stores_nothing_and_says_so() {
     let applied = store(&mut index, 0, &prompt(1, 3), 0);
     assert_eq!(applied.skipped_for(SkipReason::OverBudget), 3);
     assert_eq!(store(&mut index, 0, &prompt(1, 3), 1).pending_dropped, 2);
-    index.record(id(0), &chain_of(&prompt(1, 3)));
+    index.record(id(0), &chain_of(&prompt(1, 3)).keys);
     let made = index.speculate(id(0), &chain_of(&prompt(1, 3)), Time(1));
     assert_eq!(made, SpeculationId::NONE);
     assert_eq!(hit(&index, 0, &prompt(1, 3)), Hit::default());

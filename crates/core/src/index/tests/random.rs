@@ -189,7 +189,7 @@ impl World {
         let prefix = prompt.prefix(World::size(id) as usize);
         match self.rng.below(4) {
             0 => {
-                self.index.record(id, &chain);
+                self.index.record(id, &chain.keys);
                 self.model.record(id, &prefix);
             }
             1 | 2 if !chain.keys.is_empty() => {

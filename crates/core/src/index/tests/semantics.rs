@@ -121,7 +121,7 @@ fn clearing_forgets_reports_and_keeps_history() {
         let tokens = prompt(1, 3);
         store(&mut index, 0, &tokens, 0);
         store(&mut index, 0, &prompt(2, 3), 1);
-        index.record(id(0), &chain_of(&tokens));
+        index.record(id(0), &chain_of(&tokens).keys);
         match by_event {
             true => assert_eq!(index.apply(id(0), &KvEvent::Cleared).cleared, 1),
             false => index.clear_resident(id(0)),
@@ -186,11 +186,11 @@ fn speculations_are_bounded_and_the_first_to_end_goes() {
 fn history_keeps_what_was_used_last_and_the_front_of_it() {
     let mut index = index_of(IndexLimits { history_blocks_per_endpoint_max: 5, ..ROOMY }, 1);
     let (a, b) = (prompt(1, 4), prompt(2, 3));
-    index.record(id(0), &chain_of(&a));
-    index.record(id(0), &chain_of(&b));
+    index.record(id(0), &chain_of(&a).keys);
+    index.record(id(0), &chain_of(&b).keys);
     let history = |index: &Index, tokens: &[u32]| hit(index, 0, tokens).history;
     assert_eq!((history(&index, &a), history(&index, &b)), (2, 3));
-    index.record(id(0), &chain_of(&prompt(3, 9)));
+    index.record(id(0), &chain_of(&prompt(3, 9)).keys);
     assert_eq!(history(&index, &prompt(3, 9)), 5);
     assert_eq!(index.usage().history, 5);
 }
@@ -209,7 +209,7 @@ fn stale_and_unknown_endpoints_are_ignored() {
         let applied = index.apply(gone, &event);
         assert_eq!(applied.skipped_for(SkipReason::UnknownEndpoint), 2);
         assert_eq!(index.speculate(gone, &chain_of(&tokens), Time(1)), SpeculationId::NONE);
-        index.record(gone, &chain_of(&tokens));
+        index.record(gone, &chain_of(&tokens).keys);
         index.clear_resident(gone);
         index.remove_endpoint(gone);
         assert_eq!(index.endpoint_usage(gone), EndpointUsage::default());
