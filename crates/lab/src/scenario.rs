@@ -3,11 +3,14 @@
 //! A scenario is a YAML file, read strictly: an unknown field, a missing one, or one that its kind
 //! does not know is an error with line and column. Times are seconds, sizes are tokens.
 
+pub mod check;
+
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use kvroute_core::plugin::nearest_first;
 use kvroute_wire::yaml::YamlError;
+use kvroute_wire::yaml_place;
 use serde::{Deserialize, Serialize};
 
 use crate::model::Profile;
@@ -71,6 +74,18 @@ pub struct FleetSpec {
     /// From the end of a step until its statistics can be read.
     #[serde(default = "defaults::stats_delay_s")]
     pub stats_delay_s: f64,
+}
+
+impl FleetSpec {
+    /// KV blocks of one engine, the null block included.
+    pub fn blocks(&self) -> u64 {
+        self.kv_tokens / u64::from(self.block_size.max(1))
+    }
+
+    /// Longest request of an engine, prompt and answer together, in tokens.
+    pub fn request_tokens_max(&self) -> u64 {
+        self.blocks().saturating_sub(1) * u64::from(self.block_size)
+    }
 }
 
 /// A step-time profile.
@@ -285,6 +300,7 @@ pub struct Published {
 
 /// Figures of one stage that somebody else measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PublishedStage {
     /// Requests per second.
     pub rate: f64,
@@ -295,7 +311,7 @@ pub struct PublishedStage {
 
 /// What was measured, as far as it is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(deny_unknown_fields, default)]
 pub struct Figures {
     /// Counted output tokens per second.
     pub output_tokens_per_s: Option<f64>,
@@ -394,7 +410,15 @@ impl Scenario {
     /// # Errors
     /// What is wrong and where.
     pub fn parse(text: &str, file: &str) -> Result<Scenario, YamlError> {
-        kvroute_wire::yaml::read(text, file, SCENARIO_BYTES_MAX)
+        let scenario = kvroute_wire::yaml::read(text, file, SCENARIO_BYTES_MAX)?;
+        check::check(&scenario).map_err(|check::Fault { path, message }| {
+            let message = format!("{path} {message}");
+            match yaml_place::place(text, &path) {
+                Some((line, column)) => YamlError::at(file, line, column, &message),
+                None => YamlError::of_file(file, &message),
+            }
+        })?;
+        Ok(scenario)
     }
 }
 

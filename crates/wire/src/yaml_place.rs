@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::Spanned;
+use serde_saphyr::options::NonFiniteFloatPolicy;
 
 /// A document with the place of every value; scalars have no content here.
 enum Node {
@@ -16,7 +17,11 @@ enum Node {
 /// parent when it ends in a key that the file lacks. `None` when the text is no document or the
 /// path begins with nothing that is there.
 pub fn place(text: &str, path: &str) -> Option<(u64, u64)> {
-    let root: Spanned<Node> = serde_saphyr::from_str(text).ok()?;
+    // A number that is none (`.nan`) has a place like any other.
+    let options = serde_saphyr::options! {
+        non_finite_float_policy: NonFiniteFloatPolicy::PassThrough,
+    };
+    let root: Spanned<Node> = serde_saphyr::from_str_with_options(text, options).ok()?;
     let mut node = &root;
     let mut found = None;
     for step in path.split(['.', '[', ']']).filter(|step| !step.is_empty()) {
@@ -108,5 +113,6 @@ mod tests {
         assert_eq!(place(TEXT, "profiles[0].name"), Some((6, 11)));
         assert_eq!(place(TEXT, "kvroute.retries_max"), None);
         assert_eq!(place("- [", "a"), None);
+        assert_eq!(place("a: .nan\nb: -.inf", "b"), Some((2, 4)));
     }
 }
