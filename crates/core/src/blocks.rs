@@ -10,6 +10,7 @@
 //! the block's extras (salt, multimodal items, digests) folded in, each by
 //! `seed = XXH3-64(bytes, seed ^ EXTRA)`.
 
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::event::Extra;
@@ -18,8 +19,21 @@ use crate::event::Extra;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockKey(pub u64);
 
+impl From<BlockKey> for u64 {
+    fn from(key: BlockKey) -> u64 {
+        key.0
+    }
+}
+
+impl From<u64> for BlockKey {
+    fn from(key: u64) -> BlockKey {
+        BlockKey(key)
+    }
+}
+
 /// What the numbers called tokens are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TokenSpace {
     /// Token ids as the engine sees them.
     Exact,
@@ -28,7 +42,8 @@ pub enum TokenSpace {
 }
 
 /// Which chain of a prompt is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ChainSpec {
     /// Tokens per block. A chain with block size 0 has no keys.
     pub block_size: u32,
@@ -76,11 +91,13 @@ pub struct PromptExtras<'a> {
 }
 
 /// The keys of a prompt, first block first.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Chain {
     /// Which chain this is.
     pub spec: ChainSpec,
     /// One key per full block, and one for the partial tail where the spec wants it.
+    #[serde(with = "crate::journal::packed")]
     pub keys: Vec<BlockKey>,
     /// Tokens of the whole prompt, tail included.
     pub tokens: u32,

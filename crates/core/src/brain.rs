@@ -7,6 +7,7 @@ mod decide;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::event::KvEvent;
 use crate::fleet::{EndpointId, EndpointSpec, Fleet, FleetError, RootKind, ServedModel};
 use crate::fleet::{EngineMetrics, Name};
 use crate::index::{Applied, Index, SpeculationId};
+use crate::journal::{Call, Entry, Recorder};
 pub use crate::knowledge::ChainSpecs;
 use crate::knowledge::Knowledge;
 use crate::ledger::{Conclusion, Expectation, Ledger};
@@ -53,6 +55,7 @@ pub struct Brain {
     swept: Time,
     counters: BrainCounters,
     builtin: BuiltinStages,
+    recorder: Option<Recorder>,
 }
 
 /// Names of the stages that every plan has.
@@ -157,10 +160,26 @@ impl Brain {
                 failing: Name::from("kvroute:failing"),
                 model: Name::from("kvroute:model"),
             },
+            recorder: None,
             plan,
         };
         brain.collect_specs();
         brain
+    }
+
+    /// From now on `recorder` hears every call that changes something, and what was answered. Set
+    /// it before the first call: what went before cannot be replayed.
+    pub fn set_recorder(&mut self, recorder: Option<Recorder>) {
+        self.recorder = recorder;
+    }
+
+    /// Nothing is built for nobody.
+    fn note<'a>(&mut self, entry: impl FnOnce() -> Entry<'a>) {
+        if let Some(recorder) = &mut self.recorder
+            && recorder(entry()).is_break()
+        {
+            self.recorder = None;
+        }
     }
 
     /// What runs.
@@ -227,9 +246,16 @@ impl Brain {
     /// An endpoint has been discovered.
     pub fn add_endpoint(
         &mut self,
-        _now: Time,
+        now: Time,
         spec: EndpointSpec,
     ) -> Result<EndpointId, FleetError> {
+        self.note(|| Entry::Call(Call::AddEndpoint { now, spec: Cow::Borrowed(&spec) }));
+        let added = self.admit(spec);
+        self.note(|| Entry::Added(added.as_ref().ok().copied()));
+        added
+    }
+
+    fn admit(&mut self, spec: EndpointSpec) -> Result<EndpointId, FleetError> {
         let settings = &self.plan.settings;
         let limits = StreamLimits {
             replay_available: spec.replay_available,
@@ -256,7 +282,8 @@ impl Brain {
     }
 
     /// An endpoint has gone: nothing about it remains, but its share of the fleet's sums.
-    pub fn remove_endpoint(&mut self, _now: Time, id: EndpointId) {
+    pub fn remove_endpoint(&mut self, now: Time, id: EndpointId) {
+        self.note(|| Entry::Call(Call::RemoveEndpoint { now, id }));
         if !self.fleet.remove(id) {
             return;
         }
@@ -271,6 +298,8 @@ impl Brain {
 
     /// A scrape succeeded.
     pub fn on_metrics(&mut self, now: Time, id: EndpointId, metrics: &EngineMetrics) {
+        let recorded = Cow::Borrowed(metrics);
+        self.note(|| Entry::Call(Call::OnMetrics { now, id, metrics: recorded }));
         let block_size = |fleet: &Fleet| fleet.get(id).and_then(|endpoint| endpoint.block_size());
         let before = block_size(&self.fleet);
         self.fleet.on_metrics(now, id, metrics);
@@ -280,18 +309,21 @@ impl Brain {
     }
 
     /// A scrape failed. Signals go stale by their age, not by this.
-    pub fn on_scrape_failed(&mut self, _now: Time, id: EndpointId) {
+    pub fn on_scrape_failed(&mut self, now: Time, id: EndpointId) {
+        self.note(|| Entry::Call(Call::OnScrapeFailed { now, id }));
         self.counters.scrapes_failed += 1;
         self.fleet.on_scrape_failed(id);
     }
 
     /// An endpoint listed its models.
     pub fn on_models(&mut self, id: EndpointId, models: Vec<ServedModel>) {
+        self.note(|| Entry::Call(Call::OnModels { id, models: Cow::Borrowed(&models) }));
         self.fleet.on_models(id, models);
     }
 
     /// The endpoint refused or reset a connection: others go first for a while.
     pub fn on_endpoint_failed(&mut self, now: Time, id: EndpointId) {
+        self.note(|| Entry::Call(Call::OnEndpointFailed { now, id }));
         self.counters.endpoints_failed += 1;
         self.fleet.on_failed(now, id, &self.plan.settings);
     }
@@ -300,7 +332,8 @@ impl Brain {
     /// was known is void, the routing history and requests on their way included. vLLM answers
     /// 200 also when it refuses, because blocks are in use; its next batch tells, see
     /// [`Brain::on_stream`].
-    pub fn on_cache_reset(&mut self, _now: Time, id: EndpointId) {
+    pub fn on_cache_reset(&mut self, now: Time, id: EndpointId) {
+        self.note(|| Entry::Call(Call::OnCacheReset { now, id }));
         if self.fleet.get(id).is_some() {
             self.counters.caches_reset += 1;
             self.index.remove_endpoint(id);
@@ -315,6 +348,12 @@ impl Brain {
     /// must do. After a cache reset the first batch says `Cleared`; when it does not, the engine
     /// refused the reset, and what was forgotten is learned again.
     pub fn on_stream(&mut self, now: Time, id: EndpointId, input: StreamInput) -> StreamOrder {
+        self.note(|| Entry::Call(Call::OnStream { now, id, input: Cow::Borrowed(&input) }));
+        self.hear(now, id, input)
+    }
+
+    /// As [`Brain::on_stream`], also for what the brain tells itself.
+    fn hear(&mut self, now: Time, id: EndpointId, input: StreamInput) -> StreamOrder {
         let slot = usize::from(id.slot);
         let entry = self.streams.get_mut(slot).and_then(Option::as_mut);
         let Some(entry) = entry.filter(|entry| entry.generation == id.generation) else {
@@ -346,13 +385,14 @@ impl Brain {
         }
         if refused && order == StreamOrder::None {
             self.counters.resets_refused += 1;
-            return self.on_stream(now, id, StreamInput::Drift);
+            return self.hear(now, id, StreamInput::Drift);
         }
         order
     }
 
     /// A response said something about itself. Unknown and ended tickets are ignored.
     pub fn on_response(&mut self, now: Time, ticket: Ticket, event: ResponseEvent) {
+        self.note(|| Entry::Call(Call::OnResponse { now, ticket, event }));
         match event {
             ResponseEvent::FirstChunk => self.on_first_chunk(now, ticket),
             ResponseEvent::Usage { prompt_tokens, cached_tokens, .. } => {
@@ -402,7 +442,7 @@ impl Brain {
             }
             Some(Conclusion::Agrees) => StreamInput::Agrees,
         };
-        let order = self.on_stream(now, endpoint, input);
+        let order = self.hear(now, endpoint, input);
         self.push_order(endpoint, order);
     }
 
@@ -427,6 +467,7 @@ impl Brain {
     /// The host tries another endpoint: what was reserved moves there. Speculative residency ends,
     /// because the first endpoint will not fill those blocks.
     pub fn redirect(&mut self, now: Time, ticket: Ticket, to: EndpointId) {
+        self.note(|| Entry::Call(Call::Redirect { now, ticket, to }));
         let known = self.fleet.get(to).is_some();
         let Some((from, inflight)) = self.reservations.touch(now, ticket) else { return };
         if from == to || !known {
@@ -455,6 +496,7 @@ impl Brain {
     /// that it returns: they come from the passing of time and from the ledger.
     #[must_use = "orders ask the host to replay event streams"]
     pub fn tick(&mut self, now: Time) -> Vec<(EndpointId, StreamOrder)> {
+        self.note(|| Entry::Call(Call::Tick { now }));
         self.index.expire(now);
         while let Some((until, id)) = self.ending.front().copied()
             && until <= now
@@ -472,7 +514,7 @@ impl Brain {
         }
         let ids: Vec<EndpointId> = self.fleet.iter().map(|endpoint| endpoint.id).collect();
         for id in ids {
-            let order = self.on_stream(now, id, StreamInput::Tick);
+            let order = self.hear(now, id, StreamInput::Tick);
             self.push_order(id, order);
         }
         std::mem::take(&mut self.orders)

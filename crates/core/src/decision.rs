@@ -2,7 +2,7 @@
 //! whole explanation.
 
 use serde::ser::{SerializeMap, SerializeSeq};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::blocks::{Chain, ChainSpec};
 use crate::event::Tier;
@@ -13,7 +13,8 @@ use crate::stream::StreamState;
 
 /// One prompt of a request: a chain for each spec that [`crate::brain::Brain::chain_specs`] named
 /// and that could be computed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PromptChains {
     /// In any order.
     pub chains: Vec<Chain>,
@@ -41,7 +42,8 @@ impl<'a> Headers<'a> {
 }
 
 /// Why there are no token ids.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NoTokens {
     /// The plan reads none.
     NotNeeded,
@@ -56,7 +58,8 @@ pub enum NoTokens {
 }
 
 /// What the tokens of a request are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TokensKnown {
     /// What the engine will see.
     Exact,
@@ -91,7 +94,8 @@ pub struct Request<'a> {
 }
 
 /// What a response said about itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ResponseEvent {
     /// The first byte of the body.
     FirstChunk,
@@ -254,7 +258,8 @@ impl From<NoTokens> for Reason {
 }
 
 /// Why no endpoint was chosen.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Reject {
     /// There is none that may serve it.
     #[error("no endpoint can serve the request: {why}")]
@@ -279,7 +284,8 @@ pub enum Reject {
 }
 
 /// What is missing when there is no candidate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NoEndpoints {
     /// Discovery has found none.
     #[error("the fleet is empty")]
@@ -308,7 +314,7 @@ impl Reject {
 }
 
 /// An answer.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Decision {
     /// Names the reservation; the host reports the response with it.
     pub ticket: Ticket,

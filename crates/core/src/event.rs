@@ -2,8 +2,11 @@
 //!
 //! The wire crate produces these from msgpack (`wire::kv_event`), the simulated engine directly.
 
+use serde::{Deserialize, Serialize};
+
 /// Where in an endpoint's memory hierarchy a block lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Tier {
     /// Accelerator memory. An event without a medium means this tier.
     Gpu,
@@ -50,11 +53,24 @@ impl Tier {
 
 /// An engine's own name for a block, squeezed to 64 bits: an integer as it is (a signed one
 /// reinterpreted), a byte string by its last 8 bytes, big endian. Opaque.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct EngineHash(pub u64);
 
+impl From<EngineHash> for u64 {
+    fn from(hash: EngineHash) -> u64 {
+        hash.0
+    }
+}
+
+impl From<u64> for EngineHash {
+    fn from(hash: u64) -> EngineHash {
+        EngineHash(hash)
+    }
+}
+
 /// What kind of attention a KV cache group serves (`kv_cache_spec_kind` of vLLM).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GroupKind {
     /// `full_attention`, `mla_attention`, `sink_full_attention`, or an event without a kind: the
     /// blocks from the start of the prompt decide what can be reused.
@@ -72,7 +88,8 @@ pub enum GroupKind {
 }
 
 /// What is mixed into one block's identity besides its tokens.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Extra {
     /// A tenant's `cache_salt`, or any other bare string an engine lists.
     Text(String),
@@ -83,9 +100,11 @@ pub enum Extra {
 }
 
 /// Blocks entered an endpoint's cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockStored {
     /// Names of the blocks, in chain order.
+    #[serde(with = "crate::journal::packed")]
     pub hashes: Vec<EngineHash>,
     /// The block before the first; `None` when the first block opens a prompt.
     pub parent: Option<EngineHash>,
@@ -107,9 +126,11 @@ pub struct BlockStored {
 }
 
 /// Blocks left an endpoint's cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockRemoved {
     /// Names of the blocks.
+    #[serde(with = "crate::journal::packed")]
     pub hashes: Vec<EngineHash>,
     /// Memory tier.
     pub tier: Tier,
@@ -118,7 +139,8 @@ pub struct BlockRemoved {
 }
 
 /// One statement of an engine about its cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum KvEvent {
     /// Blocks entered the cache.
     Stored(BlockStored),
@@ -129,9 +151,11 @@ pub enum KvEvent {
 }
 
 /// One message of the event stream: what happened in one scheduler step.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EventBatch {
     /// When the engine published it, Unix seconds.
+    #[serde(with = "crate::journal::exact")]
     pub timestamp_s: f64,
     /// In the order in which they must be applied.
     pub events: Vec<KvEvent>,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::Time;
 use crate::settings::{Settings, ms};
@@ -13,12 +13,25 @@ use crate::stage::Signals;
 
 /// A place in the fleet table. A slot is reused after its endpoint is gone, with a new
 /// generation, so that late messages about the old endpoint are recognised and ignored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "(u16, u32)", from = "(u16, u32)")]
 pub struct EndpointId {
     /// Row of the table.
     pub slot: u16,
     /// How often the row has been given away before this endpoint.
     pub generation: u32,
+}
+
+impl From<EndpointId> for (u16, u32) {
+    fn from(id: EndpointId) -> (u16, u32) {
+        (id.slot, id.generation)
+    }
+}
+
+impl From<(u16, u32)> for EndpointId {
+    fn from((slot, generation): (u16, u32)) -> EndpointId {
+        EndpointId { slot, generation }
+    }
 }
 
 /// A shared, immutable name (endpoint, plugin): cloned into decision records without allocating.
@@ -57,7 +70,8 @@ impl Serialize for Name {
 }
 
 /// What a host says about an endpoint when it enters the fleet.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EndpointSpec {
     /// Shown to users; rows are ordered by it, so that discovery order decides nothing.
     pub name: String,
@@ -75,13 +89,15 @@ pub struct EndpointSpec {
 }
 
 /// One scrape of an engine's metrics, whatever the engine calls them.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EngineMetrics {
     /// Requests queued in the engine.
     pub waiting: u32,
     /// Requests being computed.
     pub running: u32,
     /// Share of KV blocks in use, 0 to 1.
+    #[serde(with = "crate::journal::exact")]
     pub kv_usage: f64,
     /// Tokens per KV block.
     pub block_size: Option<u32>,
@@ -96,7 +112,8 @@ pub struct EngineMetrics {
 }
 
 /// Which adapters an engine holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LoraMetrics {
     /// Adapters with running requests.
     pub running: Vec<String>,
@@ -107,7 +124,8 @@ pub struct LoraMetrics {
 }
 
 /// One row of an engine's `/v1/models`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ServedModel {
     /// Name that requests use.
     pub id: String,

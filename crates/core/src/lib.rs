@@ -15,6 +15,7 @@ pub mod filter;
 mod fixture;
 pub mod fleet;
 pub mod index;
+pub mod journal;
 mod knowledge;
 pub mod ledger;
 pub mod load;

@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Time;
 use crate::fleet::EndpointId;
 
@@ -20,10 +22,23 @@ pub struct Load {
 }
 
 /// One request in flight. Ends once; what comes later with the same ticket is ignored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "(u32, u32)", from = "(u32, u32)")]
 pub struct Ticket {
     index: u32,
     generation: u32,
+}
+
+impl From<Ticket> for (u32, u32) {
+    fn from(ticket: Ticket) -> (u32, u32) {
+        (ticket.index, ticket.generation)
+    }
+}
+
+impl From<(u32, u32)> for Ticket {
+    fn from((index, generation): (u32, u32)) -> Ticket {
+        Ticket { index, generation }
+    }
 }
 
 /// What one request charges to its endpoint.

@@ -43,6 +43,10 @@ pub struct Settings {
     pub speculative_grace_ms: u32,
     /// Memory of the last decisions kept for `/decisions`.
     pub decisions_bytes_max: usize,
+    /// Longest recording of `--record`; a longer one is cut, and says so.
+    pub recording_bytes_max: u64,
+    /// Memory of what waits to be written to it; when that is full, the recording is cut.
+    pub recording_queue_bytes_max: usize,
     /// Further endpoints tried when one fails before its first response byte.
     pub retries_max: u32,
     /// TCP connect to an endpoint.
@@ -122,6 +126,8 @@ impl Default for Settings {
             speculative_ttl_ms: 30_000,
             speculative_grace_ms: 250,
             decisions_bytes_max: 16 * MIB,
+            recording_bytes_max: 16 << 30,
+            recording_queue_bytes_max: 64 * MIB,
             retries_max: 2,
             connect_timeout_ms: 2_000,
             first_byte_timeout_s: 600,

@@ -125,7 +125,7 @@ pub const PREFIX_DEFAULT: &str = "approx-prefix-cache-producer";
 pub const LOAD_DEFAULT: &str = "inflight-load-producer";
 
 /// A header that a plugin wants on the response.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct ResponseHeader {
     /// Lower case.
     pub name: String,

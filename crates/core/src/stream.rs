@@ -27,14 +27,15 @@ mod tests;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::Time;
 use crate::event::{EventBatch, KvEvent};
 
 /// What happened on an endpoint's event sockets.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum StreamInput {
     /// The subscription is up, for the first time or again.
     Connected,

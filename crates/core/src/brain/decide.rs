@@ -1,5 +1,7 @@
 //! One decision, from the candidates to the record.
 
+use std::borrow::Cow;
+
 use super::{Alternative, Brain, InFlight};
 use crate::blocks::{Chain, TokenSpace};
 use crate::decision::{
@@ -7,6 +9,7 @@ use crate::decision::{
 };
 use crate::fleet::{EndpointId, Name};
 use crate::index::SpeculationId;
+use crate::journal::{Call, Entry};
 use crate::knowledge::{Known, Sources};
 use crate::ledger::Expectation;
 use crate::load::Charge;
@@ -20,6 +23,7 @@ use crate::{Rng, Time};
 impl Brain {
     /// Chooses an endpoint, and reserves load and speculative residency there before it returns.
     pub fn decide(&mut self, now: Time, request: &Request<'_>) -> Result<Decision, Reject> {
+        self.note(|| Entry::Call(Call::decide(now, request)));
         let seed = self.rng.next_u64();
         let decided = self.try_decide(now, request, seed);
         match &decided {
@@ -28,6 +32,7 @@ impl Brain {
             Err(Reject::Saturated { .. }) => self.counters.rejected_saturated += 1,
             Err(Reject::TooManyInFlight { .. }) => self.counters.rejected_in_flight += 1,
         }
+        self.note(|| Entry::Decided(Cow::Borrowed(&decided)));
         decided
     }
 
