@@ -365,8 +365,15 @@ mod defaults {
 
 impl Scenario {
     /// The scenarios that ship with the program: name and file content.
-    pub const BUILT_IN: [(&'static str, &'static str); 1] =
-        [("b2b-saas", include_str!("../scenarios/b2b-saas.yaml"))];
+    pub const BUILT_IN: [(&'static str, &'static str); 7] = [
+        ("b2b-saas", include_str!("../scenarios/b2b-saas.yaml")),
+        ("b2b-saas-steady", include_str!("../scenarios/b2b-saas-steady.yaml")),
+        ("overload-110", include_str!("../scenarios/overload-110.yaml")),
+        ("overload-150", include_str!("../scenarios/overload-150.yaml")),
+        ("zipf", include_str!("../scenarios/zipf.yaml")),
+        ("agentic", include_str!("../scenarios/agentic.yaml")),
+        ("faults", include_str!("../scenarios/faults.yaml")),
+    ];
 
     /// The built-in scenario `name`.
     ///

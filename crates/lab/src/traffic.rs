@@ -7,6 +7,7 @@
 //! of each stage have a random stream of their own, so that none depends on when another is asked
 //! for.
 
+mod agentic;
 mod arrivals;
 mod popularity;
 mod shared;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use kvroute_core::Rng;
 
 use crate::scenario::{ArrivalKind, Scenario, StageSpec, WorkloadKind};
+use agentic::Agentic;
 use shared::SharedPrefix;
 
 /// Virtual token ids are below this.
@@ -108,6 +110,7 @@ pub struct Traffic {
     stages: Vec<Stage>,
     progress: Vec<Progress>,
     source: Source,
+    sessions_end_with_stage: bool,
     counted_output_ratio: f64,
     bytes_per_token: f64,
 }
@@ -126,6 +129,7 @@ struct Progress {
 #[derive(Debug)]
 enum Source {
     Shared(SharedPrefix),
+    Agentic(Agentic),
 }
 
 impl Traffic {
@@ -139,6 +143,7 @@ impl Traffic {
         let spec = &scenario.workload;
         let source = match spec.kind {
             WorkloadKind::SharedPrefix => Source::Shared(SharedPrefix::new(spec, seed)?),
+            WorkloadKind::Agentic => Source::Agentic(Agentic::new(spec, seed)?),
             kind => return Err(TrafficError::Size(format!("no traffic of the kind {kind:?}"))),
         };
         let stages = stages(scenario)?;
@@ -148,6 +153,7 @@ impl Traffic {
             progress: stages.iter().map(|_| Progress::default()).collect(),
             stages,
             source,
+            sessions_end_with_stage: scenario.load.drain_between_stages,
             counted_output_ratio: spec.counted_output_ratio.unwrap_or(1.0),
             bytes_per_token: spec.bytes_per_token.unwrap_or(4.0),
         })
@@ -188,10 +194,17 @@ impl Traffic {
 
     /// The request that follows when this one has ended, `at_s` seconds after the start of its
     /// stage: the next of a closed loop, the next turn of a session. `None`: nothing follows (the
-    /// session is over, or the time of the stage is).
+    /// session is over, or the time of the stage is; sessions outlive it where stages do not wait
+    /// for each other).
     pub fn follow_up(&mut self, stage: usize, ended: &Call, at_s: f64) -> Option<Arrival> {
-        let _ = ended;
-        let plan = self.stages.get(stage)?;
+        let plan = *self.stages.get(stage)?;
+        if let Source::Agentic(agentic) = &self.source
+            && let Some((think_s, call)) = agentic.next_turn(ended)
+        {
+            let at_s = at_s + think_s;
+            let cut = self.sessions_end_with_stage && at_s >= plan.duration_s;
+            return (!cut).then_some(Arrival { at_s, call });
+        }
         if at_s >= plan.duration_s || plan.clients == 0 {
             return None;
         }
@@ -205,6 +218,7 @@ impl Traffic {
         self.progress[stage].asked += 1;
         match &mut self.source {
             Source::Shared(shared) => shared.call(stage as u64, position),
+            Source::Agentic(agentic) => agentic.begin(stage as u64, position),
         }
     }
 }
@@ -246,6 +260,7 @@ enum Stream {
     Draw,
     Prefix,
     Question,
+    Think,
 }
 
 /// A random stream of its own for each purpose and index.

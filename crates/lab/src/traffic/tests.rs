@@ -169,3 +169,104 @@ fn impossible_sizes_are_refused() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+fn agentic(edit: impl Fn(&mut Scenario)) -> Scenario {
+    let mut scenario = Scenario::built_in("agentic").unwrap();
+    scenario.workload.prefix_tokens = Some(40);
+    scenario.workload.question_tokens = Some(6);
+    scenario.workload.output_tokens = Some(3);
+    edit(&mut scenario);
+    scenario
+}
+
+/// All turns of the session that begins with `first`, each answered after a second.
+fn session_of(traffic: &mut Traffic, stage: usize, first: Arrival) -> Vec<Arrival> {
+    let next = |last: &Arrival| traffic.follow_up(stage, &last.call, last.at_s + 1.0);
+    std::iter::successors(Some(first), next).collect()
+}
+
+#[test]
+fn each_turn_repeats_all_that_was_said() {
+    let mut traffic = traffic(&agentic(|_| ()), 1);
+    assert_eq!(traffic.stages()[1].arrivals, 600);
+    let first = stage_of(&mut traffic, 1);
+    let mut waits = 0.0;
+    let mut ids = std::collections::BTreeSet::new();
+    for first in &first {
+        let turns = session_of(&mut traffic, 1, first.clone());
+        assert_eq!(turns.len(), 8);
+        for pair in turns.windows(2) {
+            let (last, next) = (&pair[0].call, &pair[1].call);
+            let said = [&last.tokens[..], &last.output[..]].concat();
+            assert_eq!(next.tokens[..said.len()], said[..]);
+            assert_eq!((next.tokens.len(), last.output.len()), (said.len() + 6, 3));
+            assert_eq!((next.session, next.group), (last.session, last.group));
+            waits += pair[1].at_s - pair[0].at_s - 1.0;
+        }
+        assert!(turns[7].call.output.is_empty());
+        ids.extend(turns.iter().map(|turn| turn.call.prompt_id));
+    }
+    assert_eq!(ids.len(), 600 * 8);
+    let mean = waits / (600.0 * 7.0);
+    assert!((7.5..8.5).contains(&mean), "think time {mean}");
+    for a in &first[1..] {
+        let shared = a.call.tokens[..40] == first[0].call.tokens[..40];
+        assert_eq!(shared, a.call.group == first[0].call.group);
+        assert_ne!(a.call.tokens[40..], first[0].call.tokens[40..]);
+    }
+}
+
+#[test]
+fn sessions_do_not_depend_on_the_order_of_events() {
+    let (mut a, mut b) = (traffic(&agentic(|_| ()), 2), traffic(&agentic(|_| ()), 2));
+    let (first_a, first_b) = (stage_of(&mut a, 1), stage_of(&mut b, 1));
+    let sessions_a: Vec<_> =
+        first_a.into_iter().map(|first| session_of(&mut a, 1, first)).collect();
+    let mut sessions_b: Vec<_> =
+        first_b.into_iter().rev().map(|first| session_of(&mut b, 1, first)).collect();
+    sessions_b.reverse();
+    assert_eq!(sessions_a, sessions_b);
+}
+
+#[test]
+fn sessions_end_with_a_stage_that_drains() {
+    let mut traffic = traffic(&agentic(|s| s.load.drain_between_stages = true), 3);
+    let first = traffic.next(0).unwrap();
+    assert!(traffic.follow_up(0, &first.call, 1.0).is_some());
+    assert_eq!(traffic.follow_up(0, &first.call, 150.0), None);
+}
+
+#[test]
+fn a_client_of_a_closed_loop_begins_a_new_session_after_the_last_turn() {
+    let mut traffic = traffic(
+        &agentic(|s| {
+            s.load.arrivals = ArrivalKind::Closed;
+            s.client.in_flight_max = 2;
+            s.workload.turns = Some(2);
+            s.workload.think_s = Some(0.0);
+            s.load.stages[1].rate = None;
+        }),
+        4,
+    );
+    let first = stage_of(&mut traffic, 1);
+    assert_eq!(first.len(), 2);
+    let turns: Vec<_> = session_of(&mut traffic, 1, first[0].clone());
+    let sessions: Vec<u64> = turns.iter().map(|turn| turn.call.session.unwrap()).collect();
+    assert_eq!(turns.len(), 300);
+    assert_eq!(sessions[0], sessions[1]);
+    assert!(sessions[2] > first[1].call.session.unwrap());
+}
+
+#[test]
+fn every_built_in_scenario_makes_requests() {
+    for (name, _) in Scenario::BUILT_IN {
+        let scenario = Scenario::built_in(name).unwrap();
+        let mut traffic = traffic(&scenario, 1);
+        let room = scenario.fleet.request_tokens_max();
+        for stage in 0..traffic.stages().len() {
+            let call = traffic.next(stage).unwrap().call;
+            assert!(call.tokens.len() as u64 + u64::from(call.output_tokens) <= room);
+            assert!(traffic.next(stage).is_some(), "{name}: stage {stage}");
+        }
+    }
+}
