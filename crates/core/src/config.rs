@@ -221,12 +221,16 @@ impl<'de> Visitor<'de> for PluginEntryVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PluginEntry, A::Error> {
         let mut kind: Option<PluginKind> = None;
+        let mut written = "";
         let mut name: Option<Option<String>> = None;
         let mut parameters: Option<Parameters> = None;
         while let Some(key) = map.next_key::<EntryKey>()? {
             match key {
                 EntryKey::Type if kind.is_some() => return Err(de::Error::duplicate_field("type")),
-                EntryKey::Type => kind = Some(map.next_value_seed(KindSeed)?),
+                EntryKey::Type => {
+                    let (found, as_written) = map.next_value_seed(KindSeed)?;
+                    (kind, written) = (Some(found), as_written);
+                }
                 EntryKey::Name if name.is_some() => return Err(de::Error::duplicate_field("name")),
                 EntryKey::Name => name = Some(map.next_value()?),
                 EntryKey::Parameters if parameters.is_some() => {
@@ -250,7 +254,11 @@ impl<'de> Visitor<'de> for PluginEntryVisitor {
             }
             None => kind.read(Buffered::Null.into_deserializer::<A::Error>())?,
         };
-        Ok(PluginEntry { name: name.flatten().filter(|n| !n.is_empty()), spec })
+        // A plugin without a name is called like its type, as it is written: by its old name where
+        // that stands there, because profiles refer to it so.
+        let named = name.flatten().filter(|n| !n.is_empty());
+        let old = (written != kind.name()).then(|| written.to_owned());
+        Ok(PluginEntry { name: named.or(old), spec })
     }
 }
 

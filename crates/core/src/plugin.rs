@@ -191,20 +191,23 @@ fn parameters<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result
     from.deserialize_option(Optional(std::marker::PhantomData))
 }
 
-/// Reads a type name.
+/// Reads a type name: the type, and which of its names it was.
 pub(crate) struct KindSeed;
 
 impl<'de> DeserializeSeed<'de> for KindSeed {
-    type Value = PluginKind;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<PluginKind, D::Error> {
+    type Value = (PluginKind, &'static str);
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         struct Text;
         impl Visitor<'_> for Text {
-            type Value = PluginKind;
+            type Value = (PluginKind, &'static str);
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("the name of a plugin type")
             }
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<PluginKind, E> {
-                PluginKind::of_name(name).ok_or_else(|| E::custom(unknown_type(name)))
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
+                PluginKind::ALL
+                    .iter()
+                    .find_map(|kind| Some((*kind, *kind.names().iter().find(|n| **n == name)?)))
+                    .ok_or_else(|| E::custom(unknown_type(name)))
             }
         }
         deserializer.deserialize_str(Text)

@@ -59,6 +59,18 @@ kvroute:
     }
 
     #[test]
+    fn a_plugin_under_an_old_type_name_is_called_by_it() {
+        let names = |text| -> Vec<String> {
+            let config = parse(text, "c.yaml").unwrap();
+            config.plugins.iter().map(|plugin| plugin.name().to_owned()).collect()
+        };
+        assert_eq!(names("plugins: [{type: kv-cache-scorer}]"), ["kv-cache-scorer"]);
+        assert_eq!(names("plugins: [{type: kv-cache-scorer, name: kv}]"), ["kv"]);
+        let new = "kv-cache-utilization-scorer";
+        assert_eq!(names("plugins: [{type: kv-cache-utilization-scorer}]"), [new]);
+    }
+
+    #[test]
     fn an_error_shows_the_place_and_the_valid_names() {
         let text = "plugins:\n- type: queue-scorer\n  weigth: 3\n";
         let expected = "\
