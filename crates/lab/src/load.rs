@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::summary::{Observation, Run, Sample, Stage, Summary, percentile};
+use crate::summary::{Observation, Pooled, Run, Sample, Stage, Summary, percentile};
 use crate::workload::Workload;
 use client::Client;
 
@@ -346,16 +346,26 @@ impl LoadReport {
         let stages = (0..self.stages.len()).filter(|&stage| counted(stage)).map(|stage| {
             let only = move |other: usize| other == stage;
             let summary = Summary::of(&observations(&only), &samples(&only));
-            Stage { rate: self.stages[stage].rate, summary }
+            let failed_ratio = self.failed(&only) as f64 / summary.requests.max(1) as f64;
+            Stage { rate: self.stages[stage].rate, summary, failed_ratio, tpot_s: summary.itl_s }
         });
-        let failed = self.outcomes.iter().filter(|o| counted(o.stage) && o.error.is_some());
+        let summary = Summary::of(&observations(&counted), &samples(&counted));
+        let failed = self.failed(&counted);
+        let failed_ratio = failed as f64 / summary.requests.max(1) as f64;
         Run {
             name: name.to_owned(),
-            summary: Summary::of(&observations(&counted), &samples(&counted)),
+            summary,
+            pooled: Pooled { summary, failed_ratio },
             stages: stages.collect(),
             valid: self.valid,
-            failed: failed.count() as u64,
+            failed,
+            ..Run::default()
         }
+    }
+
+    /// Requests without a complete answer, of the stages to keep.
+    fn failed(&self, keep: &dyn Fn(usize) -> bool) -> u64 {
+        self.outcomes.iter().filter(|o| keep(o.stage) && o.error.is_some()).count() as u64
     }
 }
 

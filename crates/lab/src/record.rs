@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 /// One scenario under one configuration with one seed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunRecord {
@@ -107,7 +109,7 @@ pub struct Moment {
 }
 
 /// How late requests left, seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Lag {
     /// Median.
     pub p50: f64,
