@@ -9,17 +9,23 @@
 
 mod agentic;
 mod arrivals;
+mod inference_perf;
 mod popularity;
 mod shared;
+pub mod trace;
 
+use std::fs::File;
+use std::io::{BufReader, Read};
 use std::path::Path;
 use std::sync::Arc;
 
 use kvroute_core::Rng;
+use kvroute_wire::yaml::YamlError;
 
-use crate::scenario::{ArrivalKind, Scenario, StageSpec, WorkloadKind};
+use crate::scenario::{ArrivalKind, SCENARIO_BYTES_MAX, Scenario, StageSpec, WorkloadKind};
 use agentic::Agentic;
 use shared::SharedPrefix;
+use trace::Trace;
 
 /// Virtual token ids are below this.
 pub const TOKEN_IDS: u32 = 32_000;
@@ -29,6 +35,12 @@ pub const PROMPT_TOKENS_MAX: u64 = 10_000_000;
 
 /// Most tokens of prompts that a workload keeps in memory (four bytes each).
 pub const KEPT_TOKENS_MAX: u64 = 256 << 20;
+
+/// Most prompts, and most shared prefixes, that a workload keeps in memory.
+pub const KEPT_PROMPTS_MAX: u64 = 10_000_000;
+
+/// Bytes of prompt text per token, where a scenario does not say.
+const BYTES_PER_TOKEN: f64 = 4.0;
 
 /// Most requests that arrive by themselves in one stage.
 pub const STAGE_REQUESTS_MAX: u64 = 50_000_000;
@@ -97,6 +109,9 @@ pub enum TrafficError {
         /// What is wrong and what is expected.
         message: String,
     },
+    /// A configuration of inference-perf makes no sense.
+    #[error(transparent)]
+    Config(#[from] YamlError),
     /// More than fits in memory, or nothing.
     #[error("{0}")]
     Size(String),
@@ -130,6 +145,7 @@ struct Progress {
 enum Source {
     Shared(SharedPrefix),
     Agentic(Agentic),
+    Trace(Trace),
 }
 
 impl Traffic {
@@ -139,23 +155,34 @@ impl Traffic {
     /// # Errors
     /// See [`TrafficError`].
     pub fn new(scenario: &Scenario, folder: &Path, seed: u64) -> Result<Traffic, TrafficError> {
-        let _ = folder;
         let spec = &scenario.workload;
+        let (mut arrivals, mut listed) = (scenario.load.arrivals, scenario.load.stages.clone());
         let source = match spec.kind {
             WorkloadKind::SharedPrefix => Source::Shared(SharedPrefix::new(spec, seed)?),
             WorkloadKind::Agentic => Source::Agentic(Agentic::new(spec, seed)?),
-            kind => return Err(TrafficError::Size(format!("no traffic of the kind {kind:?}"))),
+            WorkloadKind::Trace => match open(scenario, folder, seed)? {
+                Opened::Trace(trace) => Source::Trace(trace),
+                Opened::Config(shared, load) => {
+                    if arrivals == ArrivalKind::Trace {
+                        (arrivals, listed) = load;
+                    }
+                    Source::Shared(shared)
+                }
+            },
         };
-        let stages = stages(scenario)?;
+        let stages = match &source {
+            Source::Trace(trace) if arrivals == ArrivalKind::Trace => vec![trace_stage(trace)],
+            _ => stages(&listed, arrivals, scenario.client.in_flight_max)?,
+        };
         Ok(Traffic {
             seed,
-            arrivals: scenario.load.arrivals,
+            arrivals,
             progress: stages.iter().map(|_| Progress::default()).collect(),
             stages,
             source,
             sessions_end_with_stage: scenario.load.drain_between_stages,
             counted_output_ratio: spec.counted_output_ratio.unwrap_or(1.0),
-            bytes_per_token: spec.bytes_per_token.unwrap_or(4.0),
+            bytes_per_token: spec.bytes_per_token.unwrap_or(BYTES_PER_TOKEN),
         })
     }
 
@@ -179,9 +206,10 @@ impl Traffic {
     pub fn next(&mut self, stage: usize) -> Option<Arrival> {
         let plan = self.stages.get(stage)?;
         let progress = &mut self.progress[stage];
-        let (kind, seed) = (self.arrivals, self.seed);
-        let times = progress.times.get_or_insert_with(|| {
-            arrivals::times(kind, plan, &mut stream(seed, Stream::Arrivals, stage as u64))
+        let (kind, seed, source) = (self.arrivals, self.seed, &self.source);
+        let times = progress.times.get_or_insert_with(|| match source {
+            Source::Trace(trace) if kind == ArrivalKind::Trace => trace.times(),
+            _ => arrivals::times(kind, plan, &mut stream(seed, Stream::Arrivals, stage as u64)),
         });
         let at_s = *times.get(progress.arrived)?;
         progress.arrived += 1;
@@ -219,21 +247,85 @@ impl Traffic {
         match &mut self.source {
             Source::Shared(shared) => shared.call(stage as u64, position),
             Source::Agentic(agentic) => agentic.begin(stage as u64, position),
+            Source::Trace(trace) => trace.call(),
         }
     }
 }
 
-/// Plans the stages that a scenario lists.
-fn stages(scenario: &Scenario) -> Result<Vec<Stage>, TrafficError> {
-    let load = &scenario.load;
-    if load.stages.is_empty() {
-        return Err(TrafficError::Size("the load has no stages; add some to load.stages".into()));
+/// What the file of a workload holds.
+enum Opened {
+    Trace(Trace),
+    /// With the load that the file describes; no stages when it does not.
+    Config(SharedPrefix, (ArrivalKind, Vec<StageSpec>)),
+}
+
+/// Reads the file of a workload; its content says of which kind it is.
+fn open(scenario: &Scenario, folder: &Path, seed: u64) -> Result<Opened, TrafficError> {
+    let spec = &scenario.workload;
+    let file = folder.join(needed(spec.file.as_deref(), "file")?);
+    let path = file.display().to_string();
+    let unreadable = |source| TrafficError::Read { path: path.clone(), source };
+    let mut reader = BufReader::new(File::open(&file).map_err(unreadable)?);
+    let mut number = 0;
+    let Some(first) = trace::next_line(&mut reader, &mut number, &path)? else {
+        return Err(TrafficError::Size(format!("the trace {path} is empty")));
+    };
+    let request_tokens_max = scenario.fleet.request_tokens_max();
+    if trace::is_json_lines(&first) {
+        let options = trace::Options {
+            seed,
+            output_tokens: spec.output_tokens,
+            max_tokens_sent: spec.max_tokens_sent.unwrap_or(true),
+            bytes_per_token: spec.bytes_per_token.unwrap_or(BYTES_PER_TOKEN),
+            request_tokens_max,
+            timed: scenario.load.arrivals == ArrivalKind::Trace,
+        };
+        return Ok(Opened::Trace(Trace::read(options, &path, first, number, &mut reader)?));
     }
-    let clients = match load.arrivals {
-        ArrivalKind::Closed => scenario.client.in_flight_max,
+    // Read from its start again, so that errors have the right lines.
+    let mut text = String::new();
+    let bounded = File::open(&file).map_err(unreadable)?.take(SCENARIO_BYTES_MAX as u64 + 1);
+    BufReader::new(bounded).read_to_string(&mut text).map_err(unreadable)?;
+    let config = inference_perf::read(&text, &path, spec)?;
+    let shared = SharedPrefix::new(&config.workload, seed)?;
+    let length = shared.request_tokens();
+    if length > request_tokens_max {
+        return Err(TrafficError::Size(format!(
+            "{path}: a prompt and its answer have {length} tokens, an engine has room for \
+             {request_tokens_max} (fleet.kv_tokens)"
+        )));
+    }
+    Ok(Opened::Config(shared, config.load.unwrap_or((ArrivalKind::Poisson, Vec::new()))))
+}
+
+/// The only stage of a trace that brings its times.
+fn trace_stage(trace: &Trace) -> Stage {
+    let times = trace.times();
+    Stage {
+        rate: 0.0,
+        duration_s: times.last().copied().unwrap_or_default(),
+        warmup: false,
+        clients: 0,
+        arrivals: times.len() as u64,
+    }
+}
+
+/// Plans the stages that a load lists.
+fn stages(
+    listed: &[StageSpec],
+    arrivals: ArrivalKind,
+    in_flight_max: u32,
+) -> Result<Vec<Stage>, TrafficError> {
+    if listed.is_empty() {
+        let message = "the load has no stages: list some in load.stages, or, with `arrivals: \
+                       trace`, in the file";
+        return Err(TrafficError::Size(message.into()));
+    }
+    let clients = match arrivals {
+        ArrivalKind::Closed => in_flight_max,
         _ => 0,
     };
-    load.stages.iter().map(|spec| stage(spec, clients)).collect()
+    listed.iter().map(|spec| stage(spec, clients)).collect()
 }
 
 fn stage(spec: &StageSpec, clients: u32) -> Result<Stage, TrafficError> {
@@ -261,6 +353,7 @@ enum Stream {
     Prefix,
     Question,
     Think,
+    Block,
 }
 
 /// A random stream of its own for each purpose and index.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::arrivals::exponential;
 use super::popularity::Popularity;
-use super::{Call, KEPT_TOKENS_MAX, PROMPT_TOKENS_MAX, Stream, TrafficError};
+use super::{Call, KEPT_PROMPTS_MAX, KEPT_TOKENS_MAX, PROMPT_TOKENS_MAX, Stream, TrafficError};
 use super::{needed, push_tokens, stream};
 use crate::scenario::WorkloadSpec;
 
@@ -41,11 +41,12 @@ impl Agentic {
             return Err(TrafficError::Size(message.into()));
         }
         let kept = u64::from(groups) * u64::from(prefix_tokens);
-        if longest > PROMPT_TOKENS_MAX || kept > KEPT_TOKENS_MAX {
+        let groups_kept = u64::from(groups);
+        if longest > PROMPT_TOKENS_MAX || kept > KEPT_TOKENS_MAX || groups_kept > KEPT_PROMPTS_MAX {
             return Err(TrafficError::Size(format!(
                 "sessions of {longest} tokens, {groups} groups x {prefix_tokens} tokens: at most \
-                 {PROMPT_TOKENS_MAX} tokens in a session and {KEPT_TOKENS_MAX} in all system \
-                 prompts"
+                 {PROMPT_TOKENS_MAX} tokens in a session, {KEPT_PROMPTS_MAX} system prompts and \
+                 {KEPT_TOKENS_MAX} tokens in all of them"
             )));
         }
         Ok(Agentic {

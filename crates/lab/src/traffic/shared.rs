@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::popularity::Popularity;
-use super::{Call, KEPT_TOKENS_MAX, PROMPT_TOKENS_MAX, Stream, TrafficError};
+use super::{Call, KEPT_PROMPTS_MAX, KEPT_TOKENS_MAX, PROMPT_TOKENS_MAX, Stream, TrafficError};
 use super::{needed, push_tokens, stream};
 use crate::scenario::{PromptOrder, WorkloadSpec};
 
@@ -39,10 +39,12 @@ impl SharedPrefix {
             let message = "groups, users, output_tokens and the length of a prompt must be above 0";
             return Err(TrafficError::Size(message.into()));
         }
-        if length > PROMPT_TOKENS_MAX || prompts.saturating_mul(length) > KEPT_TOKENS_MAX {
+        let kept = prompts.saturating_mul(length);
+        if length > PROMPT_TOKENS_MAX || kept > KEPT_TOKENS_MAX || prompts > KEPT_PROMPTS_MAX {
             return Err(TrafficError::Size(format!(
                 "{groups} groups x {users} users x {length} tokens do not fit in memory: at most \
-                 {PROMPT_TOKENS_MAX} tokens in a prompt and {KEPT_TOKENS_MAX} in all prompts"
+                 {PROMPT_TOKENS_MAX} tokens in a prompt, {KEPT_PROMPTS_MAX} prompts and \
+                 {KEPT_TOKENS_MAX} tokens in all of them"
             )));
         }
         let order = match spec.order.unwrap_or_default() {
@@ -63,6 +65,11 @@ impl SharedPrefix {
             prompts: vec![None; prompts as usize],
             order,
         })
+    }
+
+    /// Length of every prompt with its answer.
+    pub(super) fn request_tokens(&self) -> u64 {
+        (self.prefix_tokens + self.question_tokens) as u64 + u64::from(self.output_tokens)
     }
 
     /// The request at a position of a stage.
