@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::cost::{Costed, Costs};
 use crate::decision::{Reason, ResponseEvent};
 use crate::event::KvEvent;
 use crate::fleet::{EndpointId, EndpointSpec, Fleet, FleetError, RootKind, ServedModel};
@@ -21,6 +22,7 @@ use crate::index::{Applied, Index, SpeculationId};
 use crate::journal::{Call, Entry, Recorder};
 pub use crate::knowledge::ChainSpecs;
 use crate::knowledge::Knowledge;
+use crate::learn::Speed;
 use crate::ledger::{Conclusion, Expectation, Ledger};
 use crate::load::{Load, Reservations, Ticket};
 use crate::pipeline::{Pipeline, Survivors};
@@ -44,6 +46,7 @@ pub struct Brain {
     index: Index,
     ledger: Ledger,
     reservations: Reservations<InFlight>,
+    costs: Costs,
     streams: Vec<Option<EndpointStream>>,
     pipeline: Pipeline,
     knowledge: Knowledge,
@@ -76,6 +79,7 @@ struct EndpointStream {
 /// What is remembered with a ticket.
 #[derive(Debug)]
 struct InFlight {
+    costed: Option<Costed>,
     expectation: Expectation,
     /// What the next best endpoints would be held to.
     alternatives: Vec<Alternative>,
@@ -146,6 +150,7 @@ impl Brain {
             index: Index::new(plan.index_limits()),
             ledger: Ledger::new(settings),
             reservations: Reservations::new(settings.inflight_requests_max),
+            costs: Costs::new(plan.reads_costs(), settings.inflight_blocks_max as usize),
             streams: Vec::new(),
             pipeline,
             knowledge: Knowledge::default(),
@@ -210,6 +215,11 @@ impl Brain {
     /// What is in flight on an endpoint.
     pub fn load(&self, id: EndpointId) -> Load {
         self.reservations.load(id)
+    }
+
+    /// How fast an endpoint is believed to be; what a plan with costs has learned.
+    pub fn speed(&self, id: EndpointId) -> Speed {
+        self.costs.speed(id)
     }
 
     /// Requests in flight, over all endpoints.
@@ -290,6 +300,7 @@ impl Brain {
         self.index.remove_endpoint(id);
         self.ledger.close(id);
         self.reservations.forget(id);
+        self.costs.forget(id);
         self.streams[usize::from(id.slot)] = None;
         self.pipeline.forget(id);
         self.orders.retain(|(of, _)| *of != id);
@@ -395,8 +406,8 @@ impl Brain {
         self.note(|| Entry::Call(Call::OnResponse { now, ticket, event }));
         match event {
             ResponseEvent::FirstChunk => self.on_first_chunk(now, ticket),
-            ResponseEvent::Usage { prompt_tokens, cached_tokens, .. } => {
-                self.on_usage(now, ticket, prompt_tokens, cached_tokens);
+            ResponseEvent::Usage { prompt_tokens, cached_tokens, completion_tokens } => {
+                self.on_usage(now, ticket, prompt_tokens, cached_tokens, completion_tokens);
             }
             ResponseEvent::End { status } => {
                 self.on_end(now, ticket, (200..300).contains(&status));
@@ -412,6 +423,9 @@ impl Brain {
         }
         let until = now + ms(self.plan.settings.speculative_grace_ms);
         self.ending.extend(inflight.speculations.drain(..).map(|id| (until, id)));
+        if let Some(costed) = &mut inflight.costed {
+            self.costs.first_token(now, endpoint, costed);
+        }
         self.reservations.release_prompt(ticket);
         self.fleet.on_answered(endpoint);
     }
@@ -422,8 +436,12 @@ impl Brain {
         ticket: Ticket,
         prompt_tokens: u32,
         cached_tokens: Option<u32>,
+        completion_tokens: u32,
     ) {
         let Some((endpoint, inflight)) = self.reservations.touch(now, ticket) else { return };
+        if let Some(costed) = &mut inflight.costed {
+            self.costs.usage(costed, completion_tokens);
+        }
         // vLLM before 0.30 leaves the field out when nothing was cached; an engine that has told
         // cached tokens before means zero.
         let told = self.ledger.account(endpoint).reported.requests > 0;
@@ -452,7 +470,10 @@ impl Brain {
     }
 
     fn settle(&mut self, now: Time, endpoint: EndpointId, inflight: InFlight, succeeded: bool) {
-        let InFlight { speculations, reported, answered, .. } = inflight;
+        let InFlight { speculations, reported, answered, costed, .. } = inflight;
+        if let Some(costed) = costed {
+            self.costs.end(now, endpoint, costed, succeeded);
+        }
         if succeeded && answered {
             let until = now + ms(self.plan.settings.speculative_grace_ms);
             self.ending.extend(speculations.into_iter().map(|id| (until, id)));
@@ -485,6 +506,9 @@ impl Brain {
         });
         inflight.expectation = alternative.expectation;
         inflight.answered = false;
+        if let Some(costed) = &mut inflight.costed {
+            self.costs.redirect(now, to, costed);
+        }
         for id in std::mem::take(&mut inflight.speculations) {
             self.index.withdraw(id);
         }

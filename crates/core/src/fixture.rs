@@ -161,7 +161,14 @@ impl Fixture {
 
 fn row(id: Option<EndpointId>) -> Row {
     let id = id.unwrap_or(EndpointId { slot: 0, generation: 0 });
-    Row { id, at: 0, signals: None, inflight: Default::default(), uncached_tokens: 0 }
+    Row {
+        id,
+        at: 0,
+        signals: None,
+        inflight: Default::default(),
+        uncached_tokens: 0,
+        costing: Default::default(),
+    }
 }
 
 /// Equal up to rounding; NaN equals NaN.

@@ -6,8 +6,10 @@
 
 pub mod blocks;
 pub mod brain;
+pub mod committed;
 pub mod config;
 mod config_buffer;
+pub mod cost;
 pub mod decision;
 pub mod event;
 pub mod filter;
@@ -17,6 +19,7 @@ pub mod fleet;
 pub mod index;
 pub mod journal;
 mod knowledge;
+pub mod learn;
 pub mod ledger;
 pub mod load;
 mod lru;

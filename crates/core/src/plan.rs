@@ -156,6 +156,11 @@ impl Plan {
         builtin(EndpointPickerConfig::precise())
     }
 
+    /// kvroute's own policy.
+    pub fn least_cost() -> Plan {
+        builtin(EndpointPickerConfig::least_cost())
+    }
+
     /// The baseline that `demo` and `bench` compare with: endpoint after endpoint.
     pub fn baseline_round_robin() -> Plan {
         let plugin = PluginSpec::RoundRobinPicker(crate::pick::RoundRobin::default());
@@ -179,6 +184,12 @@ impl Plan {
         }
     }
 
+    /// Whether any scorer reads what requests cost.
+    pub fn reads_costs(&self) -> bool {
+        let stages = self.profiles.iter().flat_map(|profile| &profile.scorers);
+        stages.into_iter().any(|stage| stage.spec.kind() == PluginKind::CostScorer)
+    }
+
     /// Whether any producer reads events: without one, hosts need not subscribe.
     pub fn reads_events(&self) -> bool {
         self.producers.iter().any(|p| matches!(p.kind, ProducerKind::Precise(_)))
@@ -198,6 +209,19 @@ fn builtin(config: EndpointPickerConfig) -> Plan {
 }
 
 impl EndpointPickerConfig {
+    /// kvroute's own policy: precise knowledge, and the least harm done.
+    pub fn least_cost() -> EndpointPickerConfig {
+        let precise = PrecisePrefix { speculative_indexing: true, ..PrecisePrefix::default() };
+        let specs = [
+            PluginSpec::PrecisePrefixProducer(precise),
+            PluginSpec::CostScorer(crate::score::Cost::default()),
+        ];
+        EndpointPickerConfig {
+            plugins: specs.map(|spec| PluginEntry { name: None, spec }).to_vec(),
+            ..EndpointPickerConfig::default()
+        }
+    }
+
     /// The configuration of [`Plan::precise`].
     pub fn precise() -> EndpointPickerConfig {
         use crate::score::{KvUsage, NoHitLru, Prefix, Queue};

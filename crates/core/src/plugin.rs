@@ -140,6 +140,7 @@ plugins! {
     PrecisePrefixScorer(score::PrecisePrefix) ["precise-prefix-cache-scorer"] => [Scorer];
     NoHitLruScorer(score::NoHitLru) ["no-hit-lru-scorer"] => [Scorer];
     SessionAffinityScorer(score::SessionAffinity) ["session-affinity-scorer"] => [Scorer];
+    CostScorer(score::Cost) ["kvroute-cost-scorer"] => [Scorer];
     LoraAffinityScorer(score::LoraAffinity) ["lora-affinity-scorer"] => [Scorer];
     ApproxPrefixProducer(produce::ApproxPrefix) ["approx-prefix-cache-producer"] => [Producer];
     PrecisePrefixProducer(produce::PrecisePrefix)

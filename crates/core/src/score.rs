@@ -4,6 +4,7 @@
 //! endpoint gets nothing from this scorer, and the decision record shows that data was missing.
 
 mod active_request;
+mod cost;
 mod kv_usage;
 mod load_aware;
 mod lora_affinity;
@@ -14,6 +15,7 @@ mod session_affinity;
 mod token_load;
 
 pub use active_request::ActiveRequest;
+pub use cost::Cost;
 pub use kv_usage::KvUsage;
 pub use load_aware::LoadAware;
 pub use lora_affinity::LoraAffinity;

@@ -33,6 +33,9 @@ pub struct Settings {
     pub pending_blocks_per_endpoint_max: u32,
     /// Speculative entries at once.
     pub speculations_max: u32,
+    /// Blocks of requests in flight that are counted as shared or not, for what requests cost;
+    /// beyond it they count as shared by nobody.
+    pub inflight_blocks_max: u32,
     /// Whether precise knowledge counts blocks of requests on their way; when left out, what the
     /// producer's `speculativeIndexing` says.
     pub speculative: Option<bool>,
@@ -122,6 +125,7 @@ impl Default for Settings {
             history_blocks_per_endpoint_max: 31_250,
             pending_blocks_per_endpoint_max: 8_192,
             speculations_max: 65_536,
+            inflight_blocks_max: 4_194_304,
             speculative: None,
             speculative_ttl_ms: 30_000,
             speculative_grace_ms: 250,

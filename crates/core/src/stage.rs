@@ -3,6 +3,7 @@
 //! Three small traits: a filter clears bits of a mask, a scorer writes one column, a picker orders
 //! rows. All run inside one decision, synchronously, on slices that the pipeline owns.
 
+use crate::cost::Costing;
 use crate::decision::Request;
 use crate::fleet::{Endpoint, EndpointId, Fleet};
 use crate::load::Load;
@@ -53,6 +54,8 @@ pub struct Row {
     pub inflight: Load,
     /// Prompt tokens that the endpoint would have to compute.
     pub uncached_tokens: u32,
+    /// What a cost is made of; all zero unless the plan has a scorer that reads it.
+    pub costing: Costing,
 }
 
 /// Everything a stage may read about one request.

@@ -49,6 +49,8 @@ fn main() {
                         Policy::Oracle
                     } else if c == "kvroute" {
                         Policy::Plan(Box::new(Plan::precise()))
+                    } else if c == "cost" {
+                        Policy::Plan(Box::new(Plan::least_cost()))
                     } else {
                         let text = std::fs::read_to_string(c).unwrap();
                         Policy::Plan(Box::new(
@@ -57,15 +59,11 @@ fn main() {
                     };
                     let arm = Arm { name: c.clone(), policy };
                     let t0 = std::time::Instant::now();
-                    let r = run(
-                        &scenario,
-                        Path::new("."),
-                        &arm,
-                        *s,
-                        &mut Watch { progress: &mut |_| {}, decisions: None },
-                    )
-                    .unwrap();
-                    let cpu = t0.elapsed().as_secs_f64();
+                    let mut reasons: std::collections::BTreeMap<String, u64> = Default::default();
+                let mut cb = |d: &kvroute_core::decision::DecisionRecord| { *reasons.entry(format!("{:?}", d.reason)).or_default() += 1; if d.candidates_degraded > 0 { *reasons.entry("degraded".into()).or_default() += 1; } };
+                let r = run(&scenario, Path::new("."), &arm, *s, &mut Watch { progress: &mut |_| {}, decisions: Some(&mut cb) }).unwrap();
+                if verbose { println!("{reasons:?}"); }
+                let cpu = t0.elapsed().as_secs_f64();
                     out.lock().unwrap().push((i, r, cpu));
                 }
             });

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use super::{Alternative, Brain, InFlight};
 use crate::blocks::{Chain, TokenSpace};
+use crate::cost::Costing;
 use crate::decision::{
     Candidate, Decision, DecisionRecord, LoadRecord, Mode, NoEndpoints, Reason, Reject, Request,
 };
@@ -74,6 +75,7 @@ impl Brain {
                 signals: endpoint.signals(now, staleness),
                 inflight: self.reservations.load(endpoint.id),
                 uncached_tokens: request.prompt_tokens,
+                costing: Costing::default(),
             })
             .collect();
         self.survivors.filters.clear();
@@ -113,6 +115,9 @@ impl Brain {
             let prefix = column.and_then(|column| column.prefix.get(row.at as usize)).copied();
             let prefix = prefix.unwrap_or(PrefixMatch::default());
             row.uncached_tokens = uncached_tokens(request.prompt_tokens, prefix);
+            if let Some(endpoint) = self.fleet.get(row.id) {
+                row.costing = self.costs.costing(endpoint, request, self.known(row).spec);
+            }
         }
         rows
     }
@@ -250,7 +255,10 @@ impl Brain {
             output_tokens,
         };
         let fallback = options.iter().map(|option| option.endpoint).collect();
+        let row = considered.iter().find(|row| row.id == chosen.endpoint);
+        let costed = row.and_then(|row| self.costs.begin(now, row, request, self.known(row).spec));
         let inflight = InFlight {
+            costed,
             expectation: chosen.expectation,
             alternatives: options,
             speculations,

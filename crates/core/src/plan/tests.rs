@@ -95,8 +95,8 @@ fn without_profiles_everything_runs_in_order() {
     );
     let profile = &plan.profiles[0];
     let scorers: Vec<&str> = profile.scorers.iter().map(|s| s.name.as_str()).collect();
-    // The old name of a type is a name like any other; unnamed, it is called by the new one.
-    assert_eq!(scorers, ["running-requests-size-scorer", "kv-cache-utilization-scorer", "load"]);
+    // Unnamed, a plugin is called like its type as it is written, an old name included.
+    assert_eq!(scorers, ["running-requests-size-scorer", "kv-cache-scorer", "load"]);
     assert_eq!(profile.picker.name.as_str(), "random-picker");
     assert_eq!(plan.tokens, TokensNeed::None);
     assert_eq!(plan.producer_main, None);

@@ -1,0 +1,247 @@
+//! How much KV cache, and how much work, do the requests in flight need on each endpoint?
+//!
+//! A scrape shows what is in use, late; this shows what has been promised, at once: the distinct
+//! blocks of the prompts in flight (requests that share a prefix share its blocks) and room for
+//! the output that is expected. More than the endpoint has means that it will preempt somebody.
+
+use rustc_hash::FxHashMap;
+
+use crate::blocks::{BlockKey, Chain};
+use crate::fleet::EndpointId;
+
+/// What one request has committed. Ends once, by [`Committed::release`].
+#[derive(Debug, PartialEq, Eq)]
+pub struct Commitment {
+    endpoint: EndpointId,
+    keys: Box<[u64]>,
+    block_size: u32,
+    /// Tokens that are nobody else's: tails, output, and prompts whose blocks are not counted.
+    own_tokens: u64,
+    work: Work,
+}
+
+/// What one request has an endpoint compute, in tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Prompt tokens that are not cached: until the first token.
+    pub prefill: u64,
+    /// Context of its decoding steps, on average: until the end.
+    pub context: u64,
+}
+
+/// All commitments, by endpoint.
+#[derive(Debug)]
+pub struct Committed {
+    slots: Vec<Slot>,
+    /// Keys of all commitments, and the most there may be.
+    keys: usize,
+    keys_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    generation: u32,
+    users: FxHashMap<u64, u32>,
+    tokens: u64,
+    work: Work,
+}
+
+impl Committed {
+    /// Nothing yet. Of more than `keys_max` blocks in flight the rest counts as shared by nobody.
+    pub fn new(keys_max: usize) -> Committed {
+        Committed { slots: Vec::new(), keys: 0, keys_max }
+    }
+
+    /// Tokens that the requests in flight need there.
+    pub fn tokens(&self, id: EndpointId) -> u64 {
+        self.slot(id).map_or(0, |slot| slot.tokens)
+    }
+
+    /// What the requests in flight still have it compute.
+    pub fn work(&self, id: EndpointId) -> Work {
+        self.slot(id).map_or(Work::default(), |slot| slot.work)
+    }
+
+    /// Tokens of a chain's blocks that no request in flight there needs already. A block in flight
+    /// implies all blocks before it, so a binary search finds the first that is not.
+    pub fn added_tokens(&self, id: EndpointId, chain: &Chain) -> u64 {
+        let shared = self
+            .slot(id)
+            .map_or(0, |slot| chain.keys.partition_point(|key| slot.users.contains_key(&key.0)));
+        (chain.keys.len() - shared) as u64 * u64::from(chain.spec.block_size)
+    }
+
+    /// Commits the blocks of some chains of one block size, and `own_tokens` more.
+    pub fn commit<'a>(
+        &mut self,
+        endpoint: EndpointId,
+        chains: impl Iterator<Item = &'a Chain> + Clone,
+        own_tokens: u64,
+        work: Work,
+    ) -> Commitment {
+        let block_size = chains.clone().next().map_or(0, |chain| chain.spec.block_size);
+        let count: usize = chains.clone().map(|chain| chain.keys.len()).sum();
+        let all = chains.flat_map(|chain| &chain.keys).map(|key: &BlockKey| key.0);
+        let commitment = match self.keys + count <= self.keys_max {
+            true => Commitment { endpoint, keys: all.collect(), block_size, own_tokens, work },
+            false => {
+                let own_tokens = own_tokens + count as u64 * u64::from(block_size);
+                Commitment { endpoint, keys: Box::default(), block_size, own_tokens, work }
+            }
+        };
+        self.add(&commitment);
+        commitment
+    }
+
+    /// Gives back what a request has committed.
+    pub fn release(&mut self, commitment: Commitment) {
+        self.keys -= commitment.keys.len();
+        let Some(slot) = self.slot_mut(commitment.endpoint) else { return };
+        for key in &commitment.keys {
+            if let Some(users) = slot.users.get_mut(key) {
+                *users -= 1;
+                if *users == 0 {
+                    slot.users.remove(key);
+                    slot.tokens -= u64::from(commitment.block_size);
+                }
+            }
+        }
+        slot.tokens -= commitment.own_tokens;
+        slot.work.prefill -= commitment.work.prefill;
+        slot.work.context -= commitment.work.context;
+    }
+
+    /// The prompt is computed.
+    pub fn prefilled(&mut self, commitment: &mut Commitment) {
+        let tokens = std::mem::take(&mut commitment.work.prefill);
+        if let Some(slot) = self.slot_mut(commitment.endpoint) {
+            slot.work.prefill -= tokens;
+        }
+    }
+
+    /// The request goes to another endpoint.
+    pub fn redirect(&mut self, commitment: &mut Commitment, to: EndpointId) {
+        let keys = commitment.keys.clone();
+        let moved = Commitment { endpoint: to, keys, ..*commitment };
+        self.add(&moved);
+        self.release(std::mem::replace(commitment, moved));
+    }
+
+    /// The endpoint has left: its sums go, commitments there end without effect.
+    pub fn forget(&mut self, id: EndpointId) {
+        if let Some(slot) = self.slot_mut(id) {
+            *slot = Slot { generation: id.generation.wrapping_add(1), ..Slot::default() };
+        }
+    }
+
+    fn add(&mut self, commitment: &Commitment) {
+        self.keys += commitment.keys.len();
+        let id = commitment.endpoint;
+        let at = usize::from(id.slot);
+        if self.slots.len() <= at {
+            self.slots.resize_with(at + 1, Slot::default);
+        }
+        let slot = &mut self.slots[at];
+        if slot.generation != id.generation {
+            *slot = Slot { generation: id.generation, ..Slot::default() };
+        }
+        for key in &commitment.keys {
+            let users = slot.users.entry(*key).or_default();
+            *users += 1;
+            if *users == 1 {
+                slot.tokens += u64::from(commitment.block_size);
+            }
+        }
+        slot.tokens += commitment.own_tokens;
+        slot.work.prefill += commitment.work.prefill;
+        slot.work.context += commitment.work.context;
+    }
+
+    fn slot(&self, id: EndpointId) -> Option<&Slot> {
+        self.slots.get(usize::from(id.slot)).filter(|slot| slot.generation == id.generation)
+    }
+
+    fn slot_mut(&mut self, id: EndpointId) -> Option<&mut Slot> {
+        self.slots.get_mut(usize::from(id.slot)).filter(|slot| slot.generation == id.generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Rng;
+    use crate::blocks::{ChainSpec, PromptExtras, Root, chain};
+
+    const WORK: Work = Work { prefill: 3, context: 5 };
+
+    fn id(slot: u16) -> EndpointId {
+        EndpointId { slot, generation: 0 }
+    }
+
+    fn prompt(tokens: &[u32]) -> Chain {
+        chain(ChainSpec::exact(4), Root::Base, tokens, &PromptExtras::default())
+    }
+
+    #[test]
+    fn a_shared_prefix_is_committed_once() {
+        let mut committed = Committed::new(100);
+        let a = prompt(&[1, 2, 3, 4, 5, 6, 7, 8]);
+        let b = prompt(&[1, 2, 3, 4, 9, 9, 9, 9]);
+        let mut first =
+            committed.commit(id(0), std::iter::once(&a), 10, Work { prefill: 8, context: 13 });
+        assert_eq!(committed.tokens(id(0)), 18);
+        assert_eq!(committed.added_tokens(id(0), &b), 4);
+        assert_eq!(committed.added_tokens(id(1), &b), 8);
+        let mut second = committed.commit(id(0), std::iter::once(&b), 0, Work::default());
+        assert_eq!(committed.tokens(id(0)), 22);
+        committed.redirect(&mut second, id(1));
+        assert_eq!((committed.tokens(id(0)), committed.tokens(id(1))), (18, 8));
+        committed.prefilled(&mut first);
+        committed.prefilled(&mut first);
+        assert_eq!(committed.work(id(0)), Work { prefill: 0, context: 13 });
+        committed.release(first);
+        assert_eq!(committed.work(id(0)), Work::default());
+        committed.forget(id(1));
+        committed.release(second);
+        assert_eq!((committed.tokens(id(0)), committed.tokens(id(1)), committed.keys), (0, 0, 0));
+    }
+
+    #[test]
+    fn beyond_the_limit_blocks_count_as_nobodys() {
+        let mut committed = Committed::new(3);
+        let a = prompt(&[1, 2, 3, 4, 5, 6, 7, 8]);
+        let held: Vec<Commitment> =
+            (0..3).map(|_| committed.commit(id(0), std::iter::once(&a), 1, WORK)).collect();
+        assert_eq!(committed.tokens(id(0)), 8 + 1 + 2 * (8 + 1));
+        held.into_iter().for_each(|commitment| committed.release(commitment));
+        assert_eq!((committed.tokens(id(0)), committed.keys), (0, 0));
+    }
+
+    #[test]
+    fn sums_are_those_of_a_brute_count() {
+        for seed in 0..30 {
+            let mut rng = Rng::seeded(seed);
+            let mut committed = Committed::new(usize::MAX);
+            let mut held: Vec<(Commitment, Chain)> = Vec::new();
+            for _ in 0..200 {
+                if rng.below(2) == 0 || held.is_empty() {
+                    let tokens: Vec<u32> =
+                        (0..4 * rng.below(6)).map(|at| (at / 8 * rng.below(2)) as u32).collect();
+                    let chain = prompt(&tokens);
+                    let to = id(rng.below(2) as u16);
+                    held.push((committed.commit(to, std::iter::once(&chain), 0, WORK), chain));
+                } else {
+                    let (commitment, _) = held.swap_remove(rng.below(held.len()));
+                    committed.release(commitment);
+                }
+                for slot in 0..2 {
+                    let here = held.iter().filter(|(c, _)| c.endpoint == id(slot));
+                    let mut keys: Vec<BlockKey> = here.flat_map(|(_, c)| c.keys.clone()).collect();
+                    keys.sort_unstable();
+                    keys.dedup();
+                    assert_eq!(committed.tokens(id(slot)), 4 * keys.len() as u64, "seed {seed}");
+                }
+            }
+        }
+    }
+}

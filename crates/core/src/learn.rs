@@ -1,0 +1,308 @@
+//! How fast is each endpoint? Learned from its own answers, never configured.
+//!
+//! Three lines are fitted, each by least squares over the last few hundred requests:
+//! - time to first token over the uncached prompt tokens that had to be computed until then, those
+//!   of requests ahead included: its slope is the cost of a prompt token;
+//! - seconds per output token over the context tokens in flight: its floor is that of a step;
+//! - output tokens of an answer, a mean.
+//!
+//! An endpoint of which little is known takes after the fleet, the fleet after a prior. Values far
+//! above the line are clipped: queues and preemptions are no speed.
+
+use crate::fleet::EndpointId;
+
+/// What a router believes before it has seen anything: a 30-billion-parameter model on two
+/// current accelerators. A fleet that differs tenfold shows it within some dozen requests.
+const PREFILL_PRIOR: Prior = Prior { floor: 0.1, slope: 50e-6, reach: 4_000.0 };
+const STEP_PRIOR: Prior = Prior { floor: 0.02, slope: 50e-9, reach: 200_000.0 };
+const OUTPUT_TOKENS_PRIOR: f64 = 256.0;
+
+/// Weight of what is taken over from the fleet, or from the prior, in requests.
+const PRIOR_WEIGHT: f64 = 8.0;
+/// Requests after which an observation counts half.
+const HALF_LIFE: f64 = 200.0;
+/// An observation counts as at most so many times what was expected.
+const CLIP: f64 = 4.0;
+/// Answers shorter than this say little about the time per token.
+const OUTPUT_TOKENS_MIN: u32 = 8;
+
+/// How fast an endpoint is, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Speed {
+    /// Per prompt token that is not cached.
+    pub prefill_per_token_s: f64,
+    /// Of a decoding step with nothing in flight.
+    pub step_base_s: f64,
+    /// Of a decoding step, per context token in flight.
+    pub step_per_token_s: f64,
+    /// Output tokens that an answer is expected to have.
+    pub output_tokens: f64,
+}
+
+impl Default for Speed {
+    fn default() -> Speed {
+        Speed {
+            prefill_per_token_s: PREFILL_PRIOR.slope,
+            step_base_s: STEP_PRIOR.floor,
+            step_per_token_s: STEP_PRIOR.slope,
+            output_tokens: OUTPUT_TOKENS_PRIOR,
+        }
+    }
+}
+
+/// A line that is believed beforehand, over values from 0 to `reach`.
+#[derive(Clone, Copy, Debug)]
+struct Prior {
+    floor: f64,
+    slope: f64,
+    reach: f64,
+}
+
+/// Sums of a weighted regression; old observations fade.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    weight: f64,
+    x: f64,
+    y: f64,
+    xx: f64,
+    xy: f64,
+}
+
+impl Sums {
+    fn fade(&mut self, factor: f64) {
+        for sum in [&mut self.weight, &mut self.x, &mut self.y, &mut self.xx, &mut self.xy] {
+            *sum *= factor;
+        }
+    }
+
+    fn add(&mut self, weight: f64, x: f64, y: f64) {
+        self.weight += weight;
+        self.x += weight * x;
+        self.y += weight * y;
+        self.xx += weight * x * x;
+        self.xy += weight * x * y;
+    }
+
+    /// The line through what was seen and through the prior, which counts as one observation at
+    /// each end of its reach.
+    fn line(&self, prior: Prior) -> Prior {
+        let mut all = *self;
+        let half = PRIOR_WEIGHT / 2.0;
+        all.add(half, 0.0, prior.floor);
+        all.add(half, prior.reach, prior.floor + prior.slope * prior.reach);
+        let spread = all.weight * all.xx - all.x * all.x;
+        let slope = match spread > 0.0 {
+            true => (all.weight * all.xy - all.x * all.y) / spread,
+            false => prior.slope,
+        };
+        // Neither work nor a step is ever free.
+        let slope = slope.max(prior.slope * 1e-3);
+        let floor = ((all.y - slope * all.x) / all.weight).max(prior.floor * 1e-3);
+        Prior { floor, slope, reach: prior.reach }
+    }
+}
+
+/// What was seen of one endpoint, or of all.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    prefill: Sums,
+    step: Sums,
+    outputs: (f64, f64),
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Book {
+    generation: u32,
+    seen: Seen,
+    speed: Speed,
+}
+
+/// The circumstances of one request, noted while it is in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Circumstances {
+    /// Uncached prompt tokens that the endpoint had to compute until the first token, those of
+    /// requests ahead included. `None`: it had more to do than that (a queue, a full cache), or
+    /// it is not known.
+    pub prefill_tokens: Option<f64>,
+    /// Context tokens in flight there at the first token.
+    pub context_tokens: f64,
+}
+
+/// Speeds of all endpoints.
+#[derive(Debug, Default)]
+pub struct Learner {
+    fleet: Book,
+    books: Vec<Book>,
+}
+
+impl Learner {
+    /// What is believed about an endpoint.
+    pub fn speed(&self, id: EndpointId) -> Speed {
+        let book = self.books.get(usize::from(id.slot));
+        book.filter(|book| book.generation == id.generation).unwrap_or(&self.fleet).speed
+    }
+
+    /// What is believed about an endpoint that nobody has seen.
+    pub fn fleet(&self) -> Speed {
+        self.fleet.speed
+    }
+
+    /// A first token came after so many seconds.
+    pub fn first_token(&mut self, id: EndpointId, seen: &Circumstances, seconds: f64) {
+        let Some(tokens) = seen.prefill_tokens else { return };
+        self.each(id, |book, prior| {
+            let prior = Prior { slope: prior.prefill_per_token_s, ..PREFILL_PRIOR };
+            let line = book.prefill.line(prior);
+            let expected = line.floor + line.slope * tokens;
+            book.prefill.fade(fading());
+            book.prefill.add(1.0, tokens, seconds.clamp(0.0, expected * CLIP));
+        });
+    }
+
+    /// An answer of so many tokens took so many seconds from its first token to its last, with so
+    /// many context tokens in flight on average.
+    pub fn answer(&mut self, id: EndpointId, context_tokens: f64, seconds: f64, tokens: u32) {
+        self.each(id, |book, prior| {
+            book.outputs.0 = book.outputs.0 * fading() + 1.0;
+            book.outputs.1 = book.outputs.1 * fading() + f64::from(tokens);
+            if tokens < OUTPUT_TOKENS_MIN {
+                return;
+            }
+            let per_token = seconds / f64::from(tokens - 1);
+            let prior = Prior {
+                floor: prior.step_base_s,
+                slope: prior.step_per_token_s,
+                reach: STEP_PRIOR.reach,
+            };
+            let line = book.step.line(prior);
+            let expected = line.floor + line.slope * context_tokens;
+            book.step.fade(fading());
+            book.step.add(1.0, context_tokens, per_token.clamp(0.0, expected * CLIP));
+        });
+    }
+
+    /// The endpoint has left.
+    pub fn forget(&mut self, id: EndpointId) {
+        if let Some(book) = self.books.get_mut(usize::from(id.slot))
+            && book.generation == id.generation
+        {
+            *book = Book::default();
+        }
+    }
+
+    fn each(&mut self, id: EndpointId, change: impl Fn(&mut Seen, &Speed)) {
+        self.fleet.learn(&Speed::default(), &change);
+        let slot = usize::from(id.slot);
+        if self.books.len() <= slot {
+            self.books.resize(slot + 1, Book::default());
+        }
+        let book = &mut self.books[slot];
+        if book.generation != id.generation {
+            *book = Book { generation: id.generation, ..Book::default() };
+        }
+        book.learn(&self.fleet.speed, &change);
+    }
+}
+
+impl Book {
+    fn learn(&mut self, prior: &Speed, change: &impl Fn(&mut Seen, &Speed)) {
+        change(&mut self.seen, prior);
+        let prefill = Prior { slope: prior.prefill_per_token_s, ..PREFILL_PRIOR };
+        let step = Prior {
+            floor: prior.step_base_s,
+            slope: prior.step_per_token_s,
+            reach: STEP_PRIOR.reach,
+        };
+        let step = self.seen.step.line(step);
+        let (count, sum) = self.seen.outputs;
+        self.speed = Speed {
+            prefill_per_token_s: self.seen.prefill.line(prefill).slope,
+            step_base_s: step.floor,
+            step_per_token_s: step.slope,
+            output_tokens: (sum + PRIOR_WEIGHT * prior.output_tokens) / (count + PRIOR_WEIGHT),
+        };
+    }
+}
+
+fn fading() -> f64 {
+    0.5f64.powf(1.0 / HALF_LIFE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Rng;
+
+    fn id(slot: u16) -> EndpointId {
+        EndpointId { slot, generation: 0 }
+    }
+
+    /// An endpoint that is `factor` times as slow as the prior, with noise and a queue now and
+    /// then.
+    fn teach(learner: &mut Learner, slot: u16, factor: f64, requests: u32, rng: &mut Rng) {
+        for _ in 0..requests {
+            let tokens = if rng.below(5) == 0 { 7_000.0 } else { 200.0 } + rng.next_f64() * 300.0;
+            let queue = if rng.below(10) == 0 { 30.0 } else { 0.0 };
+            let first = 0.15 + factor * 50e-6 * tokens * (0.8 + 0.4 * rng.next_f64()) + queue;
+            let seen = Circumstances { prefill_tokens: Some(tokens), context_tokens: 0.0 };
+            learner.first_token(id(slot), &seen, first);
+            let context = 500_000.0 * rng.next_f64();
+            let step = factor * (0.02 + 50e-9 * context);
+            learner.answer(id(slot), context, step * 999.0, 1000);
+        }
+    }
+
+    #[test]
+    fn speeds_a_hundred_times_apart_are_learned_to_a_factor_of_two() {
+        for (slot, factor) in [(0, 0.1), (1, 1.0), (2, 10.0)] {
+            let (mut learner, mut rng) = (Learner::default(), Rng::seeded(u64::from(slot)));
+            teach(&mut learner, slot, factor, 200, &mut rng);
+            let speed = learner.speed(id(slot));
+            for (learned, truth) in [
+                (speed.prefill_per_token_s, 50e-6),
+                (speed.step_base_s, 0.02),
+                (speed.step_per_token_s, 50e-9),
+            ] {
+                let ratio = learned / (truth * factor);
+                assert!((0.5..2.0).contains(&ratio), "{factor}: {ratio} {speed:?}");
+            }
+            assert!((900.0..1000.0).contains(&speed.output_tokens));
+        }
+    }
+
+    #[test]
+    fn an_endpoint_of_which_little_is_known_takes_after_the_fleet() {
+        let (mut learner, mut rng) = (Learner::default(), Rng::seeded(3));
+        teach(&mut learner, 0, 10.0, 200, &mut rng);
+        assert_eq!(learner.speed(id(7)), learner.fleet());
+        learner.answer(id(1), 1000.0, 1.0, 20);
+        assert!(learner.speed(id(1)).step_base_s > 0.1);
+        learner.forget(id(0));
+        assert!(learner.fleet().step_base_s > 0.1);
+    }
+
+    #[test]
+    fn one_slow_endpoint_is_told_from_the_fast_ones() {
+        let (mut learner, mut rng) = (Learner::default(), Rng::seeded(4));
+        for _ in 0..40 {
+            teach(&mut learner, 0, 1.0, 5, &mut rng);
+            teach(&mut learner, 1, 3.0, 5, &mut rng);
+        }
+        let (fast, slow) = (learner.speed(id(0)), learner.speed(id(1)));
+        assert!(slow.step_base_s > 1.5 * fast.step_base_s, "{slow:?} {fast:?}");
+        assert!(slow.prefill_per_token_s > 1.5 * fast.prefill_per_token_s, "{slow:?} {fast:?}");
+    }
+
+    #[test]
+    fn nonsense_teaches_nothing_impossible() {
+        let mut learner = Learner::default();
+        let seen = Circumstances { prefill_tokens: Some(0.0), context_tokens: 0.0 };
+        for seconds in [f64::NAN, -1.0, 0.0, 1e300] {
+            learner.first_token(id(0), &seen, if seconds.is_nan() { 0.0 } else { seconds });
+            learner.answer(id(0), 0.0, if seconds.is_nan() { 0.0 } else { seconds }, 9);
+        }
+        let speed = learner.speed(id(0));
+        assert!(speed.prefill_per_token_s > 0.0 && speed.prefill_per_token_s.is_finite());
+        assert!(speed.step_base_s > 0.0 && speed.step_base_s.is_finite());
+    }
+}
