@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::blocks::BlockKey;
 use crate::cost::{Costed, Costs};
 use crate::decision::{Reason, ResponseEvent};
 use crate::event::KvEvent;
@@ -81,6 +82,8 @@ struct EndpointStream {
 struct InFlight {
     costed: Option<Costed>,
     expectation: Expectation,
+    /// The first blocks of the prompt, as many as any endpoint promised.
+    promised: Box<[BlockKey]>,
     /// What the next best endpoints would be held to.
     alternatives: Vec<Alternative>,
     speculations: Vec<SpeculationId>,
@@ -450,8 +453,20 @@ impl Brain {
             return;
         }
         let expectation = inflight.expectation;
-        let conclusion =
-            self.ledger.delivered(endpoint, &expectation, prompt_tokens, cached_tokens);
+        let missing = (cached_tokens / expectation.block_size.max(1)) as usize;
+        let lost = inflight
+            .promised
+            .get(missing)
+            .is_some_and(|key| self.index.may_have_lost(endpoint, *key, expectation.removals));
+        // An answer of one token ends before the events of its own step can arrive.
+        let early = completion_tokens <= 1 && expectation.concurrent;
+        let conclusion = self.ledger.delivered(
+            endpoint,
+            &expectation,
+            prompt_tokens,
+            cached_tokens,
+            lost || early,
+        );
         let input = match conclusion {
             None => return,
             Some(Conclusion::Drift) => {

@@ -10,7 +10,7 @@
 //! - A resident bit is set exactly while some engine hash of the endpoint with that key has at
 //!   least one copy in that tier; a copy ends with one removal.
 //! - `usage().bytes` counts capacities, not entries, and never exceeds `bytes_max` because of
-//!   blocks, speculations, history or pending events; the fixed part of endpoints (some hundred
+//!   blocks, speculations, history or pending events; the fixed part of endpoints (some 2,500
 //!   bytes each) comes on top when the budget is smaller than that.
 //! - Removing an endpoint costs its own blocks only and leaves nothing behind.
 //! - Nothing depends on the order of a randomly seeded map: the same calls give the same answers.
@@ -25,6 +25,7 @@ mod lookup;
 mod pending;
 #[cfg(test)]
 mod reference;
+mod removals;
 mod speculations;
 mod table;
 #[cfg(test)]
@@ -215,6 +216,17 @@ impl Index {
     /// Tokens per block of an endpoint, once its events told.
     pub fn block_size(&self, id: EndpointId) -> Option<u32> {
         self.endpoint(id).map(|endpoint| endpoint.block_size).filter(|&size| size > 0)
+    }
+
+    /// How many blocks an endpoint has lost: a mark for [`Index::may_have_lost`].
+    pub fn removals(&self, id: EndpointId) -> u64 {
+        self.endpoint(id).map_or(0, |endpoint| endpoint.removals.count())
+    }
+
+    /// Whether an endpoint may have lost a block since the mark was taken. It may seem so of a
+    /// few others; an endpoint that is gone has lost all.
+    pub fn may_have_lost(&self, id: EndpointId, key: BlockKey, mark: u64) -> bool {
+        self.endpoint(id).is_none_or(|endpoint| endpoint.removals.may_include(key.0, mark))
     }
 
     /// Notes that a prompt with these first blocks was routed to an endpoint. Of more than the

@@ -39,6 +39,8 @@ pub struct Expectation {
     /// Other requests of this router ran on the endpoint, or waited in it: between prediction and
     /// use, blocks may have been evicted.
     pub concurrent: bool,
+    /// How many blocks the endpoint had lost when this was expected.
+    pub removals: u64,
     /// The event stream is known to be incomplete: promises that are kept again and again show
     /// that it no longer is.
     pub incomplete: bool,
@@ -71,8 +73,10 @@ impl CacheSums {
 pub struct Verdicts {
     /// Delivered as promised, to the block.
     pub right: u64,
-    /// Delivered less.
+    /// Delivered less, and nothing explains it.
     pub below: u64,
+    /// Delivered less, because a promised block was evicted before the engine came to the request.
+    pub evicted: u64,
     /// Delivered more: blocks of concurrent requests, or events that are missing.
     pub above: u64,
     /// Not comparable: no promise was made.
@@ -195,15 +199,20 @@ impl Ledger {
         self.each(id, |account| account.verdicts.unreported += 1);
     }
 
-    /// The engine told what it delivered.
+    /// The engine told what it delivered. `evicted`: should that be less than was promised, the
+    /// first missing block has left the cache since.
     pub(crate) fn delivered(
         &mut self,
         id: EndpointId,
         expectation: &Expectation,
         prompt_tokens: u32,
         cached_tokens: u32,
+        evicted: bool,
     ) -> Option<Conclusion> {
-        let verdict = Verdict::of(expectation, prompt_tokens, cached_tokens);
+        let verdict = match Verdict::of(expectation, prompt_tokens, cached_tokens) {
+            Verdict::Below { .. } if evicted => Verdict::Evicted,
+            verdict => verdict,
+        };
         let differs =
             expectation.promised_tokens.is_some() && prompt_tokens != expectation.prompt_tokens;
         self.each(id, |account| {
@@ -284,7 +293,7 @@ impl Ledger {
                 None
             }
             // A prediction of nothing is no proof that the events are right.
-            Verdict::Right { .. } | Verdict::Above | Verdict::Unjudged => None,
+            Verdict::Right { .. } | Verdict::Above | Verdict::Evicted | Verdict::Unjudged => None,
         }
     }
 
@@ -307,6 +316,7 @@ enum Verdict {
     Below {
         nothing_of: u32,
     },
+    Evicted,
     Above,
     Unjudged,
 }
@@ -334,6 +344,7 @@ impl Verdict {
         match self {
             Verdict::Right { .. } => verdicts.right += 1,
             Verdict::Below { .. } => verdicts.below += 1,
+            Verdict::Evicted => verdicts.evicted += 1,
             Verdict::Above => verdicts.above += 1,
             Verdict::Unjudged => verdicts.unjudged += 1,
         }
@@ -360,6 +371,7 @@ mod tests {
             promised_tokens: Some(promised_tokens),
             block_size: 16,
             concurrent,
+            removals: 0,
             incomplete: false,
         }
     }
@@ -385,31 +397,44 @@ mod tests {
     #[test]
     fn one_emptied_cache_is_enough_small_misses_must_repeat() {
         let mut emptied = ledger();
-        assert_eq!(emptied.delivered(ID, &promise(160, false), 161, 0), Some(Conclusion::Drift));
+        assert_eq!(
+            emptied.delivered(ID, &promise(160, false), 161, 0, false),
+            Some(Conclusion::Drift)
+        );
         assert!(emptied.in_doubt(ID));
 
         let mut small = ledger();
-        let mut miss = || small.delivered(ID, &promise(32, false), 161, 16);
+        let mut miss = || small.delivered(ID, &promise(32, false), 161, 16, false);
         assert_eq!([miss(), miss(), miss()], [None, None, Some(Conclusion::Drift)]);
 
         let mut busy = ledger();
         for _ in 0..5 {
-            assert_eq!(busy.delivered(ID, &promise(32, true), 161, 16), None);
+            assert_eq!(busy.delivered(ID, &promise(32, true), 161, 16, false), None);
         }
-        assert_eq!(busy.delivered(ID, &promise(32, false), 161, 32), None);
-        assert_eq!(busy.delivered(ID, &promise(32, true), 161, 16), None);
+        assert_eq!(busy.delivered(ID, &promise(32, false), 161, 32, false), None);
+        assert_eq!(busy.delivered(ID, &promise(32, true), 161, 16, false), None);
         assert_eq!(busy.account(ID).verdicts.below, 6);
+    }
+
+    #[test]
+    fn what_was_evicted_meanwhile_is_no_evidence() {
+        let mut ledger = ledger();
+        for _ in 0..20 {
+            assert_eq!(ledger.delivered(ID, &promise(160, false), 161, 0, true), None);
+        }
+        let verdicts = ledger.account(ID).verdicts;
+        assert_eq!((verdicts.evicted, verdicts.below, verdicts.drifts), (20, 0, 0));
     }
 
     #[test]
     fn agreement_needs_promises_that_are_kept() {
         let mut ledger = ledger();
-        ledger.delivered(ID, &promise(160, false), 161, 0);
+        ledger.delivered(ID, &promise(160, false), 161, 0, false);
         for _ in 0..10 {
-            assert_eq!(ledger.delivered(ID, &promise(0, false), 161, 0), None);
+            assert_eq!(ledger.delivered(ID, &promise(0, false), 161, 0, false), None);
         }
         let kept: Vec<_> =
-            (0..5).map(|_| ledger.delivered(ID, &promise(32, false), 161, 32)).collect();
+            (0..5).map(|_| ledger.delivered(ID, &promise(32, false), 161, 32, false)).collect();
         assert_eq!(kept, [None, None, None, None, Some(Conclusion::Agrees)]);
         assert!(!ledger.in_doubt(ID));
     }
@@ -419,10 +444,10 @@ mod tests {
         let mut ledger = ledger();
         let incomplete = Expectation { incomplete: true, ..promise(32, false) };
         for cached in [32, 32, 32, 48, 32, 32, 32, 32] {
-            assert_eq!(ledger.delivered(ID, &incomplete, 161, cached), None);
+            assert_eq!(ledger.delivered(ID, &incomplete, 161, cached, false), None);
         }
-        assert_eq!(ledger.delivered(ID, &incomplete, 161, 32), Some(Conclusion::Agrees));
-        assert_eq!(ledger.delivered(ID, &incomplete, 161, 32), None);
+        assert_eq!(ledger.delivered(ID, &incomplete, 161, 32, false), Some(Conclusion::Agrees));
+        assert_eq!(ledger.delivered(ID, &incomplete, 161, 32, false), None);
     }
 
     #[test]
@@ -430,14 +455,14 @@ mod tests {
         let mut ledger = ledger();
         let mut misses = Vec::new();
         for miss in 0..32 {
-            if ledger.delivered(ID, &promise(160, false), 161, 0).is_some() {
+            if ledger.delivered(ID, &promise(160, false), 161, 0, false).is_some() {
                 misses.push(miss);
                 ledger.settled(ID);
             }
         }
         assert_eq!(misses, [0, 2, 6, 14, 30]);
-        ledger.delivered(ID, &promise(160, false), 161, 160);
-        let again = ledger.delivered(ID, &promise(160, false), 161, 0);
+        ledger.delivered(ID, &promise(160, false), 161, 160, false);
+        let again = ledger.delivered(ID, &promise(160, false), 161, 0, false);
         assert_eq!(again, Some(Conclusion::Drift));
     }
 
@@ -446,7 +471,7 @@ mod tests {
         let mut ledger = ledger();
         ledger.decided(ID, &promise(32, false));
         ledger.decided(ID, &promise(160, false));
-        ledger.delivered(ID, &promise(32, false), 161, 32);
+        ledger.delivered(ID, &promise(32, false), 161, 32, false);
         ledger.unreported(ID);
         let account = ledger.account(ID);
         assert_eq!(account.decided.requests, 2);
@@ -458,6 +483,6 @@ mod tests {
         ledger.close(ID);
         assert_eq!(ledger.account(ID), Account::default());
         assert_eq!(*ledger.total(), account);
-        assert_eq!(ledger.delivered(ID, &promise(160, false), 161, 0), None);
+        assert_eq!(ledger.delivered(ID, &promise(160, false), 161, 0, false), None);
     }
 }

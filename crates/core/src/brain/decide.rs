@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::{Alternative, Brain, InFlight};
-use crate::blocks::{Chain, TokenSpace};
+use crate::blocks::{BlockKey, Chain, TokenSpace};
 use crate::cost::Costing;
 use crate::decision::{
     Candidate, Decision, DecisionRecord, LoadRecord, Mode, NoEndpoints, Reason, Reject, Request,
@@ -242,6 +242,7 @@ impl Brain {
             })
             .collect();
         // There is at least one candidate, and the picker orders all of them.
+        let promised = self.promised(request, considered, &options);
         let chosen = options.remove(0);
         self.ledger.decided(chosen.endpoint, &chosen.expectation);
         let response_headers = self.tell_plugins(now, request, chosen.endpoint);
@@ -259,6 +260,7 @@ impl Brain {
         let costed = row.and_then(|row| self.costs.begin(now, row, request, self.known(row).spec));
         let inflight = InFlight {
             costed,
+            promised,
             expectation: chosen.expectation,
             alternatives: options,
             speculations,
@@ -281,9 +283,28 @@ impl Brain {
                 .promised_tokens
                 .filter(|_| request.prompts.len() == 1 && !request.skips_cache),
             block_size: known.hit.block_size,
+            removals: self.index.removals(row.id),
             incomplete: known.reason == Reason::StreamSuspect,
             concurrent: row.inflight.requests > 0 || row.signals.is_some_and(|s| s.waiting > 0),
         }
+    }
+
+    /// The blocks of the prompt that any of the options promises: to tell an eviction from a lie.
+    /// Of options whose blocks differ in size, those of the chosen one's size.
+    fn promised(
+        &self,
+        request: &Request<'_>,
+        considered: &[Row],
+        options: &[Alternative],
+    ) -> Box<[BlockKey]> {
+        let chosen = options.first().map(|option| option.endpoint);
+        let row = considered.iter().find(|row| Some(row.id) == chosen);
+        let spec = row.and_then(|row| self.known(row).spec);
+        let (Some(spec), [prompt]) = (spec, request.prompts) else { return Box::default() };
+        let tokens = options.iter().filter_map(|option| option.expectation.promised_tokens).max();
+        let blocks = (tokens.unwrap_or(0) / spec.block_size.max(1)) as usize;
+        let keys = prompt.get(spec).map_or(&[][..], |chain| &chain.keys);
+        keys[..blocks.min(keys.len())].into()
     }
 
     fn tell_plugins(

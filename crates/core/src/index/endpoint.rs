@@ -6,6 +6,7 @@ use super::SkipReason;
 use super::history::History;
 use super::holders::{Blocks, Holder};
 use super::pending::Pending;
+use super::removals::Removals;
 use super::speculations::SpeculationId;
 use super::table::{Cell, Table, btree_bytes};
 use crate::blocks::BlockKey;
@@ -96,6 +97,7 @@ pub(super) struct Endpoint {
     /// Key to engine hash, once there is a group beside the indexed one.
     hashes: Table<HashOf>,
     pub by_tier: [u32; 4],
+    pub removals: Removals,
     pub pending: Pending,
     pub history: History,
     pub speculations: Vec<SpeculationId>,
@@ -115,6 +117,7 @@ impl Endpoint {
             aliases: BTreeMap::new(),
             hashes: Table::new(),
             by_tier: [0; 4],
+            removals: Removals::new(),
             pending: Pending::new(),
             history: History::new(),
             speculations: Vec::new(),
@@ -273,6 +276,7 @@ impl Endpoint {
         let Some(named) = self.names.get_mut(hash) else { return };
         let key = named.key;
         if named.tiers == bit {
+            self.removals.note(key);
             self.names.remove(hash);
             if self.hashes.get(key).is_some_and(|of| of.hash == hash) {
                 self.hashes.remove(key);
@@ -337,6 +341,7 @@ impl Endpoint {
         for (_, named) in std::mem::replace(&mut self.names, Table::new()).iter() {
             blocks.unset(named.key, self.slot, named.tiers);
         }
+        self.removals.note_all();
         self.copies.clear();
         self.aliases.clear();
         self.hashes = Table::new();
