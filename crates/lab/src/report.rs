@@ -1,6 +1,6 @@
 //! What does a run look like to a reader? `summary.json`, `report.md` and `report.html`.
 //!
-//! Tables are made once ([`tables`]) and written twice; plots stand in the HTML only.
+//! Tables are made once, in `tables.rs`, and written twice; plots stand in the HTML only.
 
 mod html;
 mod markdown;

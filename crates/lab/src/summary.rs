@@ -10,7 +10,7 @@ mod aggregate;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-pub use crate::record::Lag;
+use crate::record::Lag;
 use crate::scenario::Published;
 
 /// A run over HTTP is invalid when the 99th percentile of its schedule lag is above this.

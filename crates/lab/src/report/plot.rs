@@ -149,10 +149,10 @@ impl Scale {
     }
 }
 
-/// 1, 2 or 5 times a power of ten, at least this.
+/// 1, 2, 2.5 or 5 times a power of ten, at least this.
 fn round_step(least: f64) -> f64 {
     let power = 10f64.powi(least.log10().floor() as i32);
-    let steps = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
+    let steps = [1.0, 2.0, 2.5, 5.0, 10.0].map(|factor| factor * power);
     steps.into_iter().find(|step| *step >= least * (1.0 - 1e-9)).unwrap_or(10.0 * power)
 }
 
@@ -425,16 +425,23 @@ pub(super) fn class(colour: usize) -> String {
     }
 }
 
+/// A line through points, broken where there is none; a lonely point is a dot.
 fn path(points: impl Iterator<Item = Option<(f64, f64)>>) -> String {
     let mut path = String::new();
-    let mut joined = false;
-    for point in points {
-        let Some((x, y)) = point else {
-            joined = false;
-            continue;
+    let mut length = 0;
+    for point in points.chain([None]) {
+        length = match point {
+            Some((x, y)) => {
+                let _ = write!(path, "{}{x:.1} {y:.1}", if length == 0 { "M" } else { "L" });
+                length + 1
+            }
+            None => {
+                if length == 1 {
+                    path.push_str("h0");
+                }
+                0
+            }
         };
-        let _ = write!(path, "{}{x:.1} {y:.1}", if joined { "L" } else { "M" });
-        joined = true;
     }
     path
 }
@@ -463,7 +470,7 @@ mod tests {
             (&[3.0, 47.0], &[0.0, 10.0, 20.0, 30.0, 40.0, 50.0]),
             (&[], &[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
             (&[f64::NAN, f64::INFINITY, 0.0], &[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-            (&[9000.0, 10_500.0], &[0.0, 5000.0, 10_000.0, 15_000.0]),
+            (&[9000.0, 10_500.0], &[0.0, 2500.0, 5000.0, 7500.0, 10_000.0, 12_500.0]),
         ];
         for (values, expected) in cases {
             let (scale, ticks) = scale(&Axis::default(), values);
@@ -489,6 +496,6 @@ mod tests {
     #[test]
     fn a_line_breaks_where_nothing_is_known() {
         let points = [Some((0.0, 1.0)), Some((1.0, 2.0)), None, Some((3.0, 4.0))];
-        assert_eq!(path(points.into_iter()), "M0.0 1.0L1.0 2.0M3.0 4.0");
+        assert_eq!(path(points.into_iter()), "M0.0 1.0L1.0 2.0M3.0 4.0h0");
     }
 }

@@ -301,8 +301,8 @@ pub(super) fn losses(report: &Report) -> Option<Table> {
     let mut head = vec!["stage", "rate/s"];
     head.extend(runs.iter().map(|run| run.name.as_str()));
     let note = format!(
-        "Share of requests refused at the client's limit of {} in flight / rejected by the router \
-         / failed. Figures aggregated as published are of the others only: where requests are \
+        "Requests refused at the client's limit of {} in flight, rejected by the router, or \
+         failed. Figures aggregated as published are of the others only: where requests are \
          refused, a stage is a burst up to the limit and its drain, not a steady state at its \
          rate, and its TTFT says nothing of those that got no answer.",
         grouped(f64::from(report.about.in_flight_max), 0)
@@ -318,10 +318,17 @@ pub(super) fn losses(report: &Report) -> Option<Table> {
         let mut row = vec![(at + 1).to_string(), rate(of_stage)];
         row.extend(of_runs.iter().map(|losses| match losses {
             Some(losses) => {
-                let share =
-                    |part: u64| Shown::Percent.text(part as f64 / losses.requests.max(1) as f64);
-                let [a, b, c] = [losses.refused, losses.rejected, losses.failed].map(share);
-                format!("{a}% / {b}% / {c}%")
+                let share = |(part, how): (u64, &str)| {
+                    let share = part as f64 / losses.requests.max(1) as f64;
+                    (part > 0).then(|| format!("{}% {how}", Shown::Percent.text(share)))
+                };
+                let kinds = [
+                    (losses.refused, "refused"),
+                    (losses.rejected, "rejected"),
+                    (losses.failed, "failed"),
+                ];
+                let shares: Vec<String> = kinds.into_iter().filter_map(share).collect();
+                if shares.is_empty() { "none".to_owned() } else { shares.join(", ") }
             }
             None => String::new(),
         }));
@@ -347,10 +354,13 @@ fn with_range(shown: Shown, mean: f64, seeds: impl Iterator<Item = f64>) -> Stri
 }
 
 fn beside(shown: Shown, here: f64, published: f64, seeds: impl Iterator<Item = f64>) -> String {
-    let (low, high) = seeds.fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
-    let within = low < high && (low..=high).contains(&published);
+    let seeds: Vec<f64> = seeds.collect();
+    let within = seeds.len() > 1
+        && seeds.iter().any(|&seed| seed <= published)
+        && seeds.iter().any(|&seed| seed >= published);
     let error = match relative(here, published) {
-        Some(percent) => format!(" ({percent:+.1}%)"),
+        // Adding 0 turns a rounded -0 into 0.
+        Some(percent) => format!(" ({:+.1}%)", (percent * 10.0).round() / 10.0 + 0.0),
         None => String::new(),
     };
     let mark = if within { " *" } else { "" };

@@ -227,7 +227,7 @@ fn the_tables_have_a_row_for_each_run_stage_and_figure() {
     assert_eq!(tables.len(), 6 + 4 - 1);
     assert!(markdown.contains("refused at the client's limit of 300 in flight"));
     // 299 of 1,200 at 60 requests per second.
-    assert!(markdown.contains("24.9% / 0.0% / 0.0%"));
+    assert!(markdown.contains("| 24.9% refused |"));
 }
 
 #[test]
