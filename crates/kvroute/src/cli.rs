@@ -134,6 +134,11 @@ pub struct Serve {
     /// Seed of tie-breaks.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+
+    /// Record all that decides to a new file, to be replayed later. It holds token ids of prompts:
+    /// keep it as you keep prompts.
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
 }
 
 /// `kvroute engine`.

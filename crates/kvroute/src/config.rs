@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
 use kvroute_core::plan::{Plan, PlanError};
-use kvroute_router::{EndpointFlag, EventsSource, RouterConfig, TlsFiles, Tokenizers};
+use kvroute_router::{EndpointFlag, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_wire::yaml::YamlError;
 use kvroute_wire::yaml_place;
@@ -40,10 +40,15 @@ pub fn load_text(text: &str, file: &str) -> anyhow::Result<Plan> {
 /// # Errors
 /// The file cannot be read, or is wrong.
 pub fn load(path: Option<&Path>) -> anyhow::Result<Plan> {
-    let Some(path) = path else { return Ok(Plan::precise()) };
+    load_with_text(path).map(|(plan, _)| plan)
+}
+
+/// The same, with the text that it was read from; empty for the built-in one.
+fn load_with_text(path: Option<&Path>) -> anyhow::Result<(Plan, String)> {
+    let Some(path) = path else { return Ok((Plan::precise(), String::new())) };
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
-    load_text(&text, &name)
+    Ok((load_text(&text, &name)?, text))
 }
 
 /// What `kvroute serve` was told, resolved.
@@ -54,7 +59,8 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     if args.endpoints.is_empty() && args.endpoints_file.is_none() {
         bail!("no endpoints: give --endpoint URL (once for each engine) or --endpoints-file FILE");
     }
-    let plan = load(args.config.as_deref())?;
+    let (plan, config) = load_with_text(args.config.as_deref())?;
+    let record = args.record.clone().map(|file| Record { file, config });
     let endpoints = args
         .endpoints
         .iter()
@@ -67,6 +73,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     Ok(RouterConfig {
         tokenizers: tokenizers(&args.tokenizers, &options)?,
         plan,
+        record,
         seed: args.seed,
         http: args.http,
         admin: args.admin,

@@ -5,5 +5,6 @@ pub mod config;
 pub mod demo;
 pub mod engine;
 pub mod fit;
+pub mod recording;
 pub mod replay;
 pub mod serve;

@@ -34,6 +34,18 @@ pub struct RouterConfig {
     pub default_model: Option<String>,
     /// Serve clients over TLS.
     pub tls: Option<TlsFiles>,
+    /// Record everything that decides, for a replay.
+    pub record: Option<Record>,
+}
+
+/// A recording of all that the core hears and decides; see `kvroute_core::journal`. It holds no
+/// text of prompts, but their token ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// A new file; one that exists is refused.
+    pub file: PathBuf,
+    /// Text of the configuration that the plan was built from; empty: the built-in one.
+    pub config: String,
 }
 
 /// Where an endpoint publishes its KV events.

@@ -20,6 +20,7 @@ mod metrics;
 mod observe;
 mod patient;
 mod proxy;
+mod recorder;
 mod route;
 mod scrape;
 mod shared;
@@ -43,7 +44,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 pub use config::{
-    EndpointFlag, EndpointFlagError, EventsSource, RouterConfig, TlsFiles, Tokenizers,
+    EndpointFlag, EndpointFlagError, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers,
 };
 use discover::{Discovery, FileSource, NameSource, Source};
 use shared::{Phase, Shared};
@@ -70,6 +71,14 @@ pub enum StartError {
     /// The certificate or key cannot be used.
     #[error("cannot serve TLS: {0}")]
     Tls(String),
+    /// The recording's file cannot be created.
+    #[error("cannot record to {file}: {error}; name a new file in a folder that exists")]
+    Record {
+        /// The file.
+        file: String,
+        /// What the system says.
+        error: io::Error,
+    },
 }
 
 /// A running router. Dropping it stops everything at once; [`RouterHandle::shutdown`] drains.
@@ -100,7 +109,7 @@ pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
     let (admin, admin_addr) = listen(config.admin).await?;
     let (scraper, added) = mpsc::unbounded_channel();
     let (phase, phase_seen) = watch::channel(Phase::Serving);
-    let shared = Arc::new(share(config, phase, scraper));
+    let shared = Arc::new(share(config, phase, scraper)?);
 
     let mut tasks = vec![tokio::spawn(scrape::run(Arc::clone(&shared), added))];
     let mut discovery = Discovery::new(Arc::clone(&shared), sources);
@@ -117,20 +126,26 @@ fn share(
     config: RouterConfig,
     phase: watch::Sender<Phase>,
     scraper: mpsc::UnboundedSender<Arc<upstream::Upstream>>,
-) -> Shared {
+) -> Result<Shared, StartError> {
     let settings = config.plan.settings.clone();
+    let metrics = metrics::Metrics::new(settings.label_values_max);
+    let recorder = record(&config, &metrics)?;
     let room = match settings.tokenize_concurrency_max {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n as usize,
     };
-    Shared {
-        clock: clock::Clock::start(),
-        wants_events: config.plan.reads_events(),
-        tokens: config.plan.tokens,
-        scheduling_headers: config.plan.headers.clone(),
-        brain: Mutex::new(Brain::new(config.plan, config.seed)),
+    let clock = clock::Clock::start();
+    let mut brain = Brain::new(config.plan, config.seed);
+    brain.set_recorder(recorder.as_ref().map(recorder::Recorder::hook));
+    Ok(Shared {
+        clock,
+        wants_events: brain.plan().reads_events(),
+        tokens: brain.plan().tokens,
+        scheduling_headers: brain.plan().headers.clone(),
+        brain: Mutex::new(brain),
+        recorder,
         upstreams: upstream::Upstreams::default(),
-        metrics: metrics::Metrics::new(settings.label_values_max),
+        metrics,
         decisions: decisions::Decisions::new(settings.decisions_bytes_max),
         tokenizers: config.tokenizers,
         default_model: config.default_model,
@@ -142,7 +157,21 @@ fn share(
         inflight: AtomicU32::new(0),
         scraper,
         settings,
-    }
+    })
+}
+
+fn record(
+    config: &RouterConfig,
+    metrics: &metrics::Metrics,
+) -> Result<Option<recorder::Recorder>, StartError> {
+    let Some(record) = &config.record else { return Ok(None) };
+    let limits = recorder::RecorderLimits {
+        file_bytes_max: config.plan.settings.recording_bytes_max,
+        queue_bytes_max: config.plan.settings.recording_queue_bytes_max,
+    };
+    let started = recorder::Recorder::start(record, config.seed, limits, metrics);
+    let file = || record.file.display().to_string();
+    started.map(Some).map_err(|error| StartError::Record { file: file(), error })
 }
 
 async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
@@ -188,7 +217,8 @@ impl RouterHandle {
     }
 
     /// Stops: not ready at once, no new connections, requests in flight have `drain` to finish
-    /// before they are broken off. Returns whether all of them finished.
+    /// before they are broken off. A recording is complete afterwards. Returns whether all of
+    /// them finished.
     pub async fn shutdown(mut self, drain: Duration) -> bool {
         self.shared.phase.send_replace(Phase::Draining);
         info!(inflight = self.inflight(), "Draining.");
@@ -201,6 +231,12 @@ impl RouterHandle {
             let _ = tokio::time::timeout(Duration::from_secs(1), &mut proxy).await;
             proxy.abort();
         }
+        let shared = Arc::clone(&self.shared);
+        let written = tokio::task::spawn_blocking(move || {
+            shared.recorder.iter().for_each(recorder::Recorder::finish);
+        });
+        // It fails only when the runtime is going down.
+        let _ = written.await;
         finished
     }
 
@@ -213,6 +249,7 @@ impl RouterHandle {
 impl Drop for RouterHandle {
     fn drop(&mut self) {
         self.shared.phase.send_replace(Phase::Stopped);
+        self.shared.recorder.iter().for_each(recorder::Recorder::close);
         self.tasks.iter().chain(self.proxy.as_ref()).for_each(JoinHandle::abort);
     }
 }

@@ -16,6 +16,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::recorder::RecorderMetrics;
+
 /// States of an event stream, as `kvroute_stream_state` names them.
 pub(crate) const STREAM_STATES: [&str; 4] = ["initial", "live", "replaying", "suspect"];
 
@@ -114,6 +116,7 @@ pub(crate) struct Metrics {
     pub engine_running: Family<EndpointLabel, Gauge>,
     pub engine_kv_usage: Family<EndpointLabel, GaugeF64>,
     pub discovery_errors: Family<ReasonLabel, Counter>,
+    pub recording: RecorderMetrics,
     scrapes: Family<EndpointLabel, Counter>,
     scrape_failures: Family<EndpointLabel, Counter>,
     stream_reconnects: Family<EndpointLabel, Counter>,
@@ -172,6 +175,11 @@ impl Metrics {
             engine_running: Family::default(),
             engine_kv_usage: Family::default(),
             discovery_errors: Family::default(),
+            recording: RecorderMetrics {
+                active: Gauge::default(),
+                bytes: Counter::default(),
+                cuts: Family::default(),
+            },
             scrapes: Family::default(),
             scrape_failures: Family::default(),
             stream_reconnects: Family::default(),
@@ -184,6 +192,7 @@ impl Metrics {
         };
         metrics.register_requests();
         metrics.register_knowledge();
+        metrics.register_recording();
         metrics
     }
 
@@ -283,6 +292,15 @@ impl Metrics {
             "Looks at a source of endpoints that failed; the endpoints stay as they were",
             self.discovery_errors.clone(),
         );
+    }
+
+    fn register_recording(&mut self) {
+        let (r, recording) = (&mut self.registry, &self.recording);
+        r.register("recording_active", "1 while a recording goes on", recording.active.clone());
+        let bytes = recording.bytes.clone();
+        r.register_with_unit("recording", "Bytes of the recording", Unit::Bytes, bytes);
+        let help = "Recordings that ended before the router did, by reason";
+        r.register("recording_cuts", help, recording.cuts.clone());
     }
 
     /// Handles for one endpoint.

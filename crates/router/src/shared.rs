@@ -17,6 +17,7 @@ use crate::config::Tokenizers;
 use crate::decisions::Decisions;
 use crate::error::RouteError;
 use crate::metrics::{EndpointReason, Metrics};
+use crate::recorder::Recorder;
 use crate::upstream::{PoolLimits, Upstream, Upstreams};
 
 /// How far a router is from its end.
@@ -36,6 +37,8 @@ pub(crate) struct Shared {
     pub clock: Clock,
     /// Held for one decision, one event batch or one scrape at a time, never over an await.
     pub brain: Mutex<Brain>,
+    /// Writes down what the brain hears.
+    pub recorder: Option<Recorder>,
     pub upstreams: Upstreams,
     pub metrics: Metrics,
     pub decisions: Decisions,

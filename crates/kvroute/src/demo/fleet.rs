@@ -67,6 +67,7 @@ impl Fleet {
             tokenizers: Tokenizers { default: Some(tokenizer.clone()), ..Tokenizers::default() },
             default_model: None,
             tls: None,
+            record: None,
         };
         Ok(kvroute_router::start(config).await?)
     }

@@ -51,6 +51,7 @@ pub fn config(plan: Plan, flags: &[String]) -> RouterConfig {
         tokenizers: Tokenizers { default: Some(Tokenizer::demo()), ..Tokenizers::default() },
         default_model: None,
         tls: None,
+        record: None,
     }
 }
 

@@ -340,6 +340,7 @@ pub fn config(endpoints: &[SocketAddr], settings: Settings) -> RouterConfig {
         tokenizers: Tokenizers::default(),
         default_model: None,
         tls: None,
+        record: None,
     }
 }
 
