@@ -235,6 +235,12 @@ impl Brain {
         self.stream(id).map(|entry| entry.stream.state())
     }
 
+    /// Number of the last batch of an endpoint's events that was applied; `None` before the first
+    /// one, and once it has left.
+    pub fn stream_last_seq(&self, id: EndpointId) -> Option<u64> {
+        self.stream(id)?.stream.last_seq()
+    }
+
     /// Counts about an endpoint's event stream; `None` once it has left.
     pub fn stream_counters(&self, id: EndpointId) -> Option<&StreamCounters> {
         self.stream(id).map(|entry| entry.stream.counters())

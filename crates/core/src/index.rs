@@ -31,6 +31,8 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 pub use applied::{Applied, SkipReason};
@@ -39,6 +41,7 @@ pub use lookup::{Hit, Hits, TierWeights};
 pub use speculations::SpeculationId;
 
 use crate::blocks::{BlockKey, Chain};
+use crate::event::{EngineHash, Tier};
 use crate::{EndpointId, Time};
 use budget::Class;
 use endpoint::Endpoint;
@@ -343,6 +346,15 @@ impl Index {
             pending: endpoints().map(|endpoint| endpoint.pending.blocks() as usize).sum(),
             evicted: self.evicted,
         }
+    }
+
+    /// What an endpoint's engine holds as far as it told: copies by engine hash and tier, pending
+    /// blocks left out. For comparison with the engine itself. Cost: its blocks.
+    pub fn resident_copies(&self, id: EndpointId) -> BTreeMap<(EngineHash, Tier), u32> {
+        let Some(endpoint) = self.endpoint(id) else { return BTreeMap::new() };
+        let tier_of = |bit: u8| Tier::ALL.into_iter().find(|tier| Holder::tier(*tier) == bit);
+        let copies = endpoint.copies_by_hash().into_iter();
+        copies.filter_map(|((hash, bit), n)| Some(((EngineHash(hash), tier_of(bit)?), n))).collect()
     }
 
     /// Numbers about one endpoint; all zero when it is not known.

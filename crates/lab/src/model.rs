@@ -19,7 +19,7 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -523,6 +523,11 @@ impl EngineModel {
     /// Statistics as of the end of the last step.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// What the prefix cache holds now: how many blocks have each name.
+    pub fn cached_names(&self) -> BTreeMap<EngineHash, u32> {
+        self.pool.names()
     }
 
     /// How many leading tokens of this prompt the cache holds now, as a request would find them.

@@ -423,7 +423,6 @@ impl Endpoint {
     }
 
     /// Engine hashes with their copies per tier, sorted.
-    #[cfg(test)]
     pub fn copies_by_hash(&self) -> BTreeMap<(u64, u8), u32> {
         let mut all = BTreeMap::new();
         for (hash, named) in self.names.iter() {

@@ -6,6 +6,7 @@
 //! to the tail, so cached content lives as long as possible. The same name may sit in several
 //! blocks at once; lookups return the one that was named first.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
 
 use kvroute_core::event::EngineHash;
@@ -147,6 +148,15 @@ impl BlockPool {
         self.named.clear();
         self.blocks.iter_mut().for_each(|block| block.name = None);
         true
+    }
+
+    /// Names, and how many blocks have each.
+    pub(super) fn names(&self) -> BTreeMap<EngineHash, u32> {
+        let mut names = BTreeMap::new();
+        for name in self.blocks.iter().filter_map(|block| block.name) {
+            *names.entry(name).or_insert(0) += 1;
+        }
+        names
     }
 
     /// How many blocks have a name.
