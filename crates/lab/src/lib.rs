@@ -5,6 +5,7 @@
 //! asks it over HTTP and measures. Either way a run is [`record`]ed, [`summary`] makes figures of
 //! records and [`report`] shows them.
 
+pub mod chaos;
 pub mod engine;
 pub mod fit;
 pub mod load;

@@ -1,0 +1,72 @@
+//! What has the router been told about one endpoint's cache, and how far may it believe that?
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kvroute_core::event::EventBatch;
+
+/// The books about one endpoint's stream, kept beside the core's own.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    /// The processes that batches of each number came from.
+    delivered: BTreeMap<u64, BTreeSet<u64>>,
+    /// The process of the last batch that was applied as it came.
+    run: Option<u64>,
+    /// Two processes in one: a restart that no number shows. Possible without a replay socket, and
+    /// documented there.
+    pub mixed: bool,
+    /// Trusted again because predictions were right in a row, not because it is complete.
+    pub believed: bool,
+    /// The cache was emptied through the router, and no batch has come since.
+    pub reset_claimed: bool,
+    /// Counters when they were last looked at.
+    pub last: Counted,
+}
+
+/// Counters of the core that say how knowledge came about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    pub resets: u64,
+    pub cleared: u64,
+    pub agreements: u64,
+    pub applied: u64,
+}
+
+impl Heard {
+    /// A batch is about to be told.
+    pub fn delivers(&mut self, run: u64, seq: u64) {
+        self.delivered.entry(seq).or_default().insert(run);
+    }
+
+    /// Processes that a batch of this number came from.
+    pub fn runs(&self, seq: u64) -> impl Iterator<Item = u64> + '_ {
+        self.delivered.get(&seq).into_iter().flatten().copied()
+    }
+
+    /// Compares the core's counters with those of the last look.
+    pub fn counted(&mut self, now: Counted) {
+        if now.resets != self.last.resets || now.cleared != self.last.cleared {
+            (self.mixed, self.believed) = (false, false);
+        }
+        self.believed |= now.agreements != self.last.agreements;
+        self.last = now;
+    }
+
+    /// A live batch has been told; `before` are the counters before. Whether a restart went
+    /// unnoticed by it.
+    pub fn told(&mut self, run: u64, batch_cleared: bool, before: Counted, now: Counted) -> bool {
+        self.counted(now);
+        self.reset_claimed = false;
+        if now.applied == before.applied {
+            return false;
+        }
+        let other = self.run.replace(run).is_some_and(|known| known != run);
+        let mixed = other && now.resets == before.resets && !batch_cleared;
+        self.mixed |= mixed;
+        mixed
+    }
+}
+
+/// Whether a batch empties the cache.
+pub(super) fn clears(batch: &EventBatch) -> bool {
+    batch.events.contains(&kvroute_core::event::KvEvent::Cleared)
+}
