@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::blocks::BlockKey;
 use crate::cost::{Costed, Costs};
 use crate::decision::{Reason, ResponseEvent};
-use crate::event::KvEvent;
+use crate::event::{EventBatch, KvEvent};
 use crate::fleet::{EndpointId, EndpointSpec, Fleet, FleetError, RootKind, ServedModel};
 use crate::fleet::{EngineMetrics, Name};
 use crate::index::{Applied, Index, SpeculationId};
@@ -73,8 +73,28 @@ struct EndpointStream {
     generation: u32,
     stream: Stream,
     applied: Applied,
-    /// A cache reset was seen, and the engine has not published anything since.
-    reset_claimed: bool,
+    reset: ResetClaim,
+}
+
+/// A reset of an endpoint's cache that passed through the router: did it happen?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ResetClaim {
+    /// There was none, or what is known no longer depends on it.
+    None,
+    /// What was known is forgotten, and no batch has been applied since.
+    Open,
+    /// A batch was applied that says nothing of it: what was forgotten is there still.
+    Refused,
+}
+
+impl ResetClaim {
+    /// After a reset the engine's first batch says `Cleared`.
+    fn applies(&mut self, batch: &EventBatch) {
+        if *self != ResetClaim::None {
+            let cleared = batch.events.contains(&KvEvent::Cleared);
+            *self = if cleared { ResetClaim::None } else { ResetClaim::Refused };
+        }
+    }
 }
 
 /// What is remembered with a ticket.
@@ -294,7 +314,7 @@ impl Brain {
             generation,
             stream,
             applied: Applied::default(),
-            reset_claimed: false,
+            reset: ResetClaim::None,
         });
         self.collect_specs();
         Ok(id)
@@ -359,7 +379,7 @@ impl Brain {
             self.index.remove_endpoint(id);
             self.index.add_endpoint(id);
             if let Some(Some(entry)) = self.streams.get_mut(usize::from(id.slot)) {
-                entry.reset_claimed = true;
+                entry.reset = ResetClaim::Open;
             }
         }
     }
@@ -379,23 +399,25 @@ impl Brain {
         let Some(entry) = entry.filter(|entry| entry.generation == id.generation) else {
             return StreamOrder::None;
         };
-        let refused = match &input {
-            StreamInput::Batch { batch, .. } => {
-                std::mem::take(&mut entry.reset_claimed)
-                    && !batch.events.contains(&KvEvent::Cleared)
-            }
-            _ => false,
-        };
-        let EndpointStream { stream, applied, .. } = entry;
+        let EndpointStream { stream, applied, reset, .. } = entry;
         let (index, ledger) = (&mut self.index, &mut self.ledger);
         let order = stream.on(now, input, &mut |effect| match effect {
             StreamEffect::Apply(batch) => {
+                reset.applies(batch);
                 batch.events.iter().for_each(|event| *applied += index.apply(id, event));
             }
-            StreamEffect::Reset => index.clear_resident(id),
+            StreamEffect::Reset => {
+                *reset = ResetClaim::None;
+                index.clear_resident(id);
+            }
         });
-        // A doubt of the ledger ends when the stream has cured it in another way.
         let state = stream.state();
+        // While a replay is under way, what comes next may tell otherwise.
+        let refused = *reset == ResetClaim::Refused && state != StreamState::Replaying;
+        if refused {
+            *reset = ResetClaim::None;
+        }
+        // A doubt of the ledger ends when the stream has cured it in another way.
         let drifting = state == StreamState::Suspect(SuspectReason::Drift);
         if ledger.in_doubt(id) && !drifting && state != StreamState::Replaying {
             ledger.settled(id);
@@ -403,7 +425,7 @@ impl Brain {
         if self.fleet.on_block_size(id, self.index.block_size(id)) {
             self.collect_specs();
         }
-        if refused && order == StreamOrder::None {
+        if refused {
             self.counters.resets_refused += 1;
             return self.hear(now, id, StreamInput::Drift);
         }

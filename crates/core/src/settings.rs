@@ -84,7 +84,8 @@ pub struct Settings {
     pub failure_backoff_ms: u32,
     /// Upper end of that doubling.
     pub failure_backoff_max_ms: u32,
-    /// Event batches held back while a replay fills a gap.
+    /// Event batches held back while a replay fills a gap. At least the one that showed it, or a
+    /// stream whose replays fail would never go on.
     pub stream_held_batches_max: u32,
     /// Between two replays of one endpoint.
     pub replay_cooldown_ms: u32,
@@ -187,6 +188,7 @@ impl Settings {
             ("scrape_timeout_ms", self.scrape_timeout_ms as usize),
             ("metrics_staleness_ms", self.metrics_staleness_ms as usize),
             ("models_interval_s", self.models_interval_s as usize),
+            ("stream_held_batches_max", self.stream_held_batches_max as usize),
             ("replay_timeout_ms", self.replay_timeout_ms as usize),
             ("discovery_interval_ms", self.discovery_interval_ms as usize),
         ];

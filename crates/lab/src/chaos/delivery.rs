@@ -16,7 +16,7 @@ pub(super) struct Heard {
     pub mixed: bool,
     /// Trusted again because predictions were right in a row, not because it is complete.
     pub believed: bool,
-    /// The cache was emptied through the router, and no batch has come since.
+    /// The cache was emptied through the router, and no batch has been applied since.
     pub reset_claimed: bool,
     /// Counters when they were last looked at.
     pub last: Counted,
@@ -48,6 +48,7 @@ impl Heard {
             (self.mixed, self.believed) = (false, false);
         }
         self.believed |= now.agreements != self.last.agreements;
+        self.reset_claimed &= now.applied == self.last.applied;
         self.last = now;
     }
 
@@ -55,7 +56,6 @@ impl Heard {
     /// unnoticed by it.
     pub fn told(&mut self, run: u64, batch_cleared: bool, before: Counted, now: Counted) -> bool {
         self.counted(now);
-        self.reset_claimed = false;
         if now.applied == before.applied {
             return false;
         }

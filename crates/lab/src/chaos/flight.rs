@@ -240,8 +240,7 @@ impl World {
         ensure(cost.is_some(), "the chosen endpoint is a candidate", || format!("{record:?}"))?;
         let now = self.now;
         let Some(flight) = self.flights.get_mut(&no) else { return Ok(()) };
-        flight.charge =
-            Some(Charge { endpoint, prompt_tokens: cost.unwrap_or(0), output_tokens });
+        flight.charge = Some(Charge { endpoint, prompt_tokens: cost.unwrap_or(0), output_tokens });
         (flight.ticket, flight.costs, flight.alive) = (Some(ticket), costs, now);
         flight.candidates = [endpoint].into_iter().chain(fallback).collect();
         self.advance(no)
@@ -381,9 +380,10 @@ impl World {
             process.flights.remove(&emitted.id);
         }
         let now = self.now;
-        let flight = self.flights.get_mut(&no).filter(|flight| {
-            flight.place == Place::Engine { host, run, id: emitted.id }
-        });
+        let flight = self
+            .flights
+            .get_mut(&no)
+            .filter(|flight| flight.place == Place::Engine { host, run, id: emitted.id });
         ensure(flight.is_some(), "engines answer requests that wait", || format!("r{no}"))?;
         let flight = self.flight(no);
         flight.output.push(emitted.token);
@@ -578,9 +578,8 @@ impl World {
         self.calls.expired += expired;
         let age_max = Duration::from_secs(self.settings.inflight_age_max_s.into());
         let now = self.now;
-        let old = |flight: &&mut Flight| {
-            flight.charge.is_some() && now.since(flight.alive) >= age_max
-        };
+        let old =
+            |flight: &&mut Flight| flight.charge.is_some() && now.since(flight.alive) >= age_max;
         let overdue = self.flights.values_mut().filter(old).count() as u64;
         ensure(expired == 0 || expired == overdue, "tickets expire by age", || {
             format!("{expired} expired, {overdue} were old enough")

@@ -107,7 +107,7 @@ fn settings(rng: &mut Rng) -> Settings {
         retries_max: any(rng, &[0, 1, 2, 5]),
         replay_cooldown_ms: any(rng, &[0, 300, 5_000]),
         replay_timeout_ms: any(rng, &[400, 30_000]),
-        stream_held_batches_max: any(rng, &[0, 1, 3, 4_096, 4_096]),
+        stream_held_batches_max: any(rng, &[1, 1, 3, 4_096, 4_096]),
         speculative_ttl_ms: any(rng, &[150, 30_000]),
         speculative_grace_ms: any(rng, &[0, 250]),
         drift_evidence_max: any(rng, &[2, 6]),

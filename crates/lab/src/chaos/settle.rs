@@ -110,7 +110,9 @@ impl World {
             self.saw("in doubt at the end");
             return ensure(!must, "a stream that can be whole again is live at the end", || {
                 let (socket, last) = (self.hosts[host].replay, self.brain.stream_last_seq(id));
-                format!("{host}: {state:?} at {last:?}, replay {socket:?}, after a reset: {cleared}")
+                format!(
+                    "{host}: {state:?} at {last:?}, replay {socket:?}, after a reset: {cleared}"
+                )
             });
         }
         if mixed {

@@ -318,8 +318,7 @@ impl World {
             member.heard.delivers(run, *seq);
         }
         let order = self.brain.on_stream(self.now, id, input);
-        let (after, replays) =
-            (self.counted(id), self.hosts[host].replay != ReplaySocket::None);
+        let (after, replays) = (self.counted(id), self.hosts[host].replay != ReplaySocket::None);
         self.saw_state(id);
         let Some(member) = self.hosts[host].member_mut(id) else { return Ok(order) };
         match (live, run) {
@@ -405,7 +404,11 @@ impl World {
 
     pub fn replay_next(&mut self, host: usize, id: EndpointId, replay: u64) -> Checked {
         let (now, slow) = (self.now, self.mood(host) == ReplayMood::Slow);
-        let wait = if slow { self.ms(100, REPLAY_SILENCE_MS + 500) } else { self.ms(0, 4) };
+        let wait = match (slow, self.calm) {
+            (true, _) => self.ms(100, REPLAY_SILENCE_MS + 500),
+            (false, true) => 0,
+            (false, false) => self.ms(0, 4),
+        };
         let run = self.hosts[host].process.as_ref().map(|process| process.run);
         let Some(member) = self.hosts[host].member_mut(id) else { return Ok(()) };
         let link = &mut member.link;

@@ -184,6 +184,40 @@ fn a_refused_cache_reset_is_made_good() {
 }
 
 #[test]
+fn a_refused_cache_reset_is_made_good_after_a_replay_that_began_later() {
+    let mut host = Host::new(Plan::precise(), &[]);
+    let with_replay = EndpointSpec { replay_available: true, ..spec("a") };
+    let id = host.brain.add_endpoint(host.now, with_replay).unwrap();
+    let (old, new) = (prompt(1, 10 * BLOCK), prompt(2, 10 * BLOCK));
+    host.hold(id, &old);
+    // The reset is refused while a gap is open, and the replay begins after what was forgotten.
+    let gap = StreamInput::Batch { seq: 2, batch: batch(Vec::new()) };
+    assert_eq!(host.brain.on_stream(host.now, id, gap), StreamOrder::Replay { from: 0 });
+    host.brain.on_cache_reset(host.now, id);
+    for (seq, events) in [(0, vec![stored(&old, BLOCK)]), (1, vec![stored(&new, BLOCK)])] {
+        let input = StreamInput::ReplayBatch { seq, batch: batch(events) };
+        assert_eq!(host.brain.on_stream(host.now, id, input), StreamOrder::None);
+    }
+    let order = host.brain.on_stream(host.now, id, StreamInput::ReplayDone);
+    assert_eq!(order, StreamOrder::Replay { from: 0 });
+    assert_eq!(host.brain.counters().resets_refused, 1);
+    assert_ne!(host.brain.stream_state(id), Some(StreamState::Live));
+}
+
+#[test]
+fn a_batch_that_comes_twice_does_not_refuse_a_cache_reset() {
+    let mut host = Host::live(1);
+    let id = host.ids[0];
+    host.hold(id, &prompt(1, 10 * BLOCK));
+    host.brain.on_cache_reset(host.now, id);
+    host.seqs.insert(id, 1);
+    host.hold(id, &prompt(1, 10 * BLOCK));
+    host.say(id, vec![KvEvent::Cleared]);
+    assert_eq!(host.brain.counters().resets_refused, 0);
+    assert_eq!(host.brain.stream_state(id), Some(StreamState::Live));
+}
+
+#[test]
 fn what_an_engine_cannot_deliver_is_not_promised() {
     let tokens = prompt(1, 10 * BLOCK);
     let misses = |change: fn(&mut Request<'_>)| {
