@@ -188,7 +188,7 @@ fn session_of(traffic: &mut Traffic, stage: usize, first: Arrival) -> Vec<Arriva
 #[test]
 fn each_turn_repeats_all_that_was_said() {
     let mut traffic = traffic(&agentic(|_| ()), 1);
-    assert_eq!(traffic.stages()[1].arrivals, 600);
+    assert_eq!(traffic.stages()[1].arrivals, 720);
     let first = stage_of(&mut traffic, 1);
     let mut waits = 0.0;
     let mut ids = std::collections::BTreeSet::new();
@@ -206,8 +206,8 @@ fn each_turn_repeats_all_that_was_said() {
         assert!(turns[7].call.output.is_empty());
         ids.extend(turns.iter().map(|turn| turn.call.prompt_id));
     }
-    assert_eq!(ids.len(), 600 * 8);
-    let mean = waits / (600.0 * 7.0);
+    assert_eq!(ids.len(), 720 * 8);
+    let mean = waits / (720.0 * 7.0);
     assert!((7.5..8.5).contains(&mean), "think time {mean}");
     for a in &first[1..] {
         let shared = a.call.tokens[..40] == first[0].call.tokens[..40];
@@ -245,6 +245,7 @@ fn a_client_of_a_closed_loop_begins_a_new_session_after_the_last_turn() {
             s.workload.turns = Some(2);
             s.workload.think_s = Some(0.0);
             s.load.stages[1].rate = None;
+            s.load.stages[2].rate = None;
         }),
         4,
     );
@@ -252,7 +253,7 @@ fn a_client_of_a_closed_loop_begins_a_new_session_after_the_last_turn() {
     assert_eq!(first.len(), 2);
     let turns: Vec<_> = session_of(&mut traffic, 1, first[0].clone());
     let sessions: Vec<u64> = turns.iter().map(|turn| turn.call.session.unwrap()).collect();
-    assert_eq!(turns.len(), 300);
+    assert_eq!(turns.len(), 240);
     assert_eq!(sessions[0], sessions[1]);
     assert!(sessions[2] > first[1].call.session.unwrap());
 }
