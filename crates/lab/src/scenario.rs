@@ -4,6 +4,7 @@
 //! does not know is an error with line and column. Times are seconds, sizes are tokens.
 
 pub mod check;
+pub mod schema;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
