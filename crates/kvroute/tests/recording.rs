@@ -31,6 +31,11 @@ fn scratch(name: &str) -> PathBuf {
     file
 }
 
+/// What a recording without a configuration is replayed under.
+fn builtin() -> Plan {
+    kvroute::config::load(None).unwrap()
+}
+
 fn recorded_to(file: &std::path::Path) -> Option<Record> {
     Some(Record { file: file.to_owned(), config: String::new() })
 }
@@ -137,7 +142,7 @@ async fn the_live_decisions_and_their_replay_are_equal_byte_for_byte() {
 #[tokio::test]
 async fn a_recording_that_reaches_its_limit_says_so_everywhere() {
     let (file, engines) = (scratch("limit"), vec![engine().await]);
-    let mut plan = Plan::precise();
+    let mut plan = builtin();
     plan.settings.recording_bytes_max = 30_000;
     let mut config = config(plan, &[flag(&engines[0])]);
     config.record = recorded_to(&file);
@@ -171,7 +176,7 @@ async fn a_recording_that_reaches_its_limit_says_so_everywhere() {
 async fn a_recording_does_not_overwrite() {
     let (file, engines) = (scratch("existing"), [engine().await]);
     std::fs::write(&file, "precious").unwrap();
-    let mut config = config(Plan::precise(), &[flag(&engines[0])]);
+    let mut config = config(builtin(), &[flag(&engines[0])]);
     config.record = recorded_to(&file);
     let error = kvroute_router::start(config).await.map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("cannot record to") && error.contains("exists"), "{error}");
@@ -183,7 +188,7 @@ async fn a_recording_does_not_overwrite() {
 fn scripted(requests: u32) -> Vec<String> {
     let (sender, lines) = mpsc::channel();
     let write = |entry: &Entry<'_>| serde_json::to_string(entry).unwrap();
-    let mut brain = Brain::new(Plan::precise(), 5);
+    let mut brain = Brain::new(builtin(), 5);
     brain.set_recorder(Some(Box::new(move |entry| {
         sender.send(write(&entry)).unwrap();
         ControlFlow::Continue(())
@@ -325,13 +330,13 @@ fn a_difference_is_shown_in_full_and_decides_the_exit_code() {
 fn another_configuration_refuses_and_admits_for_itself() {
     let lines = scripted(9);
     let text = format!("{}\n", lines.join("\n"));
-    let mut narrow = Plan::precise();
+    let mut narrow = builtin();
     narrow.settings.inflight_requests_max = 2;
     let other = replay(text.as_bytes(), Some(narrow)).unwrap().other.unwrap();
     // Four of nine never end: two fit, and what comes after them is refused.
     assert_eq!((other.decisions, other.refused_then), (9, 0));
     assert_eq!((other.refused_now, other.elsewhere), (5, 5), "{other:?}");
-    let mut small = Plan::precise();
+    let mut small = builtin();
     small.settings.endpoints_max = 1;
     let other = replay(text.as_bytes(), Some(small)).unwrap().other.unwrap();
     assert_eq!((other.refused_now, other.endpoints["a"].now), (0, 9), "{other:?}");

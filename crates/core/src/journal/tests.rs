@@ -198,7 +198,7 @@ fn metrics(rng: &mut Rng) -> EngineMetrics {
     }
 }
 
-fn plans() -> [Plan; 3] {
+fn plans() -> [Plan; 4] {
     let settings = Settings {
         inflight_requests_max: 40,
         endpoints_max: 5,
@@ -209,7 +209,12 @@ fn plans() -> [Plan; 3] {
     let with = |plan: Plan| Plan { settings: settings.clone(), ..plan };
     let read = |text: &str| Plan::build(&serde_saphyr::from_str(text).unwrap()).unwrap();
     let approximate = read(include_str!("../../../../config/approximate.yaml"));
-    [with(Plan::precise()), with(approximate), with(Plan::baseline_round_robin())]
+    [
+        with(Plan::precise()),
+        with(approximate),
+        with(Plan::baseline_round_robin()),
+        with(Plan::least_cost()),
+    ]
 }
 
 /// A recorder that writes every entry as a line.
@@ -243,7 +248,7 @@ fn record(plan: Plan, seed: u64) -> Vec<String> {
 fn random_calls_replayed_give_the_same_bytes() {
     let (mut decided, mut rejected) = (0, 0);
     for seed in 0..24 {
-        let plan = plans()[seed as usize % 3].clone();
+        let plan = plans()[seed as usize % 4].clone();
         let recorded = record(plan.clone(), seed);
         let (recorder, replayed) = to_lines();
         let mut brain = Brain::new(plan, seed);
