@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{demo, engine, fit, replay, serve};
+use crate::{demo, engine, fit, replay, serve, sim};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -64,6 +64,8 @@ enum Command {
     Demo(Demo),
     /// A simulated vLLM server.
     Engine(Box<Engine>),
+    /// What would a configuration do? A scenario in virtual time, decided by the router's code.
+    Sim(Sim),
     /// Checks predictions against a recording of a real engine.
     Replay(Replay),
     /// Fits a hardware profile to times measured on an engine.
@@ -94,9 +96,13 @@ pub struct Serve {
     #[arg(long, value_name = "FILE")]
     pub endpoints_file: Option<PathBuf>,
 
-    /// An EndpointPickerConfig; without it a built-in one.
+    /// An EndpointPickerConfig; without it kvroute's own policy.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+
+    /// A built-in configuration instead, such as `llm-d`; `kvroute sim --list` names them.
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
+    pub preset: Option<String>,
 
     /// Where clients connect.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
@@ -238,6 +244,68 @@ pub struct Replay {
     pub json: bool,
 }
 
+/// `kvroute sim`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvroute sim                                    the published benchmark, five configurations
+  kvroute sim --scenario b2b-saas --seeds 8 --out report
+  kvroute sim --scenario mine.yaml --config today.yaml tomorrow.yaml
+  kvroute sim --scenario overload-150 --config precise kvroute oracle
+  kvroute sim --recording run.jsonl --config tomorrow.yaml
+
+docs/scenarios.md describes scenario files, docs/benchmark.md what the published one shows.")]
+pub struct Sim {
+    /// A built-in scenario or a file.
+    #[arg(long, value_name = "NAME|FILE", default_value = "b2b-saas")]
+    pub scenario: String,
+
+    /// EndpointPickerConfig files or presets to compare, named by their files; without it the
+    /// published ones and kvroute's own.
+    #[arg(long, value_name = "NAME|FILE", num_args = 1..)]
+    pub config: Vec<String>,
+
+    /// First seed: decides prompts, arrivals and ties.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+
+    /// How many seeds; figures are means over them.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub seeds: u32,
+
+    /// Write summary.json, report.md and report.html into this folder.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Print summary.json.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Runs at once; without it one per core.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// Write every decision of a single run, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    pub decisions: Option<PathBuf>,
+
+    /// Replay what `serve --record` wrote; with --config ask what that one would have decided.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["scenario", "seed", "seeds", "out"])]
+    pub recording: Option<PathBuf>,
+
+    /// Repeat one run of the fault simulation.
+    #[arg(long, value_name = "N", conflicts_with_all = ["scenario", "config", "out"])]
+    pub fault_seed: Option<u64>,
+
+    /// With --fault-seed: steps with faults.
+    #[arg(long, value_name = "N", requires = "fault_seed")]
+    pub fault_steps: Option<u32>,
+
+    /// Print the built-in scenarios and configurations.
+    #[arg(long)]
+    pub list: bool,
+}
+
 /// `kvroute fit`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
@@ -308,6 +376,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::main(&args),
         Command::Demo(args) => demo::main(&args),
         Command::Engine(args) => engine::main(&args),
+        Command::Sim(args) => sim::main(&args),
         Command::Replay(args) => replay::main(&args),
         Command::Fit(args) => fit::main(&args),
         Command::Completions { shell } => {

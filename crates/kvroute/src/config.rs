@@ -35,7 +35,49 @@ pub fn load_text(text: &str, file: &str) -> anyhow::Result<Plan> {
     })
 }
 
-/// The plan of `--config`, or the built-in one.
+/// Configurations that ship with the program: name and file content.
+pub const PRESETS: [(&str, &str); 8] = [
+    ("kvroute", include_str!("../../../config/presets/kvroute.yaml")),
+    ("llm-d", include_str!("../../../config/presets/llm-d.yaml")),
+    ("blend", include_str!("../../../config/presets/blend.yaml")),
+    ("precise", include_str!("../../../config/presets/precise.yaml")),
+    ("estimated", include_str!("../../../config/presets/estimated.yaml")),
+    ("load", include_str!("../../../config/presets/load.yaml")),
+    ("random", include_str!("../../../config/presets/random.yaml")),
+    ("round-robin", include_str!("../../../config/presets/round-robin.yaml")),
+];
+
+/// The comment at the head of a preset.
+pub fn about(text: &str) -> String {
+    let comment = text.lines().map_while(|line| line.strip_prefix('#'));
+    comment.map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
+/// The plan of a preset, and its text.
+///
+/// # Errors
+/// No preset is called so; the message names those there are.
+pub fn preset(name: &str) -> anyhow::Result<(Plan, String)> {
+    let found = PRESETS.iter().find(|(known, _)| *known == name);
+    let names = PRESETS.map(|(name, _)| name).join(", ");
+    let (name, text) = found
+        .ok_or_else(|| anyhow!("no built-in configuration is called {name}; there are: {names}"))?;
+    Ok((load_text(text, name)?, (*text).to_owned()))
+}
+
+/// The plan of a preset, or of a file if there is one of that name.
+///
+/// # Errors
+/// There is neither, or the file is wrong.
+pub fn preset_or_file(given: &str) -> anyhow::Result<Plan> {
+    let path = Path::new(given);
+    if path.is_file() {
+        return load(Some(path));
+    }
+    preset(given).map(|(plan, _)| plan).with_context(|| format!("{given} is no file"))
+}
+
+/// The plan of `--config`, or kvroute's own.
 ///
 /// # Errors
 /// The file cannot be read, or is wrong.
@@ -45,7 +87,7 @@ pub fn load(path: Option<&Path>) -> anyhow::Result<Plan> {
 
 /// The same, with the text that it was read from; empty for the built-in one.
 fn load_with_text(path: Option<&Path>) -> anyhow::Result<(Plan, String)> {
-    let Some(path) = path else { return Ok((Plan::precise(), String::new())) };
+    let Some(path) = path else { return Ok((Plan::least_cost(), String::new())) };
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
     Ok((load_text(&text, &name)?, text))
@@ -59,7 +101,10 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     if args.endpoints.is_empty() && args.endpoints_file.is_none() {
         bail!("no endpoints: give --endpoint URL (once for each engine) or --endpoints-file FILE");
     }
-    let (plan, config) = load_with_text(args.config.as_deref())?;
+    let (plan, config) = match &args.preset {
+        Some(name) => preset(name).context("--preset")?,
+        None => load_with_text(args.config.as_deref())?,
+    };
     let record = args.record.clone().map(|file| Record { file, config });
     let endpoints = args
         .endpoints
@@ -138,6 +183,18 @@ mod tests {
             let field = field.trim();
             assert!(text.contains(&format!("  {field}:")), "config/limits.yaml lacks {field}");
         }
+    }
+
+    #[test]
+    fn the_presets_load_and_our_own_is_the_default() {
+        for (name, text) in PRESETS {
+            preset(name).unwrap();
+            assert!(!about(text).is_empty(), "{name}");
+        }
+        assert_eq!(preset("kvroute").unwrap().0, Plan::least_cost());
+        assert_eq!(preset("blend").unwrap().0, Plan::precise());
+        let error = format!("{:#}", preset_or_file("precis").unwrap_err());
+        assert!(error.contains("precise"), "{error}");
     }
 
     #[test]

@@ -8,3 +8,4 @@ pub mod fit;
 pub mod recording;
 pub mod replay;
 pub mod serve;
+pub mod sim;

@@ -29,10 +29,18 @@ fn coverage() {
     for seed in 0..60 {
         let Ok(r) = chaos::run(seed, chaos::STEPS, false) else { continue };
         *plans.entry(r.plan).or_insert(0) += 1;
-        for (k, v) in r.outcomes { *outcomes.entry(k).or_insert(0) += v; }
-        for (k, v) in r.faults { *faults.entry(k).or_insert(0) += v; }
-        for (k, v) in r.seen { *seen.entry(k).or_insert(0) += v; }
-        exact += r.compared_exactly; steps += r.steps; ms += r.virtual_ms;
+        for (k, v) in r.outcomes {
+            *outcomes.entry(k).or_insert(0) += v;
+        }
+        for (k, v) in r.faults {
+            *faults.entry(k).or_insert(0) += v;
+        }
+        for (k, v) in r.seen {
+            *seen.entry(k).or_insert(0) += v;
+        }
+        exact += r.compared_exactly;
+        steps += r.steps;
+        ms += r.virtual_ms;
     }
     println!("{plans:#?} {outcomes:#?} {faults:#?} {seen:#?} {exact} {steps} {ms}");
 }
@@ -40,16 +48,25 @@ fn coverage() {
 #[test]
 fn sabotage() {
     for sabotage in chaos::Sabotage::ALL {
-        let found = (0..40).find_map(|seed| chaos::run_sabotaged(seed, chaos::STEPS, false, Some(sabotage)).err());
+        let found = (0..40)
+            .find_map(|seed| chaos::run_sabotaged(seed, chaos::STEPS, false, Some(sabotage)).err());
         println!("{sabotage:?}: {:?}", found.map(|f| (f.seed, f.step, f.invariant)));
     }
 }
 #[test]
 fn list() {
-    for seed in std::env::var("SEEDS").unwrap_or_default().split(',').filter_map(|s| s.trim().parse().ok()) {
+    for seed in
+        std::env::var("SEEDS").unwrap_or_default().split(',').filter_map(|s| s.trim().parse().ok())
+    {
         match chaos::run(seed, chaos::STEPS, false) {
             Ok(_) => println!("{seed} ok"),
-            Err(f) => println!("{seed} {} step {} {}: {} ", f.plan, f.step, f.invariant, &f.detail[..f.detail.len().min(150)]),
+            Err(f) => println!(
+                "{seed} {} step {} {}: {} ",
+                f.plan,
+                f.step,
+                f.invariant,
+                &f.detail[..f.detail.len().min(150)]
+            ),
         }
     }
 }
