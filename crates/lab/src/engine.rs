@@ -252,6 +252,7 @@ fn model_config(config: &EngineConfig, text: &Text) -> ModelConfig {
         max_num_batched_tokens: config.max_num_batched_tokens,
         max_loras: config.max_loras,
         reserve_full_prompt: true,
+        events: true,
         hash: config.hash,
         hash_seed: config.hash_seed.clone(),
         adapters: config.adapters.clone(),

@@ -50,6 +50,8 @@ pub struct ModelConfig {
     /// Whether a prompt is admitted only when blocks for all of it are free (vLLM 0.32) or as soon
     /// as its first chunk fits (older versions).
     pub reserve_full_prompt: bool,
+    /// Whether KV events are made (`enable_kv_cache_events`).
+    pub events: bool,
     /// How blocks are named.
     pub hash: HashAlgorithm,
     /// `PYTHONHASHSEED`, or vLLM's own default.
@@ -72,6 +74,7 @@ impl Default for ModelConfig {
             max_num_batched_tokens: 8192,
             max_loras: 1,
             reserve_full_prompt: true,
+            events: true,
             hash: HashAlgorithm::Sha256Cbor,
             hash_seed: "vllm-none-hash".to_owned(),
             adapters: Vec::new(),
@@ -509,7 +512,7 @@ impl EngineModel {
     /// leaves with the next step: an idle engine looks warm until then.
     pub fn reset_prefix_cache(&mut self) -> bool {
         let done = self.pool.reset();
-        if done {
+        if done && self.config.events {
             self.events.push(KvEvent::Cleared);
         }
         done

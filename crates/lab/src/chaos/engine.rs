@@ -59,6 +59,7 @@ impl Process {
             max_num_batched_tokens: 24 + rng.below(100) as u32,
             max_loras: 1 + rng.below(2) as u32,
             reserve_full_prompt: rng.below(2) == 0,
+            events: true,
             hash: HashAlgorithm::XxhashCbor,
             hash_seed: ["0", "1", "2"][rng.below(3)].to_owned(),
             adapters: ADAPTERS.iter().map(adapter).collect(),

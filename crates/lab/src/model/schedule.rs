@@ -134,7 +134,7 @@ impl EngineModel {
         let reusable = ((request.len() - 1) / size) as usize;
         let hits: Vec<BlockId> =
             request.names[..reusable].iter().map_while(|&name| self.pool.find(name)).collect();
-        if request.report_reused && !hits.is_empty() {
+        if self.config.events && request.report_reused && !hits.is_empty() {
             let event = self.stored(request, 0, hits.len());
             self.events.push(event);
         }
@@ -180,7 +180,7 @@ impl EngineModel {
         for _ in 0..missing {
             let (block, evicted) = self.pool.take().expect("the count of free blocks was checked");
             request.blocks.push(block);
-            if let Some(name) = evicted {
+            if let Some(name) = evicted.filter(|_| self.config.events) {
                 self.events.push(KvEvent::Removed(BlockRemoved {
                     hashes: vec![name],
                     tier: Tier::Gpu,
@@ -201,8 +201,10 @@ impl EngineModel {
         for i in from..to {
             self.pool.name(request.blocks[i], request.names[i]);
         }
-        let event = self.stored(&self.requests[slot], from, to);
-        self.events.push(event);
+        if self.config.events {
+            let event = self.stored(&self.requests[slot], from, to);
+            self.events.push(event);
+        }
     }
 
     fn stored(&self, request: &Request, from: usize, to: usize) -> KvEvent {

@@ -84,12 +84,13 @@ pub(super) enum Scraped {
 }
 
 impl Engine {
-    /// An idle engine. `phase` is the share of the scrape interval before its first scrape.
+    /// An idle engine, which makes `events` or not. `phase` is the share of the scrape interval before its first scrape.
     pub fn new(
         fleet: &FleetSpec,
         profile: &Profile,
         seed: u64,
         phase: f64,
+        events: bool,
         replay_kept: bool,
     ) -> Result<Engine, ModelConfigError> {
         let blocks = (fleet.kv_tokens / u64::from(fleet.block_size.max(1))).min(1 << 31) as u32;
@@ -100,6 +101,7 @@ impl Engine {
             max_num_seqs: fleet.max_seqs,
             max_num_batched_tokens: fleet.max_batched_tokens,
             reserve_full_prompt: fleet.reserve_full_prompt,
+            events,
             hash: HashAlgorithm::Plain,
             output_ids: (0..TOKEN_IDS).collect(),
             seed,

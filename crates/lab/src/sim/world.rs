@@ -131,21 +131,26 @@ impl<'a> World<'a> {
         let fleet = &self.scenario.fleet;
         let loses = |kind| matches!(kind, FaultKind::EventLoss | FaultKind::Crash);
         let replay_kept = self.scenario.faults.iter().any(|fault| loses(fault.kind));
+        // Like the live router, which subscribes to events only where a plan reads them.
+        let events = self.brain.plan().reads_events();
         for at in 0..fleet.engines {
             let seed = seed ^ (u64::from(at) + 1).rotate_left(40);
-            self.engines.push(Engine::new(fleet, profile, seed, rng.next_f64(), replay_kept)?);
+            let phase = rng.next_f64();
+            let engine = Engine::new(fleet, profile, seed, phase, events, replay_kept)?;
+            self.engines.push(engine);
             let spec = EndpointSpec {
                 name: format!("engine-{at:04}"),
                 address: format!("engine-{at}:8000"),
                 labels: Default::default(),
                 rank: 0,
                 replay_available: replay_kept,
-                events_expected: true,
+                events_expected: events,
             };
             let id = self.brain.add_endpoint(Time::ZERO, spec)?;
             self.ids.push(id);
-            let order = self.brain.on_stream(Time::ZERO, id, StreamInput::Connected);
-            self.obey(usize::from(at), order);
+            if events {
+                self.tell(usize::from(at), StreamInput::Connected);
+            }
         }
         Ok(())
     }
