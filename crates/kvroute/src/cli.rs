@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{demo, engine, fit, replay, serve, sim};
+use crate::{bench, demo, engine, fit, replay, serve, sim};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,6 +48,17 @@ impl Cli {
     }
 }
 
+#[cfg(test)]
+impl Cli {
+    /// The arguments of `kvroute bench` on this command line.
+    pub(crate) fn bench_of<const N: usize>(line: [&str; N]) -> Option<Bench> {
+        match Cli::try_parse_from(line).ok()?.command {
+            Command::Bench(args) => Some(*args),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
     /// For people.
@@ -66,6 +77,8 @@ enum Command {
     Engine(Box<Engine>),
     /// What would a configuration do? A scenario in virtual time, decided by the router's code.
     Sim(Sim),
+    /// Sends a scenario to any OpenAI-compatible server and measures.
+    Bench(Box<Bench>),
     /// Checks predictions against a recording of a real engine.
     Replay(Replay),
     /// Fits a hardware profile to times measured on an engine.
@@ -217,9 +230,96 @@ pub struct Demo {
     #[arg(long)]
     pub quick: bool,
 
+    /// Write summary.json, report.md and report.html into this folder.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
     /// Print the summary as one JSON object on the last line.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `kvroute bench`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Open loop: requests leave when the scenario says, whether or not answers come. A run whose requests
+left late is invalid, and so is the exit code (1).
+
+Examples:
+  kvroute bench --url http://gateway:8080 --scenario b2b-saas-steady --out results
+  kvroute bench --url old=http://a:8080 --url new=http://b:8080 --scenario mine.yaml \\
+      --tokenizer Qwen3-32B/tokenizer.json --engine http://gpu1:8000 --engine http://gpu2:8000")]
+pub struct Bench {
+    /// Where to send, one run after the other; `NAME=URL` names the run.
+    #[arg(long = "url", value_name = "[NAME=]URL", required = true)]
+    pub urls: Vec<String>,
+
+    /// Built-in scenario, or a file.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub scenario: String,
+
+    /// Model to ask for; without it the first that the server names.
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+
+    /// Which API.
+    #[arg(long, value_enum, default_value_t = BenchApi::Completions)]
+    pub api: BenchApi,
+
+    /// `tokenizer.json` of the model, so that prompts have the scenario's number of tokens; without
+    /// it a small built-in one.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// Send words, or the token ids of words (completions only).
+    #[arg(long, value_enum, default_value_t = BenchPrompt::Text)]
+    pub prompt: BenchPrompt,
+
+    /// Run the scenario's clock this many times faster: rates times X, durations by X.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub speed: f64,
+
+    /// An engine whose /metrics tells queue and KV usage; repeat for all.
+    #[arg(long = "engine", value_name = "URL")]
+    pub engines: Vec<String>,
+
+    /// Seconds after which a request without a complete answer has failed.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub timeout_s: u32,
+
+    /// Environment variable that holds the API key.
+    #[arg(long, value_name = "ENV")]
+    pub api_key: Option<String>,
+
+    /// Decides prompts, order and arrivals.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Write summary.json, report.md and report.html into this folder.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Print the summary as one JSON object on the last line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which API `kvroute bench` uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchApi {
+    /// `/v1/completions`.
+    Completions,
+    /// `/v1/chat/completions`.
+    Chat,
+}
+
+/// How `kvroute bench` sends prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchPrompt {
+    /// Words.
+    Text,
+    /// Token ids.
+    Ids,
 }
 
 /// `kvroute replay`.
@@ -377,6 +477,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::main(&args),
         Command::Engine(args) => engine::main(&args),
         Command::Sim(args) => sim::main(&args),
+        Command::Bench(args) => bench::main(&args),
         Command::Replay(args) => replay::main(&args),
         Command::Fit(args) => fit::main(&args),
         Command::Completions { shell } => {

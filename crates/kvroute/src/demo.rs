@@ -4,15 +4,16 @@
 mod fleet;
 mod view;
 
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use kvroute_core::plan::Plan;
-use kvroute_lab::load::{self, LoadConfig, LoadReport};
-use kvroute_lab::summary::{Run, SummaryFile};
-use kvroute_lab::workload::{Order, SharedPrefix, Workload};
+use kvroute_lab::load::{Load, LoadConfig, Measured};
+use kvroute_lab::record::RunRecord;
+use kvroute_lab::report::Report;
+use kvroute_lab::scenario::Scenario;
 use kvroute_tokens::Tokenizer;
 
 use crate::cli::{self, say};
@@ -26,21 +27,21 @@ const SPEED: f64 = 2.0;
 /// KV blocks of one engine: all engines together hold 1.37 times the workload, as in the
 /// published benchmark (73 % of the capacity).
 const KV_BLOCKS: u32 = 3085;
-/// Requests per second: above what round robin can serve, below what precise routing can.
-const RATE: f64 = 45.0;
 const DURATION_S: f64 = 14.0;
 const QUICK_DURATION_S: f64 = 6.0;
 
-/// The published workload (150 groups of 5 users, 6,000 and 1,200 tokens) with fewer groups.
-const WORKLOAD: SharedPrefix = SharedPrefix {
-    groups: 24,
-    users: 5,
-    prefix_tokens: 6000,
-    question_tokens: 1200,
-    output_tokens: 64,
-    order: Order::Cyclic,
-    seed: 0,
-};
+/// The published workload (150 groups of 5 users, 6,000 and 1,200 tokens) with fewer groups; more
+/// requests per second than round robin can serve, and fewer than precise routing can.
+const SCENARIO: &str = "
+name: demo
+description: The published workload with 24 groups on 8 simulated engines at double speed
+fleet: {engines: 8, profile: qwen3-32b-tp2-h100, kv_tokens: 49360, block_size: 16}
+workload:
+  {kind: shared-prefix, groups: 24, users: 5, prefix_tokens: 6000, question_tokens: 1200,
+   output_tokens: 64}
+load: {arrivals: constant, stages: [{rate: 45, duration_s: DURATION_S}]}
+client: {in_flight_max: 4096}
+";
 
 /// Runs `kvroute demo`.
 ///
@@ -49,10 +50,14 @@ const WORKLOAD: SharedPrefix = SharedPrefix {
 /// mean anything.
 pub fn main(args: &cli::Demo) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let file = runtime.block_on(compare(args))?;
-    view::table(&file);
+    let report = runtime.block_on(compare(args))?;
+    view::table(report.summary());
+    if let Some(dir) = &args.out {
+        report.write(dir).with_context(|| format!("--out {}", dir.display()))?;
+        say(&format!("\nThe report: {}", dir.join("report.html").display()));
+    }
     if args.json {
-        say(&serde_json::to_string(&file)?);
+        say(&serde_json::to_string(report.summary())?);
     }
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(ExitCode::SUCCESS)
@@ -62,62 +67,61 @@ pub fn main(args: &cli::Demo) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// As [`main`].
-pub async fn compare(args: &cli::Demo) -> anyhow::Result<SummaryFile> {
-    let tokenizer = Tokenizer::demo();
-    let spec = SharedPrefix { seed: args.seed, ..WORKLOAD };
-    let workload = Arc::new(Workload::shared_prefix(&spec, &tokenizer)?);
-    let mut file = SummaryFile::new("demo", args.seed);
+pub async fn compare(args: &cli::Demo) -> anyhow::Result<Report> {
+    let duration_s = if args.quick { QUICK_DURATION_S } else { DURATION_S };
+    let text = SCENARIO.replace("DURATION_S", &duration_s.to_string());
+    let scenario = Scenario::parse(&text, "the demo's scenario")?;
     let mut view = View::new(ENGINES);
+    let mut records = Vec::new();
     for (name, plan) in
         [("round-robin", Plan::baseline_round_robin()), ("precise", Plan::precise())]
     {
-        let run = run(name, plan, args, &tokenizer, &workload, &mut view).await?;
-        file.runs.push(run);
+        records.push(run(name, plan, args, &scenario, &mut view).await?);
     }
-    Ok(file)
+    Ok(Report::new(&scenario, &records))
 }
 
 async fn run(
     name: &'static str,
     plan: Plan,
     args: &cli::Demo,
-    tokenizer: &Tokenizer,
-    workload: &Arc<Workload>,
+    scenario: &Scenario,
     view: &mut View,
-) -> anyhow::Result<Run> {
-    let fleet = Fleet::start(ENGINES, KV_BLOCKS, SPEED, tokenizer, args.seed).await?;
-    let router = fleet.route(plan, tokenizer, args.seed).await?;
+) -> anyhow::Result<RunRecord> {
+    let tokenizer = Tokenizer::demo();
+    let fleet = Fleet::start(ENGINES, KV_BLOCKS, SPEED, &tokenizer, args.seed).await?;
+    let router = fleet.route(plan, &tokenizer, args.seed).await?;
     fleet.wait_until_known(&router).await?;
-    let duration_s = if args.quick { QUICK_DURATION_S } else { DURATION_S };
     let url = format!("http://{}", router.http_addr());
     let config = LoadConfig {
         seed: args.seed,
         timeout: Duration::from_secs(60),
-        lag_max: Duration::from_millis(250),
-        ..LoadConfig::new(&url, fleet::MODEL, RATE, duration_s)
+        endpoints: fleet.engines().iter().map(|engine| engine.http_addr().to_string()).collect(),
+        ..LoadConfig::new(name, &url, fleet::MODEL)
     };
     view.begin(name, router.admin_addr());
-    let report = {
-        let progress = |progress| view.draw(progress, &fleet, &router);
-        load::run(&config, workload, Some(fleet.probe()), progress).await?
-    };
+    let load = Load::new(config, scenario, Path::new("."), &tokenizer)?;
+    let progress = |progress| view.draw(progress, &fleet, &router);
+    let measured = load.run(Some(fleet.looks()), std::future::pending(), progress).await;
     view.end();
-    check(name, &report)?;
+    check(name, &measured)?;
     router.shutdown(Duration::from_secs(5)).await;
     fleet.shutdown().await;
-    Ok(report.run(name))
+    Ok(measured.record)
 }
 
-fn check(name: &str, report: &LoadReport) -> anyhow::Result<()> {
-    if let Some(error) = report.outcomes.iter().find_map(|outcome| outcome.error.as_deref()) {
-        bail!("{name}: a request failed: {error}");
+fn check(name: &str, measured: &Measured) -> anyhow::Result<()> {
+    if let Some((kind, failure)) = measured.failures.iter().next() {
+        bail!("{name}: a request failed: {kind}: {}", failure.example);
     }
-    if !report.valid {
+    if !measured.valid {
+        let lag = measured.record.lag.unwrap_or_default();
         bail!(
-            "{name}: requests left up to {:.0} ms late, so the figures would be the load \
-             generator's own; run it on a quieter machine",
-            report.lag.max * 1e3
+            "{name}: requests left late (99th percentile {:.0} ms, at most {:.0} ms), so the \
+             figures would be the load generator's own; run it on a quieter machine",
+            lag.p99 * 1e3,
+            lag.max * 1e3
         );
     }
-    report.outcomes.first().map(|_| ()).context("no request was sent")
+    measured.record.requests.first().map(|_| ()).context("no request was sent")
 }

@@ -1,6 +1,7 @@
 //! `kvroute engine`: a simulated vLLM server until somebody stops it.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -34,11 +35,7 @@ pub fn main(args: &cli::Engine) -> anyhow::Result<ExitCode> {
 }
 
 fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
-    let tokenizer = match &args.tokenizer {
-        Some(path) => Tokenizer::load(path, &TokenizerOptions::default())
-            .with_context(|| format!("--tokenizer {}", path.display()))?,
-        None => Tokenizer::demo(),
-    };
+    let tokenizer = tokenizer(args.tokenizer.as_deref())?;
     let profile = profile(&args.profile).context("--profile")?;
     let socket = |text: &Option<String>| text.as_deref().map(engine::parse_endpoint).transpose();
     let mut config = EngineConfig::loopback(&args.model, tokenizer, profile);
@@ -57,6 +54,16 @@ fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
 
 fn shown(address: Option<SocketAddr>) -> String {
     address.map_or_else(|| "off".to_owned(), |address| address.to_string())
+}
+
+/// The tokenizer of `--tokenizer`, or the built-in one.
+///
+/// # Errors
+/// The file is not there or none.
+pub fn tokenizer(path: Option<&Path>) -> anyhow::Result<Tokenizer> {
+    let Some(path) = path else { return Ok(Tokenizer::demo()) };
+    Tokenizer::load(path, &TokenizerOptions::default())
+        .with_context(|| format!("--tokenizer {}", path.display()))
 }
 
 /// A built-in profile by name, or a JSON file.

@@ -1,5 +1,6 @@
 //! The commands of the one binary.
 
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod demo;

@@ -31,7 +31,6 @@ use tokio::task::JoinSet;
 use crate::model::{
     Adapter, EngineModel, HashAlgorithm, ModelConfig, ModelConfigError, Profile, Stats,
 };
-use crate::summary::Sample;
 use metrics::Metrics;
 use publisher::Publisher;
 use runner::Command;
@@ -286,13 +285,6 @@ impl EngineHandle {
     /// Statistics as of the end of the last step.
     pub fn stats(&self) -> Stats {
         self.shared.metrics().stats().clone()
-    }
-
-    /// A look at the load, for a report.
-    pub fn sample(&self) -> Sample {
-        let metrics = self.shared.metrics();
-        let stats = metrics.stats();
-        Sample { waiting: f64::from(stats.waiting), kv_usage: stats.kv_usage }
     }
 
     /// Event batches published so far.

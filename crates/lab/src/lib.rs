@@ -1,7 +1,7 @@
 //! Workloads, simulated engine, load generator, reports.
 //!
 //! [`model`] says what an engine does, step by step, without clock or sockets; [`engine`] makes a
-//! server of it that a client cannot tell from vLLM; [`workload`] decides what is asked, [`load`]
+//! server of it that a client cannot tell from vLLM; [`traffic`] decides what is asked, [`load`]
 //! asks it over HTTP and measures. Either way a run is [`record`]ed, [`summary`] makes figures of
 //! records and [`report`] shows them.
 
@@ -17,4 +17,3 @@ pub mod sim;
 pub mod summary;
 pub mod traffic;
 pub mod words;
-pub mod workload;

@@ -1,46 +1,42 @@
-//! Sends a workload to an OpenAI-compatible server and measures what a client feels.
+//! Sends the requests of a scenario to an OpenAI-compatible server and measures what a client
+//! feels.
 //!
-//! Open loop: requests leave at times fixed beforehand, whether or not answers come. The generator
-//! measures its own lateness (from the planned time to the moment the request is handed to the
-//! network) and marks a run invalid when it was late: then it measured itself.
+//! The requests are those of the simulation ([`crate::traffic`]), and the result is the same
+//! [`RunRecord`]. Open loops are open: requests leave at times fixed beforehand, whether or not
+//! answers come. The generator measures its own lateness (from the planned time to the moment the
+//! request is handed to the network) and calls a run invalid when it was late: then it measured
+//! itself.
 
 mod client;
+mod driver;
+mod prompt;
+mod scrape;
+#[cfg(test)]
+mod tests;
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvroute_core::Rng;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
+use bytes::Bytes;
+use http::Request;
+use http_body_util::{BodyExt, Full, Limited};
+use kvroute_tokens::Tokenizer;
+use kvroute_wire::models;
 use tokio::time::Instant;
 
-use crate::summary::{Observation, Pooled, Run, Sample, Stage, Summary, percentile};
-use crate::workload::Workload;
+use crate::record::RunRecord;
+use crate::scenario::Scenario;
+pub use crate::summary::LAG_P99_MAX_S;
+use crate::traffic::{Traffic, TrafficError};
 use client::Client;
+use driver::Driver;
+use prompt::Prompts;
+pub use scrape::Scraper;
 
-/// How often the engines are sampled.
-const SAMPLE_INTERVAL: Duration = Duration::from_millis(50);
-
-/// When requests leave within a stage.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Arrivals {
-    /// Exponential gaps, scaled to fill the stage exactly.
-    #[default]
-    Poisson,
-    /// Equal gaps.
-    Constant,
-}
-
-/// A stretch of constant rate.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StagePlan {
-    /// Requests per second.
-    pub rate: f64,
-    /// Seconds.
-    pub duration_s: f64,
-    /// Leave it out of the report.
-    pub warmup: bool,
-}
+/// How long the names of models may take.
+const MODELS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Which API requests use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,46 +44,63 @@ pub enum LoadApi {
     /// `/v1/completions`.
     #[default]
     Completions,
-    /// `/v1/chat/completions`, one user message.
+    /// `/v1/chat/completions`; the turns of a session are messages.
     ChatCompletions,
 }
 
-/// What to send where.
+/// How prompts are sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptForm {
+    /// Words.
+    #[default]
+    Text,
+    /// Token ids of words; `/v1/completions` only.
+    Ids,
+}
+
+/// Where and how to send.
 #[derive(Clone, Debug)]
 pub struct LoadConfig {
+    /// Name of the run.
+    pub name: String,
     /// Where, for example `http://127.0.0.1:8000`.
     pub url: String,
     /// Model to ask for.
     pub model: String,
     /// API.
     pub api: LoadApi,
-    /// Stages, one after the other; each waits until the one before is answered.
-    pub stages: Vec<StagePlan>,
-    /// Arrivals within a stage.
-    pub arrivals: Arrivals,
-    /// Requests in flight at most; more fail at once, as at a gateway's limit.
-    pub in_flight_max: usize,
-    /// Without an answer after this, a request has failed.
+    /// Text or ids.
+    pub form: PromptForm,
+    /// Sent as a bearer token.
+    pub api_key: Option<String>,
+    /// Without a complete answer after this, a request has failed.
     pub timeout: Duration,
+    /// The scenario's times pass this many times faster.
+    pub speed: f64,
     /// A run whose requests left later than this (99th percentile) is invalid.
-    pub lag_max: Duration,
-    /// Seed of the arrivals.
+    pub lag_p99_max_s: f64,
+    /// Decides prompts, order and arrivals.
     pub seed: u64,
+    /// Addresses (`HOST:PORT`) of the fleet in order, for the record; others are added as answers
+    /// name them.
+    pub endpoints: Vec<String>,
 }
 
 impl LoadConfig {
-    /// One stage of completions with Poisson arrivals.
-    pub fn new(url: &str, model: &str, rate: f64, duration_s: f64) -> LoadConfig {
+    /// Completions with text at the scenario's own speed.
+    pub fn new(name: &str, url: &str, model: &str) -> LoadConfig {
         LoadConfig {
+            name: name.to_owned(),
             url: url.to_owned(),
             model: model.to_owned(),
-            api: LoadApi::Completions,
-            stages: vec![StagePlan { rate, duration_s, warmup: false }],
-            arrivals: Arrivals::Poisson,
-            in_flight_max: 4096,
+            api: LoadApi::default(),
+            form: PromptForm::default(),
+            api_key: None,
             timeout: Duration::from_secs(300),
-            lag_max: Duration::from_millis(50),
+            speed: 1.0,
+            lag_p99_max_s: LAG_P99_MAX_S,
             seed: 0,
+            endpoints: Vec::new(),
         }
     }
 }
@@ -103,288 +116,172 @@ pub enum LoadError {
         /// Why.
         reason: String,
     },
-    /// No stage would send anything.
-    #[error("a stage needs a rate and a duration above 0, found {rate} for {duration_s} s")]
-    Stage {
-        /// Requests per second.
-        rate: f64,
-        /// Seconds.
-        duration_s: f64,
+    /// The requests of the scenario cannot be made.
+    #[error(transparent)]
+    Traffic(#[from] TrafficError),
+    /// The tokenizer knows too few words to make texts from.
+    #[error(
+        "the tokenizer has {found} plain words, at least {} are needed",
+        crate::words::WORDS_MIN
+    )]
+    TooFewWords {
+        /// Found.
+        found: usize,
+    },
+    /// The tokenizer cannot count a prompt.
+    #[error("the tokenizer cannot count a prompt of this API: {0}")]
+    Tokens(String),
+    /// A chat has no form with token ids.
+    #[error("a chat cannot be sent as token ids: use completions, or text")]
+    ChatOfIds,
+    /// Not a number above 0.
+    #[error("speed is {0}, it must be a finite number above 0")]
+    Speed(f64),
+    /// Not sendable in a header.
+    #[error("the API key has characters that a header cannot carry")]
+    ApiKey,
+    /// The server does not say which models it serves.
+    #[error("{url}/v1/models does not name a model ({reason}): name one")]
+    NoModel {
+        /// As given.
+        url: String,
+        /// Why.
+        reason: String,
     },
 }
 
-/// One request and what came of it.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Outcome {
-    /// Position of its stage.
+/// How far a load has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Progress {
+    /// Requests of all stages that arrive by themselves.
+    pub planned: u64,
+    /// Sent or refused.
+    pub sent: u64,
+    /// Answered, refused or failed.
+    pub ended: u64,
+    /// Of those, not answered.
+    pub failed: u64,
+    /// Position of the stage that began last.
     pub stage: usize,
-    /// Position in its stage.
-    pub position: usize,
-    /// What it contributes to the figures.
-    pub observation: Observation,
-    /// How late it left, seconds.
-    pub lag_s: f64,
-    /// `x-kvroute-endpoint` of the answer.
-    pub endpoint: Option<String>,
-    /// Why there is no complete answer.
-    pub error: Option<String>,
+    /// How many there are.
+    pub stages: usize,
+    /// Seconds since the start.
+    pub at_s: f64,
+    /// Seconds of sending, all stages.
+    pub planned_s: f64,
 }
 
-/// How late requests left, seconds.
+/// One look at one engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Lag {
-    /// Median.
-    pub p50: f64,
-    /// 99th percentile.
-    pub p99: f64,
-    /// Largest.
-    pub max: f64,
+pub struct Look {
+    /// Requests waiting.
+    pub waiting: f64,
+    /// Requests being computed.
+    pub running: f64,
+    /// KV blocks in use, 0 to 1.
+    pub kv_usage: f64,
+}
+
+/// Looks at every engine: called with each request and for the timeline, so it must be quick.
+pub type Looks = Arc<dyn Fn() -> Vec<Look> + Send + Sync>;
+
+/// Requests that failed for one reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Failure {
+    /// How many.
+    pub count: u64,
+    /// What the first of them said.
+    pub example: String,
 }
 
 /// What a load measured.
-#[derive(Clone, Debug)]
-pub struct LoadReport {
-    /// The stages as planned.
-    pub stages: Vec<StagePlan>,
-    /// All requests, in the order in which they ended.
-    pub outcomes: Vec<Outcome>,
-    /// Looks at the engines, with the stage.
-    pub samples: Vec<(usize, Sample)>,
-    /// The generator's own lateness.
-    pub lag: Lag,
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// Everything that reports read. Without looks at the engines it has no queues and no KV usage.
+    pub record: RunRecord,
+    /// Requests without a complete answer, by kind of reason.
+    pub failures: BTreeMap<String, Failure>,
+    /// Answers without usage: their tokens are counted by events.
+    pub without_usage: u64,
+    /// Answers that do not say how many prompt tokens came from the cache: 0 is recorded.
+    pub without_cached: u64,
+    /// Stopped before the end. The record holds only what had ended, and its name says so.
+    pub partial: bool,
     /// False when the generator was late: the figures mean nothing then.
     pub valid: bool,
 }
 
-/// Looks at every engine; called while requests are being sent.
-pub type Probe = Arc<dyn Fn() -> Vec<Sample> + Send + Sync>;
-
-/// How far a load has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Requests of all stages.
-    pub planned: usize,
-    /// Sent.
-    pub sent: usize,
-    /// Answered or failed.
-    pub ended: usize,
-    /// Of those, failed.
-    pub failed: usize,
+/// A load that is ready to be sent.
+pub struct Load {
+    config: LoadConfig,
+    traffic: Traffic,
+    prompts: Prompts,
+    client: Client,
+    in_flight_max: usize,
+    drain_between_stages: bool,
 }
 
-/// Sends the load and waits for all answers. `progress` is called after each request.
+impl Load {
+    /// Prepares everything that can fail. `folder` is where relative paths of the scenario start.
+    ///
+    /// # Errors
+    /// [`LoadError`]. Failures of requests are part of what is measured.
+    pub fn new(
+        config: LoadConfig,
+        scenario: &Scenario,
+        folder: &Path,
+        tokenizer: &Tokenizer,
+    ) -> Result<Load, LoadError> {
+        if !config.speed.is_finite() || config.speed <= 0.0 {
+            return Err(LoadError::Speed(config.speed));
+        }
+        let client = Client::new(&config)?;
+        let prompts = Prompts::new(&config, tokenizer)?;
+        let traffic = Traffic::new(scenario, folder, config.seed)?;
+        Ok(Load {
+            config,
+            traffic,
+            prompts,
+            client,
+            in_flight_max: scenario.client.in_flight_max as usize,
+            drain_between_stages: scenario.load.drain_between_stages,
+        })
+    }
+
+    /// Sends the load and waits for all answers, or until `stop`. `looks` tells the queues and KV
+    /// usage of the engines; `progress` is called after whatever happens.
+    pub async fn run(
+        self,
+        looks: Option<Looks>,
+        stop: impl Future<Output = ()>,
+        progress: impl FnMut(Progress),
+    ) -> Measured {
+        Driver::new(self, looks, Instant::now()).run(stop, progress).await
+    }
+}
+
+/// The first model that a server names.
 ///
 /// # Errors
-/// [`LoadError`] when nothing can be sent; failures of requests are part of the report.
-pub async fn run(
-    config: &LoadConfig,
-    workload: &Arc<Workload>,
-    probe: Option<Probe>,
-    mut progress: impl FnMut(Progress),
-) -> Result<LoadReport, LoadError> {
-    let client = Arc::new(Client::new(config)?);
-    let mut plans = Vec::new();
-    for (i, stage) in config.stages.iter().enumerate() {
-        let usable = |value: f64| value.is_finite() && value > 0.0;
-        if !usable(stage.rate) || !usable(stage.duration_s) {
-            let StagePlan { rate, duration_s, .. } = *stage;
-            return Err(LoadError::Stage { rate, duration_s });
+/// [`LoadError::NoModel`] when there is none, [`LoadError::Url`], [`LoadError::ApiKey`].
+pub async fn served_model(url: &str, api_key: Option<&str>) -> Result<String, LoadError> {
+    let mut request = Request::new(Full::<Bytes>::default());
+    *request.uri_mut() = client::uri(url, "/v1/models")?;
+    *request.headers_mut() = client::authorization(api_key)?;
+    let page = async {
+        let response = client::http().request(request).await.map_err(|e| e.to_string())?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), client::PAGE_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| error.to_string())?.to_bytes();
+        match status.is_success() {
+            true => Ok(body),
+            false => Err(format!("status {}", status.as_u16())),
         }
-        plans.push(departures(stage, config.arrivals, config.seed ^ (i as u64) << 32));
-    }
-    let mut state = Progress { planned: plans.iter().map(Vec::len).sum(), ..Progress::default() };
-    let origin = Instant::now();
-    let (mut outcomes, mut samples) = (Vec::new(), Vec::new());
-    for (stage, plan) in plans.iter().enumerate() {
-        let sending = Sending { config, client: &client, workload, stage, origin };
-        sending
-            .run(plan, probe.as_ref(), &mut samples, &mut |sent, outcome| {
-                state.sent += usize::from(sent);
-                if let Some(outcome) = outcome {
-                    state.ended += 1;
-                    state.failed += usize::from(outcome.error.is_some());
-                    outcomes.push(outcome);
-                }
-                progress(state);
-            })
-            .await;
-    }
-    let lag = lag(&outcomes);
-    let valid = lag.p99 <= config.lag_max.as_secs_f64();
-    Ok(LoadReport { stages: config.stages.clone(), outcomes, samples, lag, valid })
-}
-
-fn lag(outcomes: &[Outcome]) -> Lag {
-    let mut lags: Vec<f64> = outcomes.iter().map(|outcome| outcome.lag_s).collect();
-    lags.sort_by(f64::total_cmp);
-    let max = lags.last().copied().unwrap_or(0.0);
-    Lag { p50: percentile(&lags, 50.0), p99: percentile(&lags, 99.0), max }
-}
-
-/// Seconds from the start of a stage at which its requests leave.
-fn departures(stage: &StagePlan, arrivals: Arrivals, seed: u64) -> Vec<f64> {
-    let count = ((stage.rate * stage.duration_s) as usize).max(1);
-    let mut rng = Rng::seeded(seed);
-    let gaps: Vec<f64> = (0..count)
-        .map(|_| match arrivals {
-            Arrivals::Constant => 1.0,
-            Arrivals::Poisson => -(1.0 - rng.next_f64()).ln(),
-        })
-        .collect();
-    let total: f64 = gaps.iter().sum::<f64>().max(f64::MIN_POSITIVE);
-    let mut at = 0.0;
-    gaps.iter()
-        .map(|gap| {
-            let now = at;
-            at += gap / total * stage.duration_s;
-            now
-        })
-        .collect()
-}
-
-/// One stage on its way.
-struct Sending<'a> {
-    config: &'a LoadConfig,
-    client: &'a Arc<Client>,
-    workload: &'a Arc<Workload>,
-    stage: usize,
-    origin: Instant,
-}
-
-impl Sending<'_> {
-    async fn run(
-        &self,
-        plan: &[f64],
-        probe: Option<&Probe>,
-        samples: &mut Vec<(usize, Sample)>,
-        report: &mut impl FnMut(bool, Option<Outcome>),
-    ) {
-        let begin = Instant::now();
-        let (results, mut ended) = mpsc::unbounded_channel();
-        let slots = Arc::new(Semaphore::new(self.config.in_flight_max.min(Semaphore::MAX_PERMITS)));
-        let mut tasks = JoinSet::new();
-        let mut tick = tokio::time::interval(SAMPLE_INTERVAL);
-        let mut next = 0;
-        let mut open = plan.len();
-        while open > 0 {
-            let due = plan.get(next).map(|&at| begin + Duration::from_secs_f64(at));
-            let departure = async {
-                match due {
-                    Some(due) => tokio::time::sleep_until(due).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                () = departure => {
-                    let due = due.unwrap_or(begin);
-                    tasks.spawn(self.request(next, due, slots.clone(), results.clone()));
-                    next += 1;
-                    report(true, None);
-                }
-                Some(outcome) = ended.recv() => {
-                    open -= 1;
-                    report(false, Some(outcome));
-                }
-                _ = tick.tick(), if due.is_some() => {
-                    let looked = probe.map(|probe| probe()).unwrap_or_default();
-                    samples.extend(looked.into_iter().map(|sample| (self.stage, sample)));
-                }
-            }
-        }
-    }
-
-    fn request(
-        &self,
-        position: usize,
-        due: Instant,
-        slots: Arc<Semaphore>,
-        results: mpsc::UnboundedSender<Outcome>,
-    ) -> impl Future<Output = ()> + Send + 'static {
-        let client = self.client.clone();
-        let workload = self.workload.clone();
-        let (stage, origin) = (self.stage, self.origin);
-        let timeout = self.config.timeout;
-        async move {
-            let outcome = Outcome { stage, position, ..Outcome::default() };
-            let sent = Instant::now();
-            let mut outcome = match slots.try_acquire() {
-                Err(_) => Outcome { error: Some("too many in flight".into()), ..outcome },
-                Ok(_slot) => {
-                    let prompt = workload.prompt(position);
-                    let answer = client.send(&prompt.text, workload.output_tokens, outcome);
-                    match tokio::time::timeout(timeout, answer).await {
-                        Ok(outcome) => outcome,
-                        Err(_) => Outcome {
-                            stage,
-                            position,
-                            error: Some(format!("no answer within {} s", timeout.as_secs())),
-                            ..Outcome::default()
-                        },
-                    }
-                }
-            };
-            outcome.lag_s = sent.duration_since(due).as_secs_f64();
-            outcome.observation.sent_s = sent.duration_since(origin).as_secs_f64();
-            outcome.observation.end_s = origin.elapsed().as_secs_f64();
-            // The receiver waits for every request, so it is there.
-            let _ = results.send(outcome);
-        }
-    }
-}
-
-impl LoadReport {
-    /// The figures, named: overall and per stage, warm-up left out.
-    pub fn run(&self, name: &str) -> Run {
-        let counted = |stage: usize| !self.stages[stage].warmup;
-        let observations = |keep: &dyn Fn(usize) -> bool| -> Vec<Observation> {
-            let kept = self.outcomes.iter().filter(|outcome| keep(outcome.stage));
-            kept.map(|outcome| outcome.observation.clone()).collect()
-        };
-        let samples = |keep: &dyn Fn(usize) -> bool| -> Vec<Sample> {
-            self.samples.iter().filter(|(stage, _)| keep(*stage)).map(|(_, s)| *s).collect()
-        };
-        let stages = (0..self.stages.len()).filter(|&stage| counted(stage)).map(|stage| {
-            let only = move |other: usize| other == stage;
-            let summary = Summary::of(&observations(&only), &samples(&only));
-            let failed_ratio = self.failed(&only) as f64 / summary.requests.max(1) as f64;
-            Stage { rate: self.stages[stage].rate, summary, failed_ratio, tpot_s: summary.itl_s }
-        });
-        let summary = Summary::of(&observations(&counted), &samples(&counted));
-        let failed = self.failed(&counted);
-        let failed_ratio = failed as f64 / summary.requests.max(1) as f64;
-        Run {
-            name: name.to_owned(),
-            summary,
-            pooled: Pooled { summary, failed_ratio },
-            stages: stages.collect(),
-            valid: self.valid,
-            failed,
-            ..Run::default()
-        }
-    }
-
-    /// Requests without a complete answer, of the stages to keep.
-    fn failed(&self, keep: &dyn Fn(usize) -> bool) -> u64 {
-        self.outcomes.iter().filter(|o| keep(o.stage) && o.error.is_some()).count() as u64
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn departures_fill_the_stage_and_repeat_with_the_seed() {
-        let stage = StagePlan { rate: 20.0, duration_s: 5.0, warmup: false };
-        for arrivals in [Arrivals::Poisson, Arrivals::Constant] {
-            let at = departures(&stage, arrivals, 3);
-            assert_eq!(at.len(), 100);
-            assert!(at.is_sorted() && at[0] == 0.0 && at[99] < 5.0);
-            assert_eq!(at, departures(&stage, arrivals, 3));
-        }
-        let constant = departures(&stage, Arrivals::Constant, 0);
-        assert!((constant[1] - 0.05).abs() < 1e-9);
-        let other = departures(&stage, Arrivals::Poisson, 4);
-        assert_ne!(departures(&stage, Arrivals::Poisson, 3), other);
-    }
+    };
+    let no_model = |reason| LoadError::NoModel { url: url.to_owned(), reason };
+    let page = tokio::time::timeout(MODELS_TIMEOUT, page).await;
+    let page = page.unwrap_or_else(|_| Err("no answer".to_owned())).map_err(no_model)?;
+    let models = models::parse(&page).map_err(|error| no_model(error.to_string()))?;
+    let first = models.into_iter().find(|model| model.parent.is_none());
+    first.map(|model| model.id).ok_or_else(|| no_model("the list is empty".to_owned()))
 }

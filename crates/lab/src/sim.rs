@@ -11,7 +11,7 @@ mod fault;
 mod flight;
 mod prompts;
 mod queue;
-mod timeline;
+pub(crate) mod timeline;
 mod world;
 
 use std::path::Path;

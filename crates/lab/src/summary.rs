@@ -151,87 +151,6 @@ pub struct Queue {
     pub max: f64,
 }
 
-/// What one request contributes.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Observation {
-    /// When it was sent, seconds from the start of the run.
-    pub sent_s: f64,
-    /// When its answer was complete.
-    pub end_s: f64,
-    /// From sending to the first token; `None` when there was no complete answer.
-    pub ttft_s: Option<f64>,
-    /// Gaps between its tokens.
-    pub gaps_s: Vec<f32>,
-    /// Of the prompt.
-    pub prompt_tokens: u64,
-    /// Of the prompt, from the cache.
-    pub cached_tokens: u64,
-    /// Of the answer.
-    pub output_tokens: u64,
-}
-
-/// One look at one engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Sample {
-    /// Requests waiting.
-    pub waiting: f64,
-    /// KV blocks in use, 0 to 1.
-    pub kv_usage: f64,
-}
-
-impl Summary {
-    /// The figures of these requests and samples.
-    pub fn of(observations: &[Observation], samples: &[Sample]) -> Summary {
-        let answered: Vec<&Observation> =
-            observations.iter().filter(|request| request.ttft_s.is_some()).collect();
-        let first = observations.iter().map(|request| request.sent_s).fold(f64::INFINITY, f64::min);
-        let last = answered.iter().map(|request| request.end_s).fold(f64::NEG_INFINITY, f64::max);
-        let per_second = |count: u64| match last - first {
-            span if span.is_finite() && span > 0.0 => count as f64 / span,
-            _ => 0.0,
-        };
-        let sum = |of: fn(&Observation) -> u64| answered.iter().map(|request| of(request)).sum();
-        let prompt_tokens: u64 = sum(|request| request.prompt_tokens);
-        let cached_tokens: u64 = sum(|request| request.cached_tokens);
-        let ttft = sorted(answered.iter().filter_map(|request| request.ttft_s));
-        let gaps = sorted(answered.iter().flat_map(|r| &r.gaps_s).map(|&gap| f64::from(gap)));
-        Summary {
-            requests: observations.len() as u64,
-            output_tokens_per_s: per_second(sum(|request| request.output_tokens)),
-            requests_per_s: per_second(answered.len() as u64),
-            ttft_s: FirstToken {
-                mean: mean(&ttft),
-                p50: percentile(&ttft, 50.0),
-                p90: percentile(&ttft, 90.0),
-                p99: percentile(&ttft, 99.0),
-            },
-            itl_s: TokenGap {
-                mean: mean(&gaps),
-                p50: percentile(&gaps, 50.0),
-                p90: percentile(&gaps, 90.0),
-            },
-            wait_queue: queue(samples.iter().map(|sample| sample.waiting)),
-            kv_usage: queue(samples.iter().map(|sample| sample.kv_usage)),
-            hit_ratio: match prompt_tokens {
-                0 => 0.0,
-                _ => cached_tokens as f64 / prompt_tokens as f64,
-            },
-        }
-    }
-}
-
-impl SummaryFile {
-    /// A file without runs, for one seed.
-    pub fn new(scenario: &str, seed: u64) -> SummaryFile {
-        SummaryFile { scenario: scenario.to_owned(), seed, seeds: 1, runs: Vec::new() }
-    }
-
-    /// Takes over the runs of another file of the same scenario.
-    pub fn merge(&mut self, other: SummaryFile) {
-        self.runs.extend(other.runs);
-    }
-}
-
 /// Figures that nobody measured are left out instead of written as null.
 fn known_only<S: Serializer>(of: &Option<Published>, to: S) -> Result<S::Ok, S::Error> {
     fn strip(value: &mut serde_json::Value) {
@@ -247,15 +166,6 @@ fn known_only<S: Serializer>(of: &Option<Published>, to: S) -> Result<S::Ok, S::
     let mut value = serde_json::to_value(of).map_err(serde::ser::Error::custom)?;
     strip(&mut value);
     value.serialize(to)
-}
-
-fn queue(samples: impl Iterator<Item = f64>) -> Queue {
-    let sorted = sorted(samples);
-    Queue {
-        mean: mean(&sorted),
-        p90: percentile(&sorted, 90.0),
-        max: sorted.last().copied().unwrap_or(0.0),
-    }
 }
 
 fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
@@ -282,18 +192,6 @@ pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn request(sent_s: f64, ttft_s: Option<f64>) -> Observation {
-        Observation {
-            sent_s,
-            end_s: sent_s + 1.0,
-            ttft_s,
-            gaps_s: vec![0.1, 0.3],
-            prompt_tokens: 100,
-            cached_tokens: 75,
-            output_tokens: 3,
-        }
-    }
-
     #[test]
     fn percentiles_are_numpys() {
         let values = [1.0, 2.0, 3.0, 4.0];
@@ -306,27 +204,11 @@ mod tests {
     }
 
     #[test]
-    fn failed_requests_count_as_requests_only() {
-        let requests = [request(0.0, Some(0.5)), request(1.0, Some(0.7)), request(1.5, None)];
-        let samples =
-            [Sample { waiting: 0.0, kv_usage: 0.5 }, Sample { waiting: 4.0, kv_usage: 1.0 }];
-        let summary = Summary::of(&requests, &samples);
-        assert_eq!(summary.requests, 3);
-        assert_eq!(summary.requests_per_s, 1.0);
-        assert_eq!(summary.output_tokens_per_s, 3.0);
-        assert!((summary.ttft_s.mean - 0.6).abs() < 1e-12);
-        assert_eq!(summary.hit_ratio, 0.75);
-        assert_eq!((summary.wait_queue.mean, summary.wait_queue.max), (2.0, 4.0));
-        assert_eq!(Summary::of(&[], &[]), Summary::default());
-    }
-
-    #[test]
     fn the_file_has_the_published_shape() {
-        let mut file = SummaryFile::new("x", 7);
         let summary = Summary::default();
         let stages = vec![Stage { rate: 3.0, ..Stage::default() }];
         let run = Run { name: "a".into(), summary, stages, valid: true, ..Run::default() };
-        file.merge(SummaryFile { runs: vec![run], ..file.clone() });
+        let file = SummaryFile { scenario: "x".into(), seed: 7, seeds: 1, runs: vec![run] };
         let json: serde_json::Value = serde_json::to_value(&file).unwrap();
         let stage = &json["runs"][0]["stages"][0];
         assert_eq!(stage["rate"], 3.0);

@@ -3,8 +3,6 @@
 //! Outputs and workloads are made of them: text built from such words has exactly the ids it was
 //! built from, so cache hits do not depend on luck.
 
-use kvroute_core::Rng;
-
 use kvroute_tokens::Tokenizer;
 
 /// Fewer words than this make poor text; then a vocabulary is not used for its words.
@@ -30,9 +28,4 @@ fn is_word(piece: &str) -> bool {
     piece
         .strip_prefix(' ')
         .is_some_and(|word| word.len() >= 2 && word.bytes().all(|byte| byte.is_ascii_lowercase()))
-}
-
-/// A text of `count` random words, starting with a space.
-pub(crate) fn text(words: &[(u32, Box<str>)], count: u32, rng: &mut Rng) -> String {
-    (0..count).map(|_| &*words[rng.below(words.len())].1).collect()
 }

@@ -13,6 +13,7 @@ mod report;
 mod saturate;
 mod target;
 mod work;
+mod workload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,10 +1,13 @@
 //! Requests at a fixed rate, whether or not answers come: latency, CPU, memory, errors.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use kvroute_lab::load::{self, LoadConfig, Outcome};
+use kvroute_lab::load::{self, Load, LoadConfig};
+use kvroute_lab::record::{Ending, RequestRecord};
+use kvroute_lab::scenario::Scenario;
 use kvroute_lab::summary::percentile;
 use serde::Serialize;
 use tokio::task::JoinSet;
@@ -14,9 +17,10 @@ use crate::engines::{Engines, MODEL};
 use crate::process::{self, Usage};
 use crate::target::Target;
 use crate::work::Work;
+use crate::workload::SharedPrefix;
 
 /// Requests later than this (99th percentile) were not sent at the rate that was asked for.
-const LAG_MAX: Duration = Duration::from_millis(10);
+const LAG_P99_MAX_S: f64 = 0.010;
 
 /// How long a router without requests is watched.
 const IDLE: Duration = Duration::from_secs(3);
@@ -56,7 +60,7 @@ pub struct Memory {
 pub struct Measured {
     pub requests: usize,
     /// Of all requests, those of the warm-up included: text and count.
-    pub errors: BTreeMap<String, usize>,
+    pub errors: BTreeMap<String, u64>,
     pub first_token: Latency,
     pub whole_answer: Latency,
     /// Cached prompt tokens over prompt tokens, as the engines report them.
@@ -115,10 +119,11 @@ impl OpenLoop {
         tokio::time::sleep(IDLE).await;
         let idle_cpu_s = (target.usage() - before).cpu_s;
         let begin = Instant::now();
-        let mut senders = self.send(target, work);
+        let mut senders = self.send(target, work)?;
         let mut looks = Vec::new();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let (mut outcomes, mut lag_p99_s, mut valid) = (Vec::new(), 0.0_f64, true);
+        let (mut requests, mut errors) = (Vec::new(), BTreeMap::new());
+        let (mut lag_p99_s, mut valid) = (0.0_f64, true);
         loop {
             tokio::select! {
                 _ = tick.tick() => {
@@ -126,43 +131,46 @@ impl OpenLoop {
                 }
                 ended = senders.join_next() => match ended {
                     None => break,
-                    Some(report) => {
-                        let report = report??;
-                        valid &= report.valid;
-                        lag_p99_s = lag_p99_s.max(report.lag.p99);
-                        outcomes.extend(report.outcomes);
+                    Some(measured) => {
+                        let measured = measured?;
+                        valid &= measured.valid;
+                        lag_p99_s = lag_p99_s.max(measured.record.lag.unwrap_or_default().p99);
+                        requests.extend(measured.record.requests);
+                        for (kind, failure) in measured.failures {
+                            let text = format!("{kind}: {}", failure.example);
+                            *errors.entry(text).or_insert(0) += failure.count;
+                        }
                     }
                 }
             }
         }
         let idle_cpu_ms_per_s = idle_cpu_s * 1000.0 / IDLE.as_secs_f64();
         let lag_p99_ms = lag_p99_s * 1000.0;
-        let measured = self.measured(&outcomes, &looks)?;
+        let measured = self.measured(&requests, &looks)?;
         let memory = Memory { idle_mb: before.rss_mb, ..measured.memory };
-        Ok(Measured { idle_cpu_ms_per_s, lag_p99_ms, valid, memory, ..measured })
+        Ok(Measured { errors, idle_cpu_ms_per_s, lag_p99_ms, valid, memory, ..measured })
     }
 
     /// Each sender has a share of the rate; Poisson processes add up to one.
-    fn send(
-        &self,
-        target: &Target,
-        work: &Work,
-    ) -> JoinSet<Result<load::LoadReport, load::LoadError>> {
+    fn send(&self, target: &Target, work: &Work) -> anyhow::Result<JoinSet<load::Measured>> {
         let mut senders = JoinSet::new();
         let rate = self.rate / work.senders.len() as f64;
-        let seconds = (self.warmup + self.span).as_secs_f64();
+        let duration_s = (self.warmup + self.span).as_secs_f64();
         for (i, (workload, url)) in work.senders.iter().zip(&target.urls).enumerate() {
-            let mut config = LoadConfig::new(url, MODEL, rate, seconds);
-            config.lag_max = LAG_MAX;
-            config.timeout = Duration::from_secs(30);
-            config.seed = i as u64 + 1;
-            let workload = workload.clone();
-            senders.spawn(async move { load::run(&config, &workload, None, |_| {}).await });
+            let config = LoadConfig {
+                lag_p99_max_s: LAG_P99_MAX_S,
+                timeout: Duration::from_secs(30),
+                seed: i as u64 + 1,
+                ..LoadConfig::new("open loop", url, MODEL)
+            };
+            let scenario = scenario(&workload.spec, rate, duration_s)?;
+            let load = Load::new(config, &scenario, Path::new("."), &work.tokenizer)?;
+            senders.spawn(load.run(None, std::future::pending(), |_| {}));
         }
-        senders
+        Ok(senders)
     }
 
-    fn measured(&self, outcomes: &[Outcome], looks: &[Look]) -> anyhow::Result<Measured> {
+    fn measured(&self, requests: &[RequestRecord], looks: &[Look]) -> anyhow::Result<Measured> {
         let (from_s, to_s) = (self.warmup.as_secs_f64(), (self.warmup + self.span).as_secs_f64());
         let inside: Vec<&Look> = looks
             .iter()
@@ -171,30 +179,25 @@ impl OpenLoop {
         let first = inside.first().context("the load ended before it was measured")?;
         let last = inside.last().context("the load ended before it was measured")?;
         let sent_inside = |from_s: f64, to_s: f64| {
-            let sent = outcomes.iter().map(|outcome| outcome.observation.sent_s);
+            let sent = requests.iter().map(|request| request.sent_s);
             sent.filter(|&at| at >= from_s && at < to_s).count()
         };
         let thousands = sent_inside(first.at_s, last.at_s) as f64 / 1000.0;
         anyhow::ensure!(thousands > 0.0, "no request was sent while measuring");
         let cpu = |of: fn(&Look) -> Usage| (of(last) - of(first)).cpu_s / thousands;
-        let counted: Vec<_> = outcomes
+        let counted: Vec<&RequestRecord> = requests
             .iter()
-            .map(|outcome| &outcome.observation)
-            .filter(|seen| seen.sent_s >= from_s && seen.ttft_s.is_some())
+            .filter(|request| request.sent_s >= from_s && request.ending == Ending::Answered)
             .collect();
-        let total = |of: fn(&kvroute_lab::summary::Observation) -> u64| -> f64 {
-            counted.iter().map(|seen| of(seen) as f64).sum()
+        let total = |of: fn(&RequestRecord) -> u32| -> f64 {
+            counted.iter().map(|request| f64::from(of(request))).sum()
         };
-        let mut errors = BTreeMap::new();
-        for error in outcomes.iter().filter_map(|outcome| outcome.error.as_ref()) {
-            *errors.entry(error.clone()).or_insert(0) += 1;
-        }
         Ok(Measured {
             requests: sent_inside(from_s, f64::INFINITY),
-            errors,
-            first_token: latency(counted.iter().filter_map(|seen| seen.ttft_s)),
-            whole_answer: latency(counted.iter().map(|seen| seen.end_s - seen.sent_s)),
-            hit_ratio: total(|seen| seen.cached_tokens) / total(|seen| seen.prompt_tokens).max(1.0),
+            errors: BTreeMap::new(),
+            first_token: latency(counted.iter().map(|request| f64::from(request.ttft_s))),
+            whole_answer: latency(counted.iter().map(|request| f64::from(request.total_s))),
+            hit_ratio: total(|r| r.cached_tokens) / total(|r| r.prompt_tokens).max(1.0),
             cpu_s_per_1000: cpu(|look| look.router),
             engines_cpu_s_per_1000: cpu(|look| look.engines),
             generator_cpu_s_per_1000: cpu(|look| look.generator),
@@ -205,6 +208,23 @@ impl OpenLoop {
             valid: true,
         })
     }
+}
+
+/// A sender's share of the load.
+fn scenario(spec: &SharedPrefix, rate: f64, duration_s: f64) -> anyhow::Result<Scenario> {
+    let SharedPrefix { groups, users, prefix_tokens, question_tokens, output_tokens, .. } = spec;
+    let text = format!(
+        "
+name: open loop
+fleet: {{engines: 1, profile: tiny, kv_tokens: 1000000}}
+workload: {{kind: shared-prefix, groups: {groups}, users: {users},
+  prefix_tokens: {prefix_tokens}, question_tokens: {question_tokens},
+  output_tokens: {output_tokens}}}
+load: {{arrivals: constant, stages: [{{rate: {rate}, duration_s: {duration_s}}}]}}
+client: {{in_flight_max: 4096}}
+"
+    );
+    Ok(Scenario::parse(&text, "open loop")?)
 }
 
 fn latency(seconds: impl Iterator<Item = f64>) -> Latency {

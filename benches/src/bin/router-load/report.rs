@@ -119,7 +119,7 @@ impl Report {
                 }
                 _ => format!("({:.2} / {:.2})", of(open).p50_ms, of(open).p99_ms),
             };
-            let failed: usize = open.errors.values().sum();
+            let failed: u64 = open.errors.values().sum();
             let _ = writeln!(
                 text,
                 "| {} | {} | {:.3} | {:.1} | {} | {} | {failed} of {} | {:.3} | {:.2} |",

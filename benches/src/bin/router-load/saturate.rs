@@ -11,7 +11,6 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use kvroute_lab::workload::Workload;
 use serde::Serialize;
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -20,6 +19,7 @@ use tokio::time::Instant;
 use crate::engines::{Engines, MODEL};
 use crate::target::Target;
 use crate::work::Work;
+use crate::workload::Workload;
 
 /// Loops before anything is measured.
 const WARMUP: Duration = Duration::from_secs(2);
@@ -58,7 +58,7 @@ impl Shape {
         };
         let mut body = json!({
             "model": MODEL,
-            "max_tokens": workload.output_tokens,
+            "max_tokens": workload.spec.output_tokens,
             "ignore_eos": true,
             "prompt": prompt,
         });

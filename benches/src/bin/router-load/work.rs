@@ -4,8 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use kvroute_lab::workload::{Order, Prompt, SharedPrefix, Workload};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
+
+use crate::workload::{Prompt, SharedPrefix, Workload};
 
 /// Prompts of the sample that tells how long a token is.
 const SAMPLE_TOKENS: u32 = 2000;
@@ -23,6 +24,7 @@ pub struct Shape {
 /// to engine N, which is perfect affinity; with one, all talk to it and send exactly the same.
 pub struct Work {
     pub senders: Vec<Arc<Workload>>,
+    pub tokenizer: Tokenizer,
 }
 
 impl Work {
@@ -34,10 +36,9 @@ impl Work {
             prefix_tokens: SAMPLE_TOKENS,
             question_tokens: 0,
             output_tokens: shape.output_tokens,
-            order: Order::Cyclic,
             seed: 0,
         };
-        let sample = Workload::shared_prefix(&spec, &tokenizer)?;
+        let sample = Workload::new(&spec, &tokenizer)?;
         let token_bytes = sample.prompts()[0].text.len() as f64 / f64::from(SAMPLE_TOKENS);
         let tokens = (f64::from(shape.prompt_bytes) / token_bytes) as u32;
         let question_tokens = tokens / 6;
@@ -52,9 +53,10 @@ impl Work {
                 seed: u64::from(sender) + 1,
                 ..spec
             };
-            Ok(Arc::new(Workload::shared_prefix(&spec, &tokenizer)?))
+            Ok(Arc::new(Workload::new(&spec, &tokenizer)?))
         });
-        Ok(Work { senders: senders.collect::<anyhow::Result<_>>()? })
+        let senders = senders.collect::<anyhow::Result<_>>()?;
+        Ok(Work { senders, tokenizer })
     }
 
     fn all(&self) -> impl Iterator<Item = &Prompt> {

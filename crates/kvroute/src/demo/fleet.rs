@@ -7,9 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use kvroute_core::plan::Plan;
 use kvroute_lab::engine::{self, EngineConfig, EngineHandle};
-use kvroute_lab::load::Probe;
+use kvroute_lab::load::{Look, Looks};
 use kvroute_lab::model::{HashAlgorithm, Profile};
-use kvroute_lab::summary::Sample;
 use kvroute_router::{EventsSource, RouterConfig, RouterHandle, Tokenizers};
 use kvroute_tokens::Tokenizer;
 
@@ -95,9 +94,9 @@ impl Fleet {
     }
 
     /// Looks at every engine.
-    pub fn probe(&self) -> Probe {
+    pub fn looks(&self) -> Looks {
         let engines = Arc::clone(&self.engines);
-        Arc::new(move || engines.iter().map(sample).collect())
+        Arc::new(move || engines.iter().map(look).collect())
     }
 
     /// Queue, running requests and share of used blocks of each engine.
@@ -114,9 +113,10 @@ impl Fleet {
     }
 }
 
-fn sample(engine: &EngineHandle) -> Sample {
+fn look(engine: &EngineHandle) -> Look {
     let stats = engine.stats();
-    Sample { waiting: f64::from(stats.waiting), kv_usage: stats.kv_usage }
+    let (waiting, running) = (f64::from(stats.waiting), f64::from(stats.running));
+    Look { waiting, running, kv_usage: stats.kv_usage }
 }
 
 fn flag(engine: &EngineHandle) -> String {

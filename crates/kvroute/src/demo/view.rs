@@ -111,7 +111,7 @@ pub fn table(file: &SummaryFile) {
         ("waiting per engine, max", |s| s.wait_queue.max, 0),
     ];
     for (title, value, digits) in rows {
-        say(&row(title, value(&before.summary), value(&after.summary), digits));
+        say(&row(title, value(&before.pooled.summary), value(&after.pooled.summary), digits));
     }
     say("");
     say(&format!(

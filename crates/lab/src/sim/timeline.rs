@@ -6,7 +6,7 @@ use crate::record::Moment;
 const MOMENTS_MAX: usize = 4096;
 
 /// Moments so far, and sums since the last.
-pub(super) struct Timeline {
+pub(crate) struct Timeline {
     interval_s: f64,
     next_s: f64,
     moments: Vec<Moment>,
@@ -16,7 +16,7 @@ pub(super) struct Timeline {
 
 /// What is added up between two moments.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Sums {
+pub(crate) struct Sums {
     pub output_tokens: u64,
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
@@ -25,7 +25,12 @@ pub(super) struct Sums {
 
 impl Timeline {
     pub fn new() -> Timeline {
-        Timeline { interval_s: 1.0, next_s: 1.0, moments: Vec::new(), sums: Sums::default() }
+        Timeline::every(1.0)
+    }
+
+    /// A moment each so many seconds, to begin with.
+    pub fn every(interval_s: f64) -> Timeline {
+        Timeline { interval_s, next_s: interval_s, moments: Vec::new(), sums: Sums::default() }
     }
 
     /// Whether the next moment has come.
