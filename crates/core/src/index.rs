@@ -167,6 +167,8 @@ impl Index {
         let endpoint = Box::new(Endpoint::new(id.slot, id.generation));
         self.endpoint_bytes += endpoint.bytes();
         self.slots[slot] = Some(endpoint);
+        // Into a full index it comes at the cost of others.
+        while self.bytes() > self.limits.bytes_max && self.evict(Class::Resident) {}
     }
 
     /// Forgets an endpoint. Cost: its own blocks, and giving back memory that it filled.

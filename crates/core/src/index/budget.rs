@@ -53,7 +53,8 @@ impl Index {
         }
     }
 
-    fn evict(&mut self, class: Class) -> bool {
+    /// Drives out the least that may go; whether there was anything.
+    pub(super) fn evict(&mut self, class: Class) -> bool {
         self.evict_history()
             || class >= Class::Speculative && self.evict_speculation()
             || class >= Class::Pending && self.evict_pending()

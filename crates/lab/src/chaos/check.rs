@@ -4,7 +4,7 @@ use kvroute_core::EndpointId;
 use kvroute_core::event::EngineHash;
 use kvroute_core::index::{EndpointUsage, SkipReason};
 use kvroute_core::load::Load;
-use kvroute_core::stream::StreamState;
+use kvroute_core::stream::{StreamState, SuspectReason};
 
 use super::engine::Held;
 use super::flight::{Charge, Place};
@@ -142,15 +142,22 @@ impl World {
 
     /// An endpoint whose stream is live claims what its engine held after the last batch that
     /// arrived: nothing else, and nothing less unless a limit or a documented reason explains it.
+    /// One that is known to have missed something claims nothing else either.
     fn check_claims(&mut self, host: usize) -> Checked {
+        use SuspectReason::{Gap, HeldOverflow, LateStart, ReplayIncomplete};
         let Some(member) = &self.hosts[host].member else { return Ok(()) };
         let id = member.id;
-        let live = self.brain.stream_state(id) == Some(StreamState::Live);
-        if !live || member.heard.mixed {
+        let incomplete = match self.brain.stream_state(id) {
+            Some(StreamState::Live) => false,
+            Some(StreamState::Suspect(Gap | HeldOverflow | LateStart | ReplayIncomplete)) => true,
+            _ => return Ok(()),
+        };
+        if member.heard.mixed {
             return Ok(());
         }
         let claimed = self.claimed(id);
-        let may_lack = self.may_lack(id) || member.heard.believed || member.heard.reset_claimed;
+        let may_lack =
+            self.may_lack(id) || incomplete || member.heard.believed || member.heard.reset_claimed;
         let last = self.brain.stream_last_seq(id);
         let runs = last.into_iter().flat_map(|last| member.heard.runs(last));
         let held: Vec<_> = runs.filter_map(|run| self.states.get(&(run, last?))).collect();

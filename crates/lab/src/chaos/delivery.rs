@@ -2,14 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvroute_core::event::EventBatch;
-
 /// The books about one endpoint's stream, kept beside the core's own.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
     /// The processes that batches of each number came from.
     delivered: BTreeMap<u64, BTreeSet<u64>>,
-    /// The process of the last batch that was applied as it came.
+    /// The process of the last batch that was applied as it came, unless all was forgotten since.
     run: Option<u64>,
     /// Two processes in one: a restart that no number shows. Possible without a replay socket, and
     /// documented there.
@@ -45,28 +43,18 @@ impl Heard {
     /// Compares the core's counters with those of the last look.
     pub fn counted(&mut self, now: Counted) {
         if now.resets != self.last.resets || now.cleared != self.last.cleared {
-            (self.mixed, self.believed) = (false, false);
+            (self.mixed, self.believed, self.run) = (false, false, None);
         }
         self.believed |= now.agreements != self.last.agreements;
         self.reset_claimed &= now.applied == self.last.applied;
         self.last = now;
     }
 
-    /// A live batch has been told; `before` are the counters before. Whether a restart went
-    /// unnoticed by it.
-    pub fn told(&mut self, run: u64, batch_cleared: bool, before: Counted, now: Counted) -> bool {
+    /// A live batch has been told, after which the core counts `now`. Whether it was applied to
+    /// what an earlier process had told.
+    pub fn told(&mut self, run: u64, now: Counted) -> bool {
+        let applied = now.applied != self.last.applied;
         self.counted(now);
-        if now.applied == before.applied {
-            return false;
-        }
-        let other = self.run.replace(run).is_some_and(|known| known != run);
-        let mixed = other && now.resets == before.resets && !batch_cleared;
-        self.mixed |= mixed;
-        mixed
+        applied && self.run.replace(run).is_some_and(|known| known != run)
     }
-}
-
-/// Whether a batch empties the cache.
-pub(super) fn clears(batch: &EventBatch) -> bool {
-    batch.events.contains(&kvroute_core::event::KvEvent::Cleared)
 }

@@ -5,10 +5,12 @@ use std::time::Duration;
 use kvroute_core::blocks::{ChainSpec, PromptExtras, Root, TokenSpace, chain};
 use kvroute_core::brain::ChainSpecs;
 use kvroute_core::decision::{
-    Decision, Headers, NoTokens, PromptChains, Reject, Request, ResponseEvent, TokensKnown,
+    Decision, DecisionRecord, Headers, Mode, NoTokens, PromptChains, Reject, Request,
+    ResponseEvent, TokensKnown,
 };
 use kvroute_core::fleet::RootKind;
 use kvroute_core::load::Ticket;
+use kvroute_core::stream::StreamState;
 use kvroute_core::{EndpointId, Time};
 
 use super::prompts::{MODEL, OUTPUT_TOKENS_MAX, Prompt};
@@ -238,12 +240,40 @@ impl World {
             .collect();
         let cost = costs.iter().find(|(id, _)| *id == endpoint).map(|(_, tokens)| *tokens);
         ensure(cost.is_some(), "the chosen endpoint is a candidate", || format!("{record:?}"))?;
+        self.check_decision(&record, &fallback, endpoint)?;
         let now = self.now;
         let Some(flight) = self.flights.get_mut(&no) else { return Ok(()) };
         flight.charge = Some(Charge { endpoint, prompt_tokens: cost.unwrap_or(0), output_tokens });
         (flight.ticket, flight.costs, flight.alive) = (Some(ticket), costs, now);
         flight.candidates = [endpoint].into_iter().chain(fallback).collect();
         self.advance(no)
+    }
+
+    /// Precise knowledge rests on a live stream, and the next best are others of the fleet.
+    fn check_decision(
+        &self,
+        record: &DecisionRecord,
+        fallback: &[EndpointId],
+        chosen: EndpointId,
+    ) -> Checked {
+        for candidate in &record.candidates {
+            let precise = candidate.reason.mode() == Mode::Precise;
+            let honest = !precise || candidate.stream == StreamState::Live;
+            ensure(honest, "precise knowledge rests on a live stream", || {
+                format!("{candidate:?}")
+            })?;
+            let hit = candidate.hit;
+            let ordered =
+                hit.resident <= hit.expected && hit.predicted_tokens <= record.prompt_tokens;
+            ensure(ordered, "a hit is within the prompt", || format!("{candidate:?}"))?;
+        }
+        let known = fallback.iter().all(|id| self.brain.fleet().get(*id).is_some());
+        let mut others: Vec<EndpointId> = [chosen].into_iter().chain(fallback.to_vec()).collect();
+        others.sort_unstable();
+        others.dedup();
+        ensure(known && others.len() == fallback.len() + 1, "retries go to others", || {
+            format!("{chosen:?}, then {fallback:?}")
+        })
     }
 
     // --- forwarding

@@ -48,9 +48,10 @@ plugins:
 - type: random-picker
 ";
 
-/// Plans, and how many of `WEIGHT_SUM` runs get each.
-const KINDS: [(&str, usize); 7] = [
-    ("built-in", 4),
+/// Plans, and how many runs get each, out of their sum.
+const KINDS: [(&str, usize); 8] = [
+    ("built-in", 3),
+    ("least-cost", 4),
     ("precise", 4),
     ("precise-small", 6),
     ("everything", 3),
@@ -73,7 +74,7 @@ pub(super) fn draw(rng: &mut Rng) -> Drawn {
     }
     let mut config = config_of(name);
     config.kvroute = settings(rng);
-    if name != "built-in" && name.starts_with("precise") {
+    if name.starts_with("precise") {
         config.kvroute.speculative = Some(rng.below(2) == 0);
     }
     if name == "precise-small" {
@@ -89,6 +90,7 @@ fn config_of(name: &str) -> EndpointPickerConfig {
         "everything" => EVERYTHING,
         "load-only" => BLIND,
         "round-robin" => "plugins: [{type: kvroute-round-robin-picker}]\n",
+        "least-cost" => return EndpointPickerConfig::least_cost(),
         _ => return EndpointPickerConfig::precise(),
     };
     kvroute_wire::config::parse(text, name).expect("the configurations of this file are valid")
@@ -119,7 +121,7 @@ fn settings(rng: &mut Rng) -> Settings {
 
 /// Limits that are reached.
 fn small(rng: &mut Rng, settings: &mut Settings) {
-    settings.index_bytes_max = any(rng, &[8, 12, 20, 40, 1 << 20]) << 10;
+    settings.index_bytes_max = any(rng, &[16, 20, 28, 48, 1 << 20]) << 10;
     settings.history_blocks_per_endpoint_max = any(rng, &[0, 6, 40, 31_250]);
     settings.pending_blocks_per_endpoint_max = any(rng, &[0, 2, 9, 8_192]);
     settings.speculations_max = any(rng, &[0, 2, 8, 65_536]);

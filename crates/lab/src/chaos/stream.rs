@@ -8,7 +8,7 @@ use kvroute_core::stream::{StreamInput, StreamOrder, StreamState};
 use kvroute_core::{EndpointId, Time};
 use kvroute_wire::kv_event;
 
-use super::delivery::{self, Counted};
+use super::delivery::Counted;
 use super::engine::Message;
 use super::fleet::{Member, ReplaySocket};
 use super::world::{Event, World};
@@ -306,30 +306,31 @@ impl World {
         run: Option<u64>,
     ) -> Result<StreamOrder, super::Violation> {
         self.touched.push(host);
-        let (before, last_seq) = (self.counted(id), self.brain.stream_last_seq(id));
-        let live = match &input {
-            StreamInput::Batch { seq, batch } => Some((*seq, delivery::clears(batch))),
-            _ => None,
+        let last_seq = self.brain.stream_last_seq(id);
+        let (live, told) = match &input {
+            StreamInput::Batch { seq, .. } => (Some(*seq), Some(*seq)),
+            StreamInput::ReplayBatch { seq, .. } => (None, Some(*seq)),
+            _ => (None, None),
         };
-        if let (StreamInput::Batch { seq, .. } | StreamInput::ReplayBatch { seq, .. }, Some(run)) =
-            (&input, run)
+        if let (Some(seq), Some(run)) = (told, run)
             && let Some(member) = self.hosts[host].member_mut(id)
         {
-            member.heard.delivers(run, *seq);
+            member.heard.delivers(run, seq);
         }
         let order = self.brain.on_stream(self.now, id, input);
-        let (after, replays) = (self.counted(id), self.hosts[host].replay != ReplaySocket::None);
         self.saw_state(id);
+        let (counted, replays) = (self.counted(id), self.hosts[host].replay != ReplaySocket::None);
         let Some(member) = self.hosts[host].member_mut(id) else { return Ok(order) };
-        match (live, run) {
-            (Some((seq, clears)), Some(run)) => {
-                let mixed = member.heard.told(run, clears, before, after) && !replays;
-                let next = last_seq.map(|last| last + 1);
-                ensure(!mixed || next == Some(seq), "a restart is noticed", || {
-                    format!("batch {seq} of {host} (run {run}) was applied after {last_seq:?}")
-                })?;
-            }
-            _ => member.heard.counted(after),
+        let (Some(seq), Some(run)) = (live, run) else {
+            member.heard.counted(counted);
+            return Ok(order);
+        };
+        if member.heard.told(run, counted) && !replays {
+            member.heard.mixed = true;
+            let next = last_seq.map(|last| last + 1);
+            ensure(next == Some(seq), "a restart is noticed", || {
+                format!("batch {seq} of {host} (run {run}) was applied after {last_seq:?}")
+            })?;
         }
         Ok(order)
     }

@@ -66,6 +66,23 @@ fn the_budget_holds_at_every_step_and_is_used() {
 }
 
 #[test]
+fn an_endpoint_that_joins_a_full_index_finds_room() {
+    let limits = IndexLimits { bytes_max: 100_000, ..ROOMY };
+    let mut index = index_of(limits, 1);
+    for name in 0..200 {
+        store(&mut index, 0, &prompt(name, 30), 0);
+        for slot in 1..10 {
+            index.add_endpoint(id(slot));
+            let bytes = index.usage().bytes;
+            assert!(bytes <= limits.bytes_max, "{bytes} bytes with {slot} more endpoints");
+        }
+        (1..10).for_each(|slot| index.remove_endpoint(id(slot)));
+    }
+    index.check();
+    assert!(index.usage().evicted.resident > 0);
+}
+
+#[test]
 fn what_is_worth_least_goes_first() {
     let mut index = index_of(IndexLimits { bytes_max: 100_000, ..ROOMY }, 2);
     for name in 0..4 {
