@@ -47,58 +47,60 @@ impl Sums {
 }
 
 /// What happens at least so often in each scanning test.
-const EVENTFUL: [(&str, u64); 52] = [
-    ("answered", 2_000),
+const EVENTFUL: [(&str, u64); 54] = [
+    ("answered", 1_500),
     ("failed", 300),
     ("aborted", 100),
-    ("rejected", 100),
-    ("aborted before", 50),
-    ("aborted in the answer", 20),
+    ("rejected", 200),
+    ("aborted before", 80),
+    ("aborted in the answer", 30),
     ("answers cut short", 50),
-    ("timeouts", 20),
-    ("retries", 100),
-    ("redirects", 100),
-    ("rejected: in flight", 50),
-    ("rejected: no endpoints", 5),
-    ("tickets expired", 50),
-    ("drifts", 10),
-    ("resets refused", 10),
-    ("resident blocks driven out", 20),
-    ("live", 1_000),
+    ("timeouts", 30),
+    ("retries", 120),
+    ("redirects", 120),
+    ("rejected: in flight", 200),
+    ("rejected: no endpoints", 8),
+    ("tickets expired", 100),
+    ("drifts", 4),
+    ("resets refused", 12),
+    ("resident blocks driven out", 30),
+    ("reset through the router done", 5),
+    ("reset refused", 10),
+    ("live", 1_500),
     ("replaying", 500),
-    ("late_start", 100),
-    ("gap", 100),
-    ("replay_incomplete", 50),
-    ("held_overflow", 5),
-    ("drift", 100),
-    ("lost", 50),
-    ("in doubt at the end", 10),
-    ("right at the end", 150),
-    ("right at the end, in part", 10),
-    ("batch lost", 100),
-    ("batch repeated", 20),
-    ("batch after reconnect", 10),
-    ("batch unreadable", 30),
-    ("batches lost", 30),
-    ("link delayed", 30),
-    ("link partitioned", 30),
-    ("link broken", 30),
-    ("replays refused", 20),
-    ("replays truncated", 20),
-    ("replays slow", 20),
+    ("late_start", 200),
+    ("gap", 500),
+    ("replay_incomplete", 200),
+    ("held_overflow", 1),
+    ("drift", 200),
+    ("lost", 40),
+    ("in doubt at the end", 20),
+    ("right at the end", 100),
+    ("right at the end, in part", 12),
+    ("batch lost", 10),
+    ("batch repeated", 10),
+    ("batch after reconnect", 2),
+    ("batch unreadable", 10),
+    ("batches lost", 10),
+    ("link delayed", 10),
+    ("link partitioned", 10),
+    ("link broken", 10),
+    ("replays refused", 10),
+    ("replays truncated", 10),
+    ("replays slow", 10),
     ("replay buffer emptied", 10),
-    ("engine crashed", 30),
+    ("engine crashed", 10),
     ("engine restarted behind its connection", 10),
-    ("cache reset through the router", 30),
-    ("cache reset beside the router", 20),
-    ("endpoint removed", 20),
+    ("cache reset through the router", 10),
+    ("cache reset beside the router", 10),
+    ("endpoint removed", 10),
     ("endpoint replaced", 10),
-    ("metrics partitioned", 20),
-    ("metrics stale", 20),
-    ("engine unreachable", 20),
-    ("engine slow", 20),
-    ("ticks late", 20),
-    ("clock jumped", 5),
+    ("metrics partitioned", 10),
+    ("metrics stale", 10),
+    ("engine unreachable", 10),
+    ("engine slow", 10),
+    ("ticks late", 10),
+    ("clock jumped", 2),
     ("word about an endpoint that is gone", 10),
 ];
 
@@ -130,16 +132,15 @@ fn faults_at_random_fourth_part() {
     scan(3);
 }
 
-/// Each found a fault of the core once. The draws of a seed change with the simulation, so the core
-/// has a test of its own for each.
+/// Each found a fault of the core once. What a seed draws changes with the simulation, so the core
+/// has a test of its own for each fault.
 #[test]
 fn seeds_that_found_something() {
-    for (seed, _what) in [
-        (0, "a refused cache reset was forgotten when a replay filled a gap"),
-        (0, "a stream that may hold no batch, and whose replays fail, never went on"),
-        (0, "an endpoint that joined a full index exceeded its budget"),
-    ] {
-        run(seed);
+    const RESET: &str = "a refused cache reset was forgotten when a replay filled a gap";
+    const ROOM: &str = "an endpoint that joined a full index exceeded its budget";
+    for (seed, found) in [(442, RESET), (461, RESET), (1683, RESET), (692, ROOM), (1252, ROOM)] {
+        let failure = chaos::run(seed, STEPS, false).err();
+        assert!(failure.is_none(), "{found}, again? {}", failure.unwrap());
     }
 }
 

@@ -346,6 +346,7 @@ impl World {
         if self.flights[&no].is_reset {
             let done = process.reset_cache();
             self.note(format!("reset of {host} through the router: {done}"));
+            self.saw(if done { "reset through the router done" } else { "reset refused" });
             self.flight(no).place = Place::Ending;
             let wait = self.ms(0, 40);
             self.after_ms(wait, Event::Finish(no));

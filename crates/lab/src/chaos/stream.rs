@@ -162,7 +162,7 @@ impl World {
     }
 
     pub fn link_lost(&mut self, host: usize, id: EndpointId, connection: u64) -> Checked {
-        let keep = self.one_in(4) && !self.calm;
+        let keep = self.one_in(2) && !self.calm;
         let Some(member) = self.hosts[host].member_mut(id) else { return Ok(()) };
         let link = &mut member.link;
         if !link.up || link.connection != connection {
