@@ -174,7 +174,7 @@ impl World {
             prompts: &prompts,
             prompt_tokens: if flight.is_reset { 0 } else { flight.prompt.tokens.len() as u32 },
             tokens_known: flight.known,
-            max_tokens: (no % 3 != 0).then_some(flight.max_tokens),
+            max_tokens: (!no.is_multiple_of(3)).then_some(flight.max_tokens),
             skips_cache: no.is_multiple_of(17),
             headers: Headers::NONE,
             allowed: None,

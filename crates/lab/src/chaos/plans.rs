@@ -50,7 +50,7 @@ plugins:
 
 /// Plans, and how many runs get each, out of their sum.
 const KINDS: [(&str, usize); 8] = [
-    ("built-in", 3),
+    ("llm-d-weights", 3),
     ("least-cost", 4),
     ("precise", 4),
     ("precise-small", 6),
