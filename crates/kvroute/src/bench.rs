@@ -26,7 +26,7 @@ pub fn main(args: &cli::Bench) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let (report, usable) = runtime.block_on(bench(args))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
-    table(&report.summary().runs);
+    table(&report.summary().runs, !args.engines.is_empty());
     if let Some(dir) = &args.out {
         report.write(dir).with_context(|| format!("--out {}", dir.display()))?;
         say(&format!("\nThe report: {}", dir.join("report.html").display()));
@@ -223,9 +223,10 @@ impl Bar<'_> {
 /// Title, value, digits after the point.
 type Figure = (&'static str, fn(&Summary) -> f64, usize);
 
-/// The figures of all runs side by side: all requests in one pool, true times.
-fn table(runs: &[Run]) {
-    let figures: [Figure; 10] = [
+/// The figures of all runs side by side: all requests in one pool, true times. The queue only where
+/// engines were looked at.
+fn table(runs: &[Run], looked: bool) {
+    let figures: [Figure; 9] = [
         ("requests", |s| s.requests as f64, 0),
         ("hit ratio", |s| s.hit_ratio, 3),
         ("TTFT mean, s", |s| s.ttft_s.mean, 3),
@@ -235,15 +236,16 @@ fn table(runs: &[Run]) {
         ("time per output token, s", |s| s.itl_s.mean, 4),
         ("output tokens/s", |s| s.output_tokens_per_s, 0),
         ("answers/s", |s| s.requests_per_s, 1),
-        ("waiting per engine, mean", |s| s.wait_queue.mean, 2),
     ];
+    let queue: [Figure; 1] = [("waiting per engine, mean", |s| s.wait_queue.mean, 2)];
+    let queue = queue.into_iter().filter(|_| looked);
     let width = runs.iter().map(|run| run.name.chars().count()).max().unwrap_or(0).max(12) + 2;
     let cells = |of: &dyn Fn(&Run) -> String| -> String {
         runs.iter().map(|run| format!("{:>width$}", of(run))).collect()
     };
     say("");
     say(&format!("{:<26}{}", "", cells(&|run| run.name.clone())));
-    for (title, value, digits) in figures {
+    for (title, value, digits) in figures.into_iter().chain(queue) {
         let cell = |run: &Run| format!("{:.digits$}", value(&run.pooled.summary));
         say(&format!("{title:<26}{}", cells(&cell)));
     }

@@ -175,7 +175,8 @@ fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
 }
 
 fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    // An empty sum is -0.
+    values.iter().sum::<f64>() / values.len().max(1) as f64 + 0.0
 }
 
 /// The percentile of sorted values, between two of them in proportion, as numpy does; 0 when there
