@@ -22,6 +22,9 @@ pub struct Costing {
     pub capacity_tokens: Option<u64>,
     /// What requests in flight still have it compute.
     pub work: Work,
+    /// Tokens of work that it was given lately: prompt tokens to compute and expected output, each
+    /// fading with a time constant of half a minute.
+    pub recent_tokens: f64,
     /// How fast it is.
     pub speed: Speed,
     /// Tokens that the answer is expected to have.
@@ -44,11 +47,25 @@ pub(crate) struct Costs {
     enabled: bool,
     committed: Committed,
     learner: Learner,
+    recent: Vec<Recent>,
 }
+
+/// Work given to one endpoint lately, in tokens.
+#[derive(Clone, Copy, Debug, Default)]
+struct Recent {
+    generation: u32,
+    tokens: f64,
+    at: Time,
+}
+
+/// How fast that is forgotten, seconds: long enough to see several requests of each prefix, short
+/// enough that a prefix which is asked for no more does not count.
+const RECENT_S: f64 = 30.0;
 
 impl Costs {
     pub fn new(enabled: bool, blocks_max: usize) -> Costs {
-        Costs { enabled, committed: Committed::new(blocks_max), learner: Learner::default() }
+        let committed = Committed::new(blocks_max);
+        Costs { enabled, committed, learner: Learner::default(), recent: Vec::new() }
     }
 
     /// How fast an endpoint is believed to be.
@@ -59,6 +76,7 @@ impl Costs {
     /// What a request would meet on an endpoint whose blocks are looked up as `spec` says.
     pub fn costing(
         &self,
+        now: Time,
         endpoint: &Endpoint,
         request: &Request<'_>,
         spec: Option<ChainSpec>,
@@ -82,9 +100,26 @@ impl Costs {
             added_tokens: blocks + tail + output_tokens as u64,
             capacity_tokens: capacity.map(|(blocks, size)| u64::from(blocks) * u64::from(size)),
             work: self.committed.work(id),
+            recent_tokens: self.recent(now, id),
             speed: self.learner.speed(id),
             output_tokens,
         }
+    }
+
+    fn recent(&self, now: Time, id: EndpointId) -> f64 {
+        let recent = self.recent.get(usize::from(id.slot));
+        recent.filter(|recent| recent.generation == id.generation).map_or(0.0, |recent| {
+            recent.tokens * (-now.since(recent.at).as_secs_f64() / RECENT_S).exp()
+        })
+    }
+
+    fn give(&mut self, now: Time, id: EndpointId, tokens: f64) {
+        let tokens = self.recent(now, id) + tokens;
+        let slot = usize::from(id.slot);
+        if self.recent.len() <= slot {
+            self.recent.resize(slot + 1, Recent::default());
+        }
+        self.recent[slot] = Recent { generation: id.generation, tokens, at: now };
     }
 
     /// Clients ask for more than they get: an answer is expected to be at most twice as long as
@@ -116,6 +151,7 @@ impl Costs {
         let prefill = u64::from(row.uncached_tokens);
         let work = Work { prefill, context: prompt_tokens + (output / 2.0) as u64 };
         let own_tokens = prompt_tokens.saturating_sub(keyed) + output as u64;
+        self.give(now, row.id, prefill as f64 + output);
         let commitment = self.committed.commit(row.id, chains, own_tokens, work);
         // A queue, or a cache that is too full, makes a first token late, not the computing of it.
         let queued = row.signals.is_none_or(|signals| signals.waiting > 0);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::cost::Costing;
 use crate::decision::{Headers, NoTokens, Request, TokensKnown};
 use crate::fleet::{EndpointId, EndpointSpec, EngineMetrics, Fleet, LoraMetrics};
 use crate::stage::{
@@ -17,6 +18,7 @@ pub(crate) struct Fixture {
     rows: Vec<Row>,
     prefix: Vec<PrefixMatch>,
     model: String,
+    prompt_tokens: u32,
     headers: Vec<(String, String)>,
     now: Time,
 }
@@ -38,6 +40,7 @@ impl Fixture {
             rows: Vec::new(),
             prefix: vec![PrefixMatch::default(); n],
             model: "model".into(),
+            prompt_tokens: 0,
             headers: Vec::new(),
             now: Time::ZERO,
         };
@@ -91,6 +94,14 @@ impl Fixture {
         self.signals(at, 0, 0, 0.0);
     }
 
+    pub fn prompt_tokens(&mut self, tokens: u32) {
+        self.prompt_tokens = tokens;
+    }
+
+    pub fn costing(&mut self, at: usize, costing: Costing) {
+        self.rows[at].costing = costing;
+    }
+
     pub fn model(&mut self, model: &str) {
         self.model = model.into();
     }
@@ -111,7 +122,7 @@ impl Fixture {
             id: "request",
             model: &self.model,
             prompts: &[],
-            prompt_tokens: 0,
+            prompt_tokens: self.prompt_tokens,
             tokens_known: TokensKnown::None(NoTokens::NoPrompt),
             max_tokens: None,
             skips_cache: false,

@@ -370,7 +370,8 @@ pub struct Sim {
     pub seed: u64,
 
     /// How many seeds; figures are means over them.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub seeds: u32,
 
     /// Write summary.json, report.md and report.html into this folder.

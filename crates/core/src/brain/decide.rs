@@ -50,7 +50,7 @@ impl Brain {
         let mut rng = Rng::seeded(seed);
         let considered = self.collect_rows(now, request)?;
         self.fill_knowledge(request, &considered);
-        self.survivors.rows = self.charge_rows(request, considered);
+        self.survivors.rows = self.charge_rows(now, request, considered);
         let considered = self.survivors.rows.clone();
         self.remove_builtin(now, request);
         let columns = &self.knowledge.columns;
@@ -109,14 +109,14 @@ impl Brain {
         }
     }
 
-    fn charge_rows(&self, request: &Request<'_>, mut rows: Vec<Row>) -> Vec<Row> {
+    fn charge_rows(&self, now: Time, request: &Request<'_>, mut rows: Vec<Row>) -> Vec<Row> {
         let column = self.plan.load.prefix.and_then(|at| self.knowledge.columns.get(at));
         for row in &mut rows {
             let prefix = column.and_then(|column| column.prefix.get(row.at as usize)).copied();
             let prefix = prefix.unwrap_or(PrefixMatch::default());
             row.uncached_tokens = uncached_tokens(request.prompt_tokens, prefix);
             if let Some(endpoint) = self.fleet.get(row.id) {
-                row.costing = self.costs.costing(endpoint, request, self.known(row).spec);
+                row.costing = self.costs.costing(now, endpoint, request, self.known(row).spec);
             }
         }
         rows

@@ -84,7 +84,8 @@ pub(super) enum Scraped {
 }
 
 impl Engine {
-    /// An idle engine, which makes `events` or not. `phase` is the share of the scrape interval before its first scrape.
+    /// An idle engine, which makes `events` or not. `phase` is the share of the scrape interval
+    /// before its first scrape.
     pub fn new(
         fleet: &FleetSpec,
         profile: &Profile,
