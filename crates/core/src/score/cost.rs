@@ -15,18 +15,16 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 /// cost = p * uncached * (1 + interferenceWeight * n)  its own prefill, and whom that delays
 ///      + overflowWeight * p * overflow                what must be recomputed when KV runs out
 ///      + decodeWeight * output * step                 its own answer, at the pace of the batch
-///      + queueWeight * p * queued                     the prefills before its own
 ///      + spreadWeight * p * ahead * cold              new prefixes go where little went lately
 /// ```
 ///
 /// `n` are the requests in flight, `overflow` the KV tokens that they and this one need beyond what
 /// the endpoint has, `output` the expected answer in tokens, `step = step_base + step_per_token *
-/// context tokens in flight`, `queued` the uncached prompt tokens in flight, `ahead` the tokens of
-/// work that the endpoint was given in the last half minute beyond the least of any candidate,
-/// and `cold` the share of the prompt that is not cached. Seconds per token are learned per
+/// context tokens in flight`, `ahead` the tokens of work that the endpoint was given in the last
+/// half minute beyond the least of any candidate, and `cold` the share of the prompt that is not cached. Seconds per token are learned per
 /// endpoint from its answers; see [`crate::learn`].
 ///
-/// The prefill queue weighs little on purpose: leaving a warm endpoint because of its queue copies
+/// The prefill queue is left out on purpose: leaving a warm endpoint because of its queue copies
 /// a prefix elsewhere, evicts another one there, and costs more than it saves.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
@@ -39,8 +37,6 @@ pub struct Cost {
     pub overflow_weight: f64,
     /// What a second of the answer weighs against a second before its first token.
     pub decode_weight: f64,
-    /// Share of the prefills in flight that counts as waiting.
-    pub queue_weight: f64,
     /// What a second of work given lately weighs when a new prefix is placed.
     pub spread_weight: f64,
 }
@@ -52,7 +48,6 @@ impl Default for Cost {
             interference_weight: 0.02,
             overflow_weight: 0.3,
             decode_weight: 0.03,
-            queue_weight: 0.1,
             spread_weight: 0.1,
         }
     }
@@ -76,7 +71,6 @@ impl Cost {
         let ahead = (costing.recent_tokens - recent_least).max(0.0);
         let prefill_tokens = uncached * (1.0 + self.interference_weight * others)
             + self.overflow_weight * overflow
-            + self.queue_weight * costing.work.prefill as f64
             + self.spread_weight * ahead * cold;
         speed.prefill_per_token_s * prefill_tokens
             + self.decode_weight * costing.output_tokens * step_s
@@ -94,7 +88,6 @@ impl Scorer for Cost {
             ("interferenceWeight", self.interference_weight),
             ("overflowWeight", self.overflow_weight),
             ("decodeWeight", self.decode_weight),
-            ("queueWeight", self.queue_weight),
             ("spreadWeight", self.spread_weight),
         ] {
             if !weight.is_finite() || weight < 0.0 {
@@ -149,7 +142,6 @@ mod tests {
                 interference_weight: 0.0,
                 overflow_weight: 0.0,
                 decode_weight: 0.0,
-                queue_weight: 0.0,
                 spread_weight: 0.0,
                 ..Cost::default()
             };
@@ -163,11 +155,10 @@ mod tests {
         fixture.costing(1, costing);
         let p = Speed::default().prefill_per_token_s;
         let step = Speed::default().step_base_s + Speed::default().step_per_token_s * 81_100.0;
-        let table: [(fn(&mut Cost), f64); 5] = [
+        let table: [(fn(&mut Cost), f64); 4] = [
             (|c| c.interference_weight = 0.1, p * 520.0 * 0.1 * 10.0),
             (|c| c.overflow_weight = 0.5, p * 0.5 * 1_000.0),
             (|c| c.decode_weight = 0.03, 0.03 * 200.0 * step),
-            (|c| c.queue_weight = 0.2, p * 0.2 * 1_000.0),
             (|c| c.spread_weight = 0.1, p * 0.1 * 5_000.0 * 0.52),
         ];
         for (term, (weight, expected)) in table.into_iter().enumerate() {
@@ -182,11 +173,10 @@ mod tests {
 
     #[test]
     fn what_is_worse_scores_lower() {
-        let worse: [fn(&mut Fixture, Costing); 5] = [
+        let worse: [fn(&mut Fixture, Costing); 4] = [
             |f, _| f.prefix(1, 10.0, 60, 16),
             |f, c| f.costing(1, Costing { committed_tokens: 120_000, ..c }),
             |f, c| f.costing(1, Costing { work: Work { context: 900_000, ..c.work }, ..c }),
-            |f, c| f.costing(1, Costing { work: Work { prefill: 9_000, ..c.work }, ..c }),
             |f, c| f.costing(1, Costing { recent_tokens: 90_000.0, ..c }),
         ];
         for (at, worsen) in worse.into_iter().enumerate() {
