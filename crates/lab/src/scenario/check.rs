@@ -262,6 +262,11 @@ fn load(load: &LoadSpec, workload: &WorkloadSpec) -> Check {
     if load.stages.len() > STAGES_MAX {
         return fault("load.stages", format!("more than {STAGES_MAX}"));
     }
+    if load.arrivals == ArrivalKind::Closed && !load.drain_between_stages && load.stages.len() > 1 {
+        let message = "is false, but the clients of a closed loop are busy with one stage until it \
+                       is over; it must be true, or there must be one stage";
+        return fault("load.drain_between_stages", message);
+    }
     let mut stages = load.stages.iter().enumerate();
     stages.try_for_each(|(at, spec)| stage(&format!("load.stages[{at}]"), spec, load.arrivals))
 }

@@ -32,6 +32,10 @@ pub(super) struct Engine {
     /// Counts its lives: what belongs to an earlier one is ignored.
     pub epoch: u32,
     pub up: bool,
+    /// Crashes that are not over: it is back when the last of them is.
+    crashes: u32,
+    /// The router listens to its events.
+    pub subscribed: bool,
     /// The step in progress.
     step: Option<Step>,
     seq: u64,
@@ -115,6 +119,8 @@ impl Engine {
             profile: profile.clone(),
             epoch: 0,
             up: true,
+            crashes: 0,
+            subscribed: true,
             step: None,
             seq: 0,
             replay: VecDeque::new(),
@@ -227,13 +233,19 @@ impl Engine {
     /// Dies, with everything it holds.
     pub fn crash(&mut self) {
         self.up = false;
+        self.subscribed = false;
+        self.crashes += 1;
         self.epoch += 1;
         self.step = None;
         self.preemptions = 0;
     }
 
-    /// Comes back, empty.
-    pub fn restart(&mut self, now: Time) -> Result<(), ModelConfigError> {
+    /// One crash is over. After the last one it comes back, empty; whether it has.
+    pub fn restart(&mut self, now: Time) -> Result<bool, ModelConfigError> {
+        self.crashes = self.crashes.saturating_sub(1);
+        if self.crashes > 0 {
+            return Ok(false);
+        }
         self.delivered = now;
         self.model = EngineModel::new(self.config.clone(), self.profile.clone())?;
         self.up = true;
@@ -241,7 +253,7 @@ impl Engine {
         self.replay.clear();
         self.readings.clear();
         self.readings.push_back(Reading { visible: now, waiting: 0, running: 0, kv_usage: 0.0 });
-        Ok(())
+        Ok(true)
     }
 
     /// Preemptions since the last call.

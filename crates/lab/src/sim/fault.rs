@@ -7,6 +7,7 @@ use kvroute_core::event::EventBatch;
 use kvroute_core::stream::StreamInput;
 
 use super::SimError;
+use super::engine::Faults;
 use super::queue::Event;
 use super::world::{World, seconds};
 use crate::record::Ending;
@@ -32,38 +33,46 @@ impl World<'_> {
     }
 
     pub(super) fn begin_fault(&mut self, at: usize) {
+        self.faults.push(at);
+        self.set_faults();
         let fault = self.scenario.faults[at];
-        for engine in self.hit(&fault) {
-            let faults = &mut self.engines[engine].faults;
-            match fault.kind {
-                FaultKind::Crash => self.crash(engine),
-                FaultKind::EventLoss => faults.loss = fault.share.unwrap_or(1.0),
-                FaultKind::EventDuplication => faults.duplication = fault.share.unwrap_or(1.0),
-                FaultKind::EventDelay => faults.delay_s = fault.delay_s.unwrap_or(0.0),
-                FaultKind::MetricsPartition => faults.partition = true,
-                FaultKind::SlowEngine => faults.pace = fault.factor.unwrap_or(1.0),
-            }
+        if fault.kind == FaultKind::Crash {
+            self.hit(&fault).into_iter().for_each(|engine| self.crash(engine));
         }
     }
 
     pub(super) fn end_fault(&mut self, at: usize) -> Result<(), SimError> {
+        self.faults.retain(|other| *other != at);
+        self.set_faults();
         let fault = self.scenario.faults[at];
-        for engine in self.hit(&fault) {
-            let faults = &mut self.engines[engine].faults;
-            match fault.kind {
-                FaultKind::Crash => {
-                    self.engines[engine].restart(self.now)?;
+        if fault.kind == FaultKind::Crash {
+            for engine in self.hit(&fault) {
+                if self.engines[engine].restart(self.now)? {
                     let epoch = self.engines[engine].epoch;
                     self.queue.push(self.now + RECONNECT, Event::Connected { engine, epoch });
                 }
-                FaultKind::EventLoss => faults.loss = 0.0,
-                FaultKind::EventDuplication => faults.duplication = 0.0,
-                FaultKind::EventDelay => faults.delay_s = 0.0,
-                FaultKind::MetricsPartition => faults.partition = false,
-                FaultKind::SlowEngine => faults.pace = 1.0,
             }
         }
         Ok(())
+    }
+
+    /// Of several faults of one kind at one engine the one that began last counts.
+    fn set_faults(&mut self) {
+        self.engines.iter_mut().for_each(|engine| engine.faults = Faults::default());
+        for at in 0..self.faults.len() {
+            let fault = self.scenario.faults[self.faults[at]];
+            for engine in self.hit(&fault) {
+                let faults = &mut self.engines[engine].faults;
+                match fault.kind {
+                    FaultKind::Crash => {}
+                    FaultKind::EventLoss => faults.loss = fault.share.unwrap_or(1.0),
+                    FaultKind::EventDuplication => faults.duplication = fault.share.unwrap_or(1.0),
+                    FaultKind::EventDelay => faults.delay_s = fault.delay_s.unwrap_or(0.0),
+                    FaultKind::MetricsPartition => faults.partition = true,
+                    FaultKind::SlowEngine => faults.pace = fault.factor.unwrap_or(1.0),
+                }
+            }
+        }
     }
 
     /// Answers that had begun are broken; requests without a byte of answer go elsewhere.
@@ -86,6 +95,9 @@ impl World<'_> {
         let epoch = self.engines[engine].epoch;
         let faults = self.engines[engine].faults;
         let (seq, batch) = self.engines[engine].publish(batch);
+        if !self.engines[engine].subscribed {
+            return;
+        }
         if faults.loss > 0.0 && self.rng.next_f64() < faults.loss {
             return;
         }

@@ -38,6 +38,9 @@ const PROGRESS_EVERY: u64 = 4096;
 /// Name of the model that the engines serve.
 const MODEL: &str = "sim";
 
+/// Names the conversation of a request, as the load generator does.
+const SESSION_HEADER: &str = "x-session-id";
+
 /// One stage under way.
 #[derive(Default)]
 struct StageState {
@@ -60,6 +63,8 @@ pub(super) struct World<'a> {
     known: TokensKnown,
     pub(super) ids: Vec<EndpointId>,
     pub(super) engines: Vec<Engine>,
+    /// Faults that are not over, in the order of their beginnings.
+    pub(super) faults: Vec<usize>,
     pub(super) queue: Queue,
     pub(super) now: Time,
     pub(super) rng: Rng,
@@ -106,6 +111,7 @@ impl<'a> World<'a> {
             known,
             ids: Vec::new(),
             engines: Vec::new(),
+            faults: Vec::new(),
             queue: Queue::default(),
             now: Time::ZERO,
             flights: Flights::default(),
@@ -225,6 +231,7 @@ impl<'a> World<'a> {
             Event::Replay { engine, from } => self.replay(engine, from),
             Event::Connected { engine, epoch } => {
                 if self.engines[engine].epoch == epoch && self.engines[engine].up {
+                    self.engines[engine].subscribed = true;
                     self.tell(engine, StreamInput::Connected);
                 }
             }
@@ -325,6 +332,8 @@ impl<'a> World<'a> {
             Policy::Plan(_) => None,
             Policy::Oracle => Some(self.ids[flight.call.group as usize % self.ids.len()]),
         };
+        let session = flight.call.session.map(|session| session.to_string());
+        let headers = session.as_deref().map(|session| [(SESSION_HEADER, session)]);
         let request = Request {
             id: "",
             model: MODEL,
@@ -336,7 +345,7 @@ impl<'a> World<'a> {
             tokens_known: self.known,
             max_tokens: flight.call.max_tokens,
             skips_cache: false,
-            headers: Headers::NONE,
+            headers: &Headers(headers.as_ref().map_or(&[], |headers| headers)),
             allowed: forced.as_ref().map(std::slice::from_ref),
         };
         let decided = self.brain.decide(self.now, &request);
