@@ -1,4 +1,4 @@
-//! `kvroute demo`: 8 simulated engines, the real router and a load; round robin beside precise
+//! `kvroute demo`: 8 simulated engines, the real router and a load; round robin beside kvroute
 //! routing, one after the other, so that neither takes the other's processor time.
 
 mod fleet;
@@ -31,7 +31,7 @@ const DURATION_S: f64 = 14.0;
 const QUICK_DURATION_S: f64 = 6.0;
 
 /// The published workload (150 groups of 5 users, 6,000 and 1,200 tokens) with fewer groups; more
-/// requests per second than round robin can serve, and fewer than precise routing can.
+/// requests per second than round robin can serve, and fewer than kvroute can.
 const SCENARIO: &str = "
 name: demo
 description: The published workload with 24 groups on 8 simulated engines at double speed
@@ -74,7 +74,7 @@ pub async fn compare(args: &cli::Demo) -> anyhow::Result<Report> {
     let mut view = View::new(ENGINES);
     let mut records = Vec::new();
     for (name, plan) in
-        [("round-robin", Plan::baseline_round_robin()), ("precise", Plan::precise())]
+        [("round-robin", Plan::baseline_round_robin()), ("kvroute", Plan::least_cost())]
     {
         records.push(run(name, plan, args, &scenario, &mut view).await?);
     }

@@ -48,7 +48,7 @@ impl Default for Cost {
             interference_weight: 0.02,
             overflow_weight: 0.3,
             decode_weight: 0.03,
-            spread_weight: 0.1,
+            spread_weight: 0.25,
         }
     }
 }
