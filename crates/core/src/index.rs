@@ -130,6 +130,8 @@ pub struct Index {
     slots: Vec<Option<Box<Endpoint>>>,
     /// Sum of `Endpoint::bytes` of all endpoints.
     endpoint_bytes: usize,
+    /// Beyond every mark that endpoints which are forgotten gave out: the same one may come back.
+    removals_begin: u64,
     speculations: Speculations,
     /// Counts calls of `record`: orders history by age.
     stamp: u32,
@@ -144,6 +146,7 @@ impl Index {
             blocks: Blocks::new(),
             slots: Vec::new(),
             endpoint_bytes: 0,
+            removals_begin: 0,
             speculations: Speculations::new(),
             stamp: 0,
             evicted: Evicted::default(),
@@ -164,7 +167,7 @@ impl Index {
             }
             self.take_endpoint(id.slot);
         }
-        let endpoint = Box::new(Endpoint::new(id.slot, id.generation));
+        let endpoint = Box::new(Endpoint::new(id.slot, id.generation, self.removals_begin));
         self.endpoint_bytes += endpoint.bytes();
         self.slots[slot] = Some(endpoint);
         // Into a full index it comes at the cost of others.
@@ -185,6 +188,7 @@ impl Index {
         let Some(mut endpoint) = self.slots[usize::from(slot)].take() else { return };
         self.endpoint_bytes -= endpoint.bytes();
         endpoint.clear(&mut self.blocks);
+        self.removals_begin = self.removals_begin.max(endpoint.removals.count() + 1);
         for key in endpoint.history.keys() {
             self.blocks.unset(key, slot, Holder::HISTORY);
         }

@@ -419,3 +419,22 @@ fn an_emptied_cache_is_forgotten_at_once() {
     let hit = host.ask(&tokens).record.candidates[0].hit;
     assert_eq!((hit.resident, hit.history), (0, 0));
 }
+
+/// The prompt waits in the engine while its cache is emptied through the router: what it then
+/// lacks has been removed, and the engine's events are as right as before.
+#[test]
+fn a_promise_from_before_a_cache_reset_is_no_evidence_after_it() {
+    let mut host = Host::live(1);
+    let id = host.ids[0];
+    let (tokens, other) = (prompt(1, 10 * BLOCK + 1), prompt(2, 10 * BLOCK));
+    host.hold(id, &other);
+    host.say(id, vec![removed(&other, 0)]);
+    host.hold(id, &tokens);
+    let decision = host.ask(&tokens);
+    assert_eq!(decision.record.chosen_tokens, 160);
+    host.brain.on_cache_reset(host.now, id);
+    host.say(id, vec![KvEvent::Cleared]);
+    host.answer(&decision, 161, 0);
+    let verdicts = host.brain.ledger().account(id).verdicts;
+    assert_eq!((verdicts.evicted, verdicts.below, verdicts.drifts), (1, 0, 0));
+}

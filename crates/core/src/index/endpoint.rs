@@ -104,7 +104,8 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    pub fn new(slot: u16, generation: u32) -> Endpoint {
+    /// Holds nothing. Its removals are counted from `removals_begin`.
+    pub fn new(slot: u16, generation: u32, removals_begin: u64) -> Endpoint {
         Endpoint {
             slot,
             generation,
@@ -117,7 +118,7 @@ impl Endpoint {
             aliases: BTreeMap::new(),
             hashes: Table::new(),
             by_tier: [0; 4],
-            removals: Removals::new(),
+            removals: Removals::new(removals_begin),
             pending: Pending::new(),
             history: History::new(),
             speculations: Vec::new(),

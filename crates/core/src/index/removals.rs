@@ -19,8 +19,9 @@ pub(super) struct Removals {
 }
 
 impl Removals {
-    pub const fn new() -> Removals {
-        Removals { bits: [[0; BITS / 64]; 2], began: [0; 2], count: 0 }
+    /// None yet. Counts from `began`: of marks before that, everything was removed.
+    pub const fn new(began: u64) -> Removals {
+        Removals { bits: [[0; BITS / 64]; 2], began: [began; 2], count: began }
     }
 
     /// How many there have been: a mark to ask with later.
@@ -71,7 +72,7 @@ mod tests {
 
     #[test]
     fn a_removal_is_never_forgotten_and_others_rarely_seem_removed() {
-        let (mut removals, mut rng) = (Removals::new(), Rng::seeded(1));
+        let (mut removals, mut rng) = (Removals::new(0), Rng::seeded(1));
         let mut keys = Vec::new();
         for _ in 0..5000 {
             let key = rng.next_u64();

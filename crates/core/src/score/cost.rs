@@ -19,10 +19,11 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 /// ```
 ///
 /// `n` are the requests in flight, `overflow` the KV tokens that they and this one need beyond what
-/// the endpoint has, `output` the expected answer in tokens, `step = step_base + step_per_token *
-/// context tokens in flight`, `ahead` the tokens of work that the endpoint was given in the last
-/// half minute beyond the least of any candidate, and `cold` the share of the prompt that is not cached. Seconds per token are learned per
-/// endpoint from its answers; see [`crate::learn`].
+/// the endpoint has (the least that any candidate has, where its metrics do not say), `output` the
+/// expected answer in tokens, `step = step_base + step_per_token * context tokens in flight`,
+/// `ahead` the tokens of work that the endpoint was given in the last half minute beyond the least
+/// of any candidate, and `cold` the share of the prompt that is not cached. Seconds per token are
+/// learned per endpoint from its answers; see [`crate::learn`].
 ///
 /// The prefill queue is left out on purpose: leaving a warm endpoint because of its queue copies
 /// a prefix elsewhere, evicts another one there, and costs more than it saves.
@@ -53,22 +54,41 @@ impl Default for Cost {
     }
 }
 
+/// What a candidate is compared with.
+#[derive(Clone, Copy, Debug)]
+struct Least {
+    /// The least work that any candidate was given lately, in tokens.
+    recent: f64,
+    /// The least KV tokens that any candidate has room for; `None`: no metrics say.
+    room: Option<u64>,
+}
+
+impl Least {
+    fn of(rows: &[Row]) -> Least {
+        let recent = rows.iter().map(|row| row.costing.recent_tokens);
+        Least {
+            recent: recent.fold(f64::INFINITY, f64::min),
+            room: rows.iter().filter_map(|row| row.costing.capacity_tokens).min(),
+        }
+    }
+}
+
 impl Cost {
-    /// Seconds of harm that the request does on an endpoint, given the least work that any
-    /// candidate was given lately, in tokens.
-    pub fn seconds(&self, view: &View<'_>, row: &Row, recent_least: f64) -> f64 {
+    /// Seconds of harm that the request does on an endpoint.
+    fn seconds(&self, view: &View<'_>, row: &Row, least: Least) -> f64 {
         let costing = &row.costing;
         let speed = &costing.speed;
         let prompt = view.request.prompt_tokens;
         let uncached = f64::from(uncached_tokens(prompt, view.prefix(row)));
         let others = f64::from(row.inflight.requests);
         let needed = costing.committed_tokens + costing.added_tokens;
-        let overflow = costing.capacity_tokens.map_or(0, |room| needed.saturating_sub(room)) as f64;
+        let room = costing.capacity_tokens.or(least.room);
+        let overflow = room.map_or(0, |room| needed.saturating_sub(room)) as f64;
         let own_context = f64::from(prompt) + costing.output_tokens / 2.0;
         let step_s = speed.step_base_s
             + speed.step_per_token_s * (costing.work.context as f64 + own_context);
         let cold = uncached / f64::from(prompt.max(1));
-        let ahead = (costing.recent_tokens - recent_least).max(0.0);
+        let ahead = (costing.recent_tokens - least.recent).max(0.0);
         let prefill_tokens = uncached * (1.0 + self.interference_weight * others)
             + self.overflow_weight * overflow
             + self.spread_weight * ahead * cold;
@@ -98,10 +118,9 @@ impl Scorer for Cost {
     }
 
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
-        let recent = view.rows.iter().map(|row| row.costing.recent_tokens);
-        let recent_least = recent.fold(f64::INFINITY, f64::min);
+        let least = Least::of(view.rows);
         for (row, cell) in view.rows.iter().zip(column) {
-            *cell = 1.0 / (1.0 + self.seconds(view, row, recent_least));
+            *cell = 1.0 / (1.0 + self.seconds(view, row, least));
         }
     }
 }
@@ -155,7 +174,8 @@ mod tests {
         fixture.costing(1, costing);
         let p = Speed::default().prefill_per_token_s;
         let step = Speed::default().step_base_s + Speed::default().step_per_token_s * 81_100.0;
-        let table: [(fn(&mut Cost), f64); 4] = [
+        type Term = (fn(&mut Cost), f64);
+        let table: [Term; 4] = [
             (|c| c.interference_weight = 0.1, p * 520.0 * 0.1 * 10.0),
             (|c| c.overflow_weight = 0.5, p * 0.5 * 1_000.0),
             (|c| c.decode_weight = 0.03, 0.03 * 200.0 * step),
@@ -187,6 +207,16 @@ mod tests {
             let scores = fixture.score(&mut Cost::default());
             assert!(scores[1] < scores[0], "{at}: {scores:?}");
         }
+    }
+
+    #[test]
+    fn an_endpoint_that_does_not_say_its_room_has_no_more_than_the_others() {
+        let (mut fixture, mut costing) = alike();
+        costing.committed_tokens = 150_000;
+        fixture.costing(0, costing);
+        fixture.costing(1, Costing { capacity_tokens: None, ..costing });
+        let scores = fixture.score(&mut Cost::default());
+        assert_eq!(scores[0], scores[1]);
     }
 
     #[test]
