@@ -119,7 +119,8 @@ fn stages_of_a_closed_loop_must_wait_for_each_other() {
             "name: closed
 fleet: {{ engines: 1, profile: tiny, kv_tokens: 8192 }}
 workload:
-  {{ kind: shared-prefix, groups: 1, users: 1, prefix_tokens: 9, question_tokens: 9, output_tokens: 9 }}
+  {{ kind: shared-prefix, groups: 1, users: 1,
+     prefix_tokens: 9, question_tokens: 9, output_tokens: 9 }}
 load:
   arrivals: closed
   drain_between_stages: {drain}
@@ -129,7 +130,7 @@ client: {{ in_flight_max: 3 }}
         )
     };
     let error = Scenario::parse(&text(false), "closed.yaml").unwrap_err().to_string();
-    assert!(error.contains("closed.yaml:7") && error.contains("drain_between_stages"), "{error}");
+    assert!(error.contains("closed.yaml:8") && error.contains("drain_between_stages"), "{error}");
     let run = run(&Scenario::parse(&text(true), "closed.yaml").unwrap(), "precise", 1);
     let second = run.record.requests.iter().filter(|r| r.stage == 1).count();
     assert!(second > 10 && run.count(Ending::Refused) == 0);
@@ -151,9 +152,9 @@ fn the_oracle_puts_each_group_on_its_engine() {
     assert!(run.decisions.iter().zip(&calls).all(|(d, c)| u32::from(chosen(d)) == c.group % 3));
 }
 
-const TRACE: &str = r#"{"timestamp": 500, "input_length": 1200, "output_length": 7, "hash_ids": [1, 2, 3]}
-{"timestamp": 1000, "input_length": 1024, "output_length": 5, "hash_ids": [1, 9]}
-{"timestamp": 3250, "input_length": 1200, "output_length": 40, "hash_ids": [1, 2, 3]}
+const TRACE: &str = r#"{"timestamp":500,"input_length":1200,"output_length":7,"hash_ids":[1, 2, 3]}
+{"timestamp":1000,"input_length":1024,"output_length":5,"hash_ids":[1, 9]}
+{"timestamp":3250,"input_length":1200,"output_length":40,"hash_ids":[1, 2, 3]}
 "#;
 
 #[test]
