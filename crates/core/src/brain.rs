@@ -241,8 +241,8 @@ impl Brain {
     }
 
     /// How fast an endpoint is believed to be; what a plan with costs has learned.
-    pub fn speed(&self, id: EndpointId) -> Speed {
-        self.costs.speed(id)
+    pub fn speed(&self, now: Time, id: EndpointId) -> Speed {
+        self.costs.speed(now, id)
     }
 
     /// Requests in flight, over all endpoints.
@@ -550,7 +550,7 @@ impl Brain {
         inflight.expectation = alternative.expectation;
         inflight.answered = false;
         if let Some(costed) = &mut inflight.costed {
-            self.costs.redirect(now, to, costed);
+            self.costs.redirect(now, to, alternative.uncached_tokens, costed);
         }
         for id in std::mem::take(&mut inflight.speculations) {
             self.index.withdraw(id);

@@ -65,9 +65,14 @@ impl Committed {
     /// Tokens of a chain's blocks that no request in flight there needs already. A block in flight
     /// implies all blocks before it, so a binary search finds the first that is not.
     pub fn added_tokens(&self, id: EndpointId, chain: &Chain) -> u64 {
-        let shared = self
-            .slot(id)
-            .map_or(0, |slot| chain.keys.partition_point(|key| slot.users.contains_key(&key.0)));
+        let shared = self.slot(id).map_or(0, |slot| {
+            let has = |key: &BlockKey| slot.users.contains_key(&key.0);
+            // Most endpoints have not even the first block: they cost one look.
+            match chain.keys.first() {
+                Some(first) if has(first) => chain.keys.partition_point(has),
+                _ => 0,
+            }
+        });
         (chain.keys.len() - shared) as u64 * u64::from(chain.spec.block_size)
     }
 
@@ -119,10 +124,11 @@ impl Committed {
         }
     }
 
-    /// The request goes to another endpoint.
-    pub fn redirect(&mut self, commitment: &mut Commitment, to: EndpointId) {
+    /// The request goes to another endpoint, which has so many prompt tokens to compute.
+    pub fn redirect(&mut self, commitment: &mut Commitment, to: EndpointId, prefill: u64) {
         let keys = commitment.keys.clone();
-        let moved = Commitment { endpoint: to, keys, ..*commitment };
+        let work = Work { prefill, ..commitment.work };
+        let moved = Commitment { endpoint: to, keys, work, ..*commitment };
         self.add(&moved);
         self.release(std::mem::replace(commitment, moved));
     }
@@ -194,8 +200,9 @@ mod tests {
         assert_eq!(committed.added_tokens(id(1), &b), 8);
         let mut second = committed.commit(id(0), std::iter::once(&b), 0, Work::default());
         assert_eq!(committed.tokens(id(0)), 22);
-        committed.redirect(&mut second, id(1));
+        committed.redirect(&mut second, id(1), 6);
         assert_eq!((committed.tokens(id(0)), committed.tokens(id(1))), (18, 8));
+        assert_eq!((committed.work(id(0)).prefill, committed.work(id(1)).prefill), (8, 6));
         committed.prefilled(&mut first);
         committed.prefilled(&mut first);
         assert_eq!(committed.work(id(0)), Work { prefill: 0, context: 13 });

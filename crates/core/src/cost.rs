@@ -8,7 +8,7 @@ use crate::blocks::ChainSpec;
 use crate::committed::{Commitment, Committed, Work};
 use crate::decision::Request;
 use crate::fleet::{Endpoint, EndpointId};
-use crate::learn::{Circumstances, Learner, Speed};
+use crate::learn::{Circumstances, Learner, OUTPUT_TOKENS_MIN, Speed};
 use crate::stage::Row;
 
 /// What a request would meet on one endpoint.
@@ -62,6 +62,10 @@ struct Recent {
 /// enough that a prefix which is asked for no more does not count.
 const RECENT_S: f64 = 30.0;
 
+/// An answer of several tokens that arrives in a smaller share of the time before its first byte was
+/// not streamed.
+const STREAMED_SHARE_MIN: f64 = 0.01;
+
 impl Costs {
     pub fn new(enabled: bool, blocks_max: usize) -> Costs {
         let committed = Committed::new(blocks_max);
@@ -69,8 +73,8 @@ impl Costs {
     }
 
     /// How fast an endpoint is believed to be.
-    pub fn speed(&self, id: EndpointId) -> Speed {
-        self.learner.speed(id)
+    pub fn speed(&self, now: Time, id: EndpointId) -> Speed {
+        self.learner.speed(now, id)
     }
 
     /// What a request would meet on an endpoint whose blocks are looked up as `spec` says.
@@ -94,14 +98,17 @@ impl Costs {
         }
         let tail = u64::from(request.prompt_tokens).saturating_sub(keyed);
         let metrics = endpoint.metrics();
-        let capacity = metrics.and_then(|m| m.blocks).zip(endpoint.block_size());
+        // The engine counts its blocks in its own size; events may be of smaller ones.
+        let size = metrics.and_then(|m| m.block_size).filter(|size| *size > 0);
+        let size = size.or_else(|| endpoint.block_size());
+        let capacity = metrics.and_then(|m| m.blocks).zip(size);
         Costing {
             committed_tokens: self.committed.tokens(id),
             added_tokens: blocks + tail + output_tokens as u64,
             capacity_tokens: capacity.map(|(blocks, size)| u64::from(blocks) * u64::from(size)),
             work: self.committed.work(id),
             recent_tokens: self.recent(now, id),
-            speed: self.learner.speed(id),
+            speed: self.learner.speed(now, id),
             output_tokens,
         }
     }
@@ -148,7 +155,10 @@ impl Costs {
             .sum();
         let prompt_tokens = u64::from(request.prompt_tokens);
         let output = costing.output_tokens;
-        let prefill = u64::from(row.uncached_tokens);
+        let prefill = match request.skips_cache {
+            true => prompt_tokens,
+            false => u64::from(row.uncached_tokens),
+        };
         let work = Work { prefill, context: prompt_tokens + (output / 2.0) as u64 };
         let own_tokens = prompt_tokens.saturating_sub(keyed) + output as u64;
         self.give(now, row.id, prefill as f64 + output);
@@ -166,13 +176,12 @@ impl Costs {
         Some(Costed { commitment, seen, decided: now, first: None, completion_tokens: None })
     }
 
-    /// The first token has come.
+    /// The first byte of an answer has come. What it teaches is known at the end: an error comes at
+    /// once, and an answer that is not streamed comes late, whatever the prompt.
     pub fn first_token(&mut self, now: Time, id: EndpointId, costed: &mut Costed) {
         if costed.first.is_some() {
             return;
         }
-        let seconds = now.since(costed.decided).as_secs_f64();
-        self.learner.first_token(id, &costed.seen, seconds);
         self.committed.prefilled(&mut costed.commitment);
         costed.seen.context_tokens = self.committed.work(id).context as f64;
         costed.first = Some(now);
@@ -184,8 +193,14 @@ impl Costs {
     }
 
     /// The request goes elsewhere; what it would have taught about the first endpoint is void.
-    pub fn redirect(&mut self, now: Time, to: EndpointId, costed: &mut Costed) {
-        self.committed.redirect(&mut costed.commitment, to);
+    pub fn redirect(
+        &mut self,
+        now: Time,
+        to: EndpointId,
+        uncached_tokens: u32,
+        costed: &mut Costed,
+    ) {
+        self.committed.redirect(&mut costed.commitment, to, uncached_tokens.into());
         costed.seen.prefill_tokens = None;
         (costed.decided, costed.first) = (now, None);
     }
@@ -194,12 +209,21 @@ impl Costs {
     pub fn end(&mut self, now: Time, id: EndpointId, costed: Costed, succeeded: bool) {
         let after = self.committed.work(id).context as f64;
         self.committed.release(costed.commitment);
-        if let (true, Some(first), Some(tokens)) =
-            (succeeded, costed.first, costed.completion_tokens)
-        {
+        let (true, Some(first)) = (succeeded, costed.first) else { return };
+        let before_s = first.since(costed.decided).as_secs_f64();
+        let after_s = now.since(first).as_secs_f64();
+        let tokens = costed.completion_tokens;
+        if let Some(tokens) = tokens {
+            self.learner.answer(now, id, tokens);
+        }
+        let has_steps = tokens.is_none_or(|tokens| tokens >= OUTPUT_TOKENS_MIN);
+        if has_steps && after_s < STREAMED_SHARE_MIN * before_s {
+            return;
+        }
+        self.learner.first_token(now, id, &costed.seen, before_s);
+        if let Some(tokens) = tokens {
             let context_tokens = (costed.seen.context_tokens + after) / 2.0;
-            let seconds = now.since(first).as_secs_f64();
-            self.learner.answer(id, context_tokens, seconds, tokens);
+            self.learner.steps(now, id, context_tokens, after_s, tokens);
         }
     }
 
@@ -207,5 +231,135 @@ impl Costs {
     pub fn forget(&mut self, id: EndpointId) {
         self.committed.forget(id);
         self.learner.forget(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decision::{Headers, PromptChains, TokensKnown};
+    use crate::fleet::{EndpointSpec, EngineMetrics, Fleet};
+    use crate::load::Load;
+    use crate::stage::Signals;
+
+    struct Host {
+        costs: Costs,
+        fleet: Fleet,
+        id: EndpointId,
+        now: Time,
+    }
+
+    impl Host {
+        fn new() -> Host {
+            let mut fleet = Fleet::default();
+            let spec = EndpointSpec {
+                name: "a".into(),
+                address: "a:80".into(),
+                labels: Default::default(),
+                rank: 0,
+                replay_available: false,
+                events_expected: true,
+            };
+            let id = fleet.add(spec, 1).unwrap();
+            let now = Time::from_secs_f64(1.0);
+            Host { costs: Costs::new(true, 1000), fleet, id, now }
+        }
+
+        fn pass(&mut self, seconds: f64) -> Time {
+            self.now = self.now + std::time::Duration::from_secs_f64(seconds);
+            self.now
+        }
+
+        /// A request of `tokens` tokens that is answered after so many seconds, and has all of its
+        /// answer after so many more.
+        fn serve(&mut self, tokens: u32, first_s: f64, rest_s: f64, answer: Option<u32>, ok: bool) {
+            let request = Request {
+                id: "",
+                model: "m",
+                prompts: &[PromptChains { chains: Vec::new() }],
+                prompt_tokens: tokens,
+                tokens_known: TokensKnown::Exact,
+                max_tokens: None,
+                skips_cache: false,
+                headers: Headers::NONE,
+                allowed: None,
+            };
+            let endpoint = self.fleet.get(self.id).unwrap();
+            let row = Row {
+                id: self.id,
+                at: 0,
+                signals: Some(Signals { waiting: 0, running: 0, kv_usage: 0.0 }),
+                inflight: Load::default(),
+                uncached_tokens: tokens,
+                costing: self.costs.costing(self.now, endpoint, &request, None),
+            };
+            let mut costed = self.costs.begin(self.now, &row, &request, None).unwrap();
+            let now = self.pass(first_s);
+            self.costs.first_token(now, self.id, &mut costed);
+            if let Some(answer) = answer {
+                self.costs.usage(&mut costed, answer);
+            }
+            let now = self.pass(rest_s);
+            self.costs.end(now, self.id, costed, ok);
+        }
+
+        fn speed(&self) -> Speed {
+            self.costs.speed(self.now, self.id)
+        }
+    }
+
+    #[test]
+    fn errors_that_come_at_once_teach_nothing() {
+        let mut host = Host::new();
+        (0..200).for_each(|_| host.serve(7_000, 0.001, 0.0, None, false));
+        assert_eq!(host.speed(), Speed::default());
+    }
+
+    #[test]
+    fn answers_that_are_not_streamed_teach_their_length_only() {
+        let mut host = Host::new();
+        for at in 0..200 {
+            // Prompts of different lengths, and answers that take 20 s whatever the prompt.
+            host.serve(100 + at % 2 * 3_000, 20.0, 0.0001, Some(1_000), true);
+        }
+        let (speed, before) = (host.speed(), Speed::default());
+        assert!(speed.output_tokens > 900.0);
+        assert_eq!(Speed { output_tokens: before.output_tokens, ..speed }, before);
+    }
+
+    #[test]
+    fn streamed_and_short_answers_teach() {
+        let mut host = Host::new();
+        (0..100).for_each(|at| host.serve(100 + at % 2 * 7_000, 3.6, 200.0, Some(1_001), true));
+        assert!(host.speed().step_base_s > 0.1, "{:?}", host.speed());
+        let mut host = Host::new();
+        for at in 0..100 {
+            let tokens = 100 + at % 2 * 7_000;
+            host.serve(tokens, 0.1 + 500e-6 * f64::from(tokens), 0.0, Some(1), true);
+        }
+        assert!(host.speed().prefill_per_token_s > 300e-6, "{:?}", host.speed());
+    }
+
+    #[test]
+    fn capacity_is_in_blocks_of_the_engine_not_of_its_events() {
+        let mut host = Host::new();
+        let metrics =
+            EngineMetrics { blocks: Some(100), block_size: Some(32), ..EngineMetrics::default() };
+        host.fleet.on_metrics(host.now, host.id, &metrics);
+        host.fleet.on_block_size(host.id, Some(16));
+        let request = Request {
+            id: "",
+            model: "m",
+            prompts: &[],
+            prompt_tokens: 10,
+            tokens_known: TokensKnown::Exact,
+            max_tokens: None,
+            skips_cache: false,
+            headers: Headers::NONE,
+            allowed: None,
+        };
+        let endpoint = host.fleet.get(host.id).unwrap();
+        let costing = host.costs.costing(host.now, endpoint, &request, None);
+        assert_eq!(costing.capacity_tokens, Some(3_200));
     }
 }

@@ -438,3 +438,21 @@ fn a_promise_from_before_a_cache_reset_is_no_evidence_after_it() {
     let verdicts = host.brain.ledger().account(id).verdicts;
     assert_eq!((verdicts.evicted, verdicts.below, verdicts.drifts), (1, 0, 0));
 }
+
+/// The holder is worth its load only to a request that reads the cache.
+#[test]
+fn least_cost_does_not_follow_a_cache_that_the_request_does_not_read() {
+    for (skips_cache, chosen) in [(false, 0), (true, 1)] {
+        let mut host = Host::new(Plan::least_cost(), &["e0", "e1"]);
+        for id in host.ids.clone() {
+            host.metrics(id, 0, 0.0);
+            host.say(id, Vec::new());
+        }
+        let (tokens, busy) = (prompt(1, 100 * BLOCK), prompt(2, 10 * BLOCK));
+        host.hold(host.ids[0], &tokens);
+        host.hold(host.ids[0], &busy);
+        assert_eq!(host.ask(&busy).endpoint, host.ids[0]);
+        let decision = host.try_ask(&tokens, |request| request.skips_cache = skips_cache).unwrap();
+        assert_eq!(decision.endpoint, host.ids[chosen], "{:?}", decision.record.scores);
+    }
+}

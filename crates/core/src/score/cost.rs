@@ -79,7 +79,10 @@ impl Cost {
         let costing = &row.costing;
         let speed = &costing.speed;
         let prompt = view.request.prompt_tokens;
-        let uncached = f64::from(uncached_tokens(prompt, view.prefix(row)));
+        let uncached = f64::from(match view.request.skips_cache {
+            true => prompt,
+            false => uncached_tokens(prompt, view.prefix(row)),
+        });
         let others = f64::from(row.inflight.requests);
         let needed = costing.committed_tokens + costing.added_tokens;
         let room = costing.capacity_tokens.or(least.room);

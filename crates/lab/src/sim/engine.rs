@@ -237,7 +237,6 @@ impl Engine {
         self.crashes += 1;
         self.epoch += 1;
         self.step = None;
-        self.preemptions = 0;
     }
 
     /// One crash is over. After the last one it comes back, empty; whether it has.
@@ -248,6 +247,7 @@ impl Engine {
         }
         self.delivered = now;
         self.model = EngineModel::new(self.config.clone(), self.profile.clone())?;
+        self.preemptions = 0;
         self.up = true;
         self.seq = 0;
         self.replay.clear();
@@ -260,5 +260,37 @@ impl Engine {
     pub fn preemptions(&mut self) -> u64 {
         let all = self.model.stats().preemptions;
         all.saturating_sub(std::mem::replace(&mut self.preemptions, all))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{NewRequest, Output};
+    use crate::scenario::Scenario;
+
+    #[test]
+    fn a_crash_does_not_count_preemptions_again() {
+        let fleet = Scenario::built_in("faults").unwrap().fleet;
+        let fleet = FleetSpec { kv_tokens: 36, block_size: 4, ..fleet };
+        let profile = Profile::built_in("tiny").unwrap();
+        let mut engine = Engine::new(&fleet, &profile, 1, 0.0, false, false).unwrap();
+        for id in 0..2 {
+            let tokens = (0..12).map(|token| token + 100 * id as u32).collect();
+            let output = Output::Sampled(id);
+            let request =
+                NewRequest { id, tokens, max_tokens: 20, output, ..NewRequest::default() };
+            engine.model().submit(Time::ZERO, request).unwrap();
+        }
+        let mut now = Time::ZERO;
+        while let Some(end) = engine.start(now, Duration::ZERO) {
+            now = end;
+            engine.take_step(now, Duration::ZERO).unwrap();
+        }
+        assert!(engine.preemptions() > 0);
+        engine.crash();
+        assert_eq!(engine.preemptions(), 0);
+        engine.restart(now).unwrap();
+        assert_eq!(engine.preemptions(), 0);
     }
 }

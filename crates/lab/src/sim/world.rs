@@ -607,7 +607,8 @@ impl<'a> World<'a> {
 fn look(in_flight: u32, engines: &mut [Engine]) -> Moment {
     let count = engines.len().max(1) as f32;
     let mut moment = Moment { in_flight, ..Moment::default() };
-    for engine in engines {
+    // Of an engine that is down there is nothing to see.
+    for engine in engines.iter_mut().filter(|engine| engine.up) {
         let stats = engine.model().stats();
         moment.waiting += stats.waiting as f32 / count;
         moment.waiting_max = moment.waiting_max.max(stats.waiting as f32);
