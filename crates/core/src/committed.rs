@@ -251,4 +251,58 @@ mod tests {
             }
         }
     }
+
+    /// Sums never go below zero, and end at zero, whatever leaves, comes back, moves and is full.
+    #[test]
+    fn any_sequence_of_calls_gives_everything_back() {
+        for seed in 0..50 {
+            let mut rng = Rng::seeded(seed);
+            let mut committed = Committed::new(rng.below(60));
+            let mut ids = [id(0), id(1), id(2)];
+            let mut held: Vec<Commitment> = Vec::new();
+            for _ in 0..300 {
+                let to = ids[rng.below(3)];
+                match rng.below(6) {
+                    0 | 1 => {
+                        let group = rng.below(2) as u32;
+                        let tokens: Vec<u32> =
+                            (0..4 * rng.below(8) as u32).map(|_| group).collect();
+                        let chain = chain(
+                            ChainSpec::exact(1 << rng.below(3)),
+                            Root::Base,
+                            &tokens,
+                            &PromptExtras::default(),
+                        );
+                        let own_tokens = rng.below(9) as u64;
+                        held.push(committed.commit(to, std::iter::once(&chain), own_tokens, WORK));
+                    }
+                    2 => {
+                        let at = to.slot as usize;
+                        committed.forget(to);
+                        ids[at].generation += 1;
+                        assert_eq!(committed.tokens(ids[at]), 0);
+                    }
+                    _ if held.is_empty() => {}
+                    3 => {
+                        let at = rng.below(held.len());
+                        committed.redirect(&mut held[at], to, 7);
+                    }
+                    4 => {
+                        let at = rng.below(held.len());
+                        committed.prefilled(&mut held[at]);
+                    }
+                    _ => {
+                        let at = rng.below(held.len());
+                        committed.release(held.swap_remove(at));
+                    }
+                }
+            }
+            held.into_iter().for_each(|commitment| committed.release(commitment));
+            for id in ids {
+                let left = (committed.tokens(id), committed.work(id), committed.keys);
+                assert_eq!(left, (0, Work::default(), 0), "seed {seed}");
+            }
+            assert!(committed.slots.iter().all(|slot| slot.users.is_empty()), "seed {seed}");
+        }
+    }
 }

@@ -62,8 +62,8 @@ struct Recent {
 /// enough that a prefix which is asked for no more does not count.
 const RECENT_S: f64 = 30.0;
 
-/// An answer of several tokens that arrives in a smaller share of the time before its first byte was
-/// not streamed.
+/// An answer of several tokens that arrives in a smaller share of the time before its first byte
+/// was not streamed.
 const STREAMED_SHARE_MIN: f64 = 0.01;
 
 impl Costs {
