@@ -217,7 +217,10 @@ fn workload(spec: &WorkloadSpec) -> Check {
         value.map_or(Ok(()), |v| above_zero(&format!("workload.{field}"), v, max))?;
     }
     let random = spec.order == Some(PromptOrder::Random);
-    if spec.kind == WorkloadKind::SharedPrefix && spec.zipf.is_some_and(|zipf| zipf > 0.0) && !random {
+    if spec.kind == WorkloadKind::SharedPrefix
+        && spec.zipf.is_some_and(|zipf| zipf > 0.0)
+        && !random
+    {
         return fault("workload.zipf", "needs `order: random`: a cycle visits all prompts equally");
     }
     if spec.file.as_deref() == Some("") {
