@@ -5,6 +5,9 @@ use serde::Deserialize;
 use crate::produce::uncached_tokens;
 use crate::stage::{Inputs, ProducerRef, Row, Scorer, View};
 
+/// Share of an endpoint's KV from which on it is scarce.
+const PRESSURE_FROM: f64 = 0.8;
+
 /// Type name of the producer that is read when none is named.
 const PRECISE: &str = "precise-prefix-cache-producer";
 
@@ -13,12 +16,14 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 ///
 /// ```text
 /// cost = p * uncached * (1 + interferenceWeight * n)  its own prefill, and whom that delays
+///      + copyWeight * p * uncached * pressure         what a copy drives out where KV is scarce
 ///      + overflowWeight * p * overflow                what must be recomputed when KV runs out
 ///      + decodeWeight * output * step                 its own answer, at the pace of the batch
 ///      + spreadWeight * p * ahead * cold              new prefixes go where little went lately
 /// ```
 ///
-/// `n` are the requests in flight, `overflow` the KV tokens that they and this one need beyond what
+/// `n` are the requests in flight, `pressure` goes from 0 to 1 while their KV and this one's fill the
+/// last fifth of what the endpoint has, `overflow` the KV tokens that they and this one need beyond what
 /// the endpoint has (the least that any candidate has, where its metrics do not say), `output` the
 /// expected answer in tokens, `step = step_base + step_per_token * context tokens in flight`,
 /// `ahead` the tokens of work that the endpoint was given in the last half minute beyond the least
@@ -34,6 +39,8 @@ pub struct Cost {
     pub prefix_match_info_producer_name: Option<String>,
     /// What a second of delay in another answer weighs, for each request in flight.
     pub interference_weight: f64,
+    /// What a token of prefix that must be computed there costs others when KV is scarce.
+    pub copy_weight: f64,
     /// Share of the overflow that will be computed again.
     pub overflow_weight: f64,
     /// What a second of the answer weighs against a second before its first token.
@@ -47,6 +54,7 @@ impl Default for Cost {
         Cost {
             prefix_match_info_producer_name: None,
             interference_weight: 0.02,
+            copy_weight: 1.0,
             overflow_weight: 0.3,
             decode_weight: 0.03,
             spread_weight: 0.25,
@@ -87,12 +95,16 @@ impl Cost {
         let needed = costing.committed_tokens + costing.added_tokens;
         let room = costing.capacity_tokens.or(least.room);
         let overflow = room.map_or(0, |room| needed.saturating_sub(room)) as f64;
+        // Where no metrics tell the room, nothing is scarce.
+        let filled = room.map_or(0.0, |room| needed as f64 / room.max(1) as f64);
+        let pressure = ((filled - PRESSURE_FROM) / (1.0 - PRESSURE_FROM)).clamp(0.0, 1.0);
         let own_context = f64::from(prompt) + costing.output_tokens / 2.0;
         let step_s = speed.step_base_s
             + speed.step_per_token_s * (costing.work.context as f64 + own_context);
         let cold = uncached / f64::from(prompt.max(1));
         let ahead = (costing.recent_tokens - least.recent).max(0.0);
         let prefill_tokens = uncached * (1.0 + self.interference_weight * others)
+            + self.copy_weight * uncached * pressure
             + self.overflow_weight * overflow
             + self.spread_weight * ahead * cold;
         speed.prefill_per_token_s * prefill_tokens
@@ -109,6 +121,7 @@ impl Scorer for Cost {
     fn check(&self) -> Result<(), String> {
         for (name, weight) in [
             ("interferenceWeight", self.interference_weight),
+            ("copyWeight", self.copy_weight),
             ("overflowWeight", self.overflow_weight),
             ("decodeWeight", self.decode_weight),
             ("spreadWeight", self.spread_weight),
@@ -162,6 +175,7 @@ mod tests {
         let only = |weight: fn(&mut Cost)| {
             let zero = Cost {
                 interference_weight: 0.0,
+                copy_weight: 0.0,
                 overflow_weight: 0.0,
                 decode_weight: 0.0,
                 spread_weight: 0.0,
@@ -178,8 +192,9 @@ mod tests {
         let p = Speed::default().prefill_per_token_s;
         let step = Speed::default().step_base_s + Speed::default().step_per_token_s * 81_100.0;
         type Term = (fn(&mut Cost), f64);
-        let table: [Term; 4] = [
+        let table: [Term; 5] = [
             (|c| c.interference_weight = 0.1, p * 520.0 * 0.1 * 10.0),
+            (|c| c.copy_weight = 0.5, p * 520.0 * 0.5),
             (|c| c.overflow_weight = 0.5, p * 0.5 * 1_000.0),
             (|c| c.decode_weight = 0.03, 0.03 * 200.0 * step),
             (|c| c.spread_weight = 0.1, p * 0.1 * 5_000.0 * 0.52),
