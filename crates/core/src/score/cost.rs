@@ -22,13 +22,13 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 ///      + spreadWeight * p * ahead * cold              new prefixes go where little went lately
 /// ```
 ///
-/// `n` are the requests in flight, `pressure` goes from 0 to 1 while their KV and this one's fill the
-/// last fifth of what the endpoint has, `overflow` the KV tokens that they and this one need beyond what
-/// the endpoint has (the least that any candidate has, where its metrics do not say), `output` the
-/// expected answer in tokens, `step = step_base + step_per_token * context tokens in flight`,
-/// `ahead` the tokens of work that the endpoint was given in the last half minute beyond the least
-/// of any candidate, and `cold` the share of the prompt that is not cached. Seconds per token are
-/// learned per endpoint from its answers; see [`crate::learn`].
+/// `n` are the requests in flight, `pressure` goes from 0 to 1 while their KV and this one's fill
+/// the last fifth of what the endpoint has, `overflow` the KV tokens that they and this one need
+/// beyond what the endpoint has (the least that any candidate has, where its metrics do not say),
+/// `output` the expected answer in tokens, `step = step_base + step_per_token * context tokens in
+/// flight`, `ahead` the tokens of work that the endpoint was given in the last half minute beyond
+/// the least of any candidate, and `cold` the share of the prompt that is not cached. Seconds per
+/// token are learned per endpoint from its answers; see [`crate::learn`].
 ///
 /// The prefill queue is left out on purpose: leaving a warm endpoint because of its queue copies
 /// a prefix elsewhere, evicts another one there, and costs more than it saves.
