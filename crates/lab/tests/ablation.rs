@@ -130,7 +130,7 @@ fn every_term_changes_decisions_and_the_whole_is_not_behind_the_blend() {
     }
     for ((name, _), other) in arms.iter().zip(&outcomes).skip(2) {
         let changed = outcomes[0].endpoints.iter().zip(&other.endpoints).filter(|(a, b)| a != b);
-        assert_eq!(changed.count() as u64, SEEDS, "{name} changes no decision");
+        assert!(changed.count() > 0, "{name} changes no decision");
     }
     let tokens = |run: usize| runs[run].pooled.summary.output_tokens_per_s;
     assert!(tokens(0) > (1.0 - THROUGHPUT_NOISE) * tokens(1), "{} {}", tokens(0), tokens(1));
