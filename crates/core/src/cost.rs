@@ -4,7 +4,7 @@
 //! ([`crate::learn`]). Switched off unless a plan has a scorer that reads it.
 
 use crate::Time;
-use crate::blocks::ChainSpec;
+use crate::blocks::{Chain, ChainSpec};
 use crate::committed::{Commitment, Committed, Work};
 use crate::decision::Request;
 use crate::fleet::{Endpoint, EndpointId};
@@ -90,13 +90,9 @@ impl Costs {
         }
         let id = endpoint.id;
         let output_tokens = self.output_tokens(request);
-        let chains = request.prompts.iter().filter_map(|prompt| prompt.get(spec?));
-        let (mut blocks, mut keyed) = (0, 0);
-        for chain in chains {
-            blocks += self.committed.added_tokens(id, chain);
-            keyed += chain.keys.len() as u64 * u64::from(chain.spec.block_size);
-        }
-        let tail = u64::from(request.prompt_tokens).saturating_sub(keyed);
+        let blocks: u64 =
+            chains(request, spec).map(|chain| self.committed.added_tokens(id, chain)).sum();
+        let tail = tail_tokens(request, spec);
         let metrics = endpoint.metrics();
         // The engine counts its blocks in its own size; events may be of smaller ones.
         let size = metrics.and_then(|m| m.block_size).filter(|size| *size > 0);
@@ -148,11 +144,6 @@ impl Costs {
             return None;
         }
         let costing = &row.costing;
-        let chains = request.prompts.iter().filter_map(|prompt| prompt.get(spec?));
-        let keyed: u64 = chains
-            .clone()
-            .map(|chain| chain.keys.len() as u64 * u64::from(chain.spec.block_size))
-            .sum();
         let prompt_tokens = u64::from(request.prompt_tokens);
         let output = costing.output_tokens;
         let prefill = match request.skips_cache {
@@ -160,9 +151,9 @@ impl Costs {
             false => u64::from(row.uncached_tokens),
         };
         let work = Work { prefill, context: prompt_tokens + (output / 2.0) as u64 };
-        let own_tokens = prompt_tokens.saturating_sub(keyed) + output as u64;
+        let own_tokens = tail_tokens(request, spec) + output as u64;
         self.give(now, row.id, prefill as f64 + output);
-        let commitment = self.committed.commit(row.id, chains, own_tokens, work);
+        let commitment = self.committed.commit(row.id, chains(request, spec), own_tokens, work);
         // A queue, or a cache that is too full, makes a first token late, not the computing of it.
         let queued = row.signals.is_none_or(|signals| signals.waiting > 0);
         let full = costing
@@ -232,6 +223,22 @@ impl Costs {
         self.committed.forget(id);
         self.learner.forget(id);
     }
+}
+
+/// The chains of a request that an endpoint's blocks are looked up with.
+fn chains<'a>(
+    request: &Request<'a>,
+    spec: Option<ChainSpec>,
+) -> impl Iterator<Item = &'a Chain> + Clone {
+    request.prompts.iter().filter_map(move |prompt| prompt.get(spec?))
+}
+
+/// Prompt tokens that are in no block with a key.
+fn tail_tokens(request: &Request<'_>, spec: Option<ChainSpec>) -> u64 {
+    let keyed = chains(request, spec)
+        .map(|chain| chain.keys.len() as u64 * u64::from(chain.spec.block_size))
+        .sum();
+    u64::from(request.prompt_tokens).saturating_sub(keyed)
 }
 
 #[cfg(test)]

@@ -94,7 +94,9 @@ async fn config(args: &cli::Bench, name: &str, url: &str) -> anyhow::Result<Load
     };
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => load::served_model(url, api_key.as_deref()).await.context("--model")?,
+        None => load::served_model(url, api_key.as_deref())
+            .await
+            .context("the server was asked for its model")?,
     };
     let authority = |url: &String| {
         let rest = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);

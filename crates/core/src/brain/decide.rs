@@ -242,12 +242,13 @@ impl Brain {
             })
             .collect();
         // There is at least one candidate, and the picker orders all of them.
-        let promised = self.promised(request, considered, &options);
+        let row = row_of(&options[0].endpoint).unwrap_or(&considered[0]);
+        let promised = self.promised(request, row, &options);
         let chosen = options.remove(0);
         self.ledger.decided(chosen.endpoint, &chosen.expectation);
         let response_headers = self.tell_plugins(now, request, chosen.endpoint);
-        self.remember(request, considered, chosen.endpoint);
-        let speculations = self.speculate(now, request, considered, chosen.endpoint);
+        self.remember(request, row);
+        let speculations = self.speculate(now, request, row);
         let output_tokens =
             self.plan.load.producer.output_tokens(request.prompt_tokens, request.max_tokens);
         let charge = Charge {
@@ -256,8 +257,7 @@ impl Brain {
             output_tokens,
         };
         let fallback = options.iter().map(|option| option.endpoint).collect();
-        let row = considered.iter().find(|row| row.id == chosen.endpoint);
-        let costed = row.and_then(|row| self.costs.begin(now, row, request, self.known(row).spec));
+        let costed = self.costs.begin(now, row, request, self.known(row).spec);
         let inflight = InFlight {
             costed,
             promised,
@@ -294,12 +294,10 @@ impl Brain {
     fn promised(
         &self,
         request: &Request<'_>,
-        considered: &[Row],
+        chosen: &Row,
         options: &[Alternative],
     ) -> Box<[BlockKey]> {
-        let chosen = options.first().map(|option| option.endpoint);
-        let row = considered.iter().find(|row| Some(row.id) == chosen);
-        let spec = row.and_then(|row| self.known(row).spec);
+        let spec = self.known(chosen).spec;
         let (Some(spec), [prompt]) = (spec, request.prompts) else { return Box::default() };
         let tokens = options.iter().filter_map(|option| option.expectation.promised_tokens).max();
         let blocks = (tokens.unwrap_or(0) / spec.block_size.max(1)) as usize;
@@ -321,11 +319,10 @@ impl Brain {
 
     /// Routing history, for every chain that a producer looked up on the chosen endpoint: what
     /// remains when events fail.
-    fn remember(&mut self, request: &Request<'_>, considered: &[Row], id: EndpointId) {
-        let Some(row) = considered.iter().find(|row| row.id == id) else { return };
+    fn remember(&mut self, request: &Request<'_>, chosen: &Row) {
         for (at, column) in self.knowledge.columns.iter().enumerate() {
             let spec_of = |column: &crate::knowledge::Column| {
-                column.known.get(row.at as usize).and_then(|known| known.spec)
+                column.known.get(chosen.at as usize).and_then(|known| known.spec)
             };
             let Some(spec) = spec_of(column) else { continue };
             let mut earlier = self.knowledge.columns[..at].iter();
@@ -337,7 +334,7 @@ impl Brain {
                 _ => usize::MAX,
             };
             for chain in request.prompts.iter().filter_map(|prompt| prompt.get(spec)) {
-                self.index.record(id, &chain.keys[..chain.keys.len().min(blocks_max)]);
+                self.index.record(chosen.id, &chain.keys[..chain.keys.len().min(blocks_max)]);
             }
         }
     }
@@ -345,15 +342,8 @@ impl Brain {
     /// Speculative residency: the next request with this prefix finds it here, although the engine
     /// has not said so yet. Not for prompts that are resident already, nor without events, which
     /// would have to confirm it.
-    fn speculate(
-        &mut self,
-        now: Time,
-        request: &Request<'_>,
-        considered: &[Row],
-        id: EndpointId,
-    ) -> Vec<SpeculationId> {
-        let row = considered.iter().find(|row| row.id == id);
-        let Some(known) = row.map(|row| self.known(row)) else { return Vec::new() };
+    fn speculate(&mut self, now: Time, request: &Request<'_>, chosen: &Row) -> Vec<SpeculationId> {
+        let known = self.known(chosen);
         let Some(spec) = known.spec else { return Vec::new() };
         let confirmed = matches!(
             known.reason,
@@ -371,7 +361,7 @@ impl Brain {
         let index = &mut self.index;
         let ids: Vec<SpeculationId> = chains
             .filter(|chain: &&Chain| !chain.keys.is_empty())
-            .map(|chain| index.speculate(id, chain, until))
+            .map(|chain| index.speculate(chosen.id, chain, until))
             .collect();
         self.counters.speculations += ids.len() as u64;
         ids
