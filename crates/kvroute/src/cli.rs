@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{bench, demo, engine, fit, replay, serve, sim};
+use crate::{bench, check, demo, engine, fit, replay, serve, sim};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -71,6 +71,8 @@ enum LogFormat {
 enum Command {
     /// The router: an HTTP proxy in front of model servers.
     Serve(Box<Serve>),
+    /// Does a configuration load, what does it do, and are the engines as it expects them?
+    Check(Box<Check>),
     /// Simulated engines, the router and a load, beside round robin.
     Demo(Demo),
     /// A simulated vLLM server.
@@ -90,40 +92,17 @@ enum Command {
     },
 }
 
-/// `kvroute serve`.
-#[derive(Clone, Debug, Args)]
-#[command(after_help = "\
-Examples:
-  kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer tokenizer.json
-  kvroute serve --config precise.yaml --endpoints-file endpoints.yaml --http 0.0.0.0:8080
-  kvroute serve --endpoint http://gpu1:8000      # no tokenizer, no events: learns from history
-
-An endpoint may name its event sockets:  URL,events=tcp://HOST:PORT,replay=tcp://HOST:PORT
-Without them the engine is asked (GET /kv_event_sources).")]
-pub struct Serve {
+/// Which engines, and how their prompts and events are read: the same for `serve` and `check`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Engines {
     /// An engine's base URL; a host name stands for all its addresses. Repeat for more.
     #[arg(long = "endpoint", value_name = "URL")]
     pub endpoints: Vec<String>,
 
-    /// Endpoints from a file (llm-d's file-discovery format), read again when it changes.
+    /// Endpoints from a file (llm-d's file-discovery format); `serve` reads it again when it
+    /// changes.
     #[arg(long, value_name = "FILE")]
     pub endpoints_file: Option<PathBuf>,
-
-    /// An EndpointPickerConfig; without it kvroute's own policy.
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-
-    /// A built-in configuration instead, such as `llm-d`; `kvroute sim --list` names them.
-    #[arg(long, value_name = "NAME", conflicts_with = "config")]
-    pub preset: Option<String>,
-
-    /// Where clients connect.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
-    pub http: SocketAddr,
-
-    /// Metrics, health, decisions, index. Reachable by whoever can reach the address.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = address)]
-    pub admin: SocketAddr,
 
     /// `tokenizer.json` of the engines' model, its configuration beside it; `MODEL=FILE` for one
     /// model of several. Without it prompts are estimated and routing is approximate.
@@ -141,6 +120,38 @@ pub struct Serve {
     /// First replay port of every engine, with `--kv-events-port`.
     #[arg(long, value_name = "PORT", requires = "kv_events_port")]
     pub kv_replay_port: Option<u16>,
+}
+
+/// `kvroute serve`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer tokenizer.json
+  kvroute serve --config precise.yaml --endpoints-file endpoints.yaml --http 0.0.0.0:8080
+  kvroute serve --endpoint http://gpu1:8000      # no tokenizer, no events: learns from history
+
+An endpoint may name its event sockets:  URL,events=tcp://HOST:PORT,replay=tcp://HOST:PORT
+Without them the engine is asked (GET /kv_event_sources).")]
+pub struct Serve {
+    /// The engines.
+    #[command(flatten)]
+    pub engines: Engines,
+
+    /// An EndpointPickerConfig; without it kvroute's own policy.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// A built-in configuration instead, such as `llm-d`; `kvroute sim --list` names them.
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
+    pub preset: Option<String>,
+
+    /// Where clients connect.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
+    pub http: SocketAddr,
+
+    /// Metrics, health, decisions, index. Reachable by whoever can reach the address.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = address)]
+    pub admin: SocketAddr,
 
     /// Certificate chain (PEM) to serve TLS with.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
@@ -158,6 +169,38 @@ pub struct Serve {
     /// keep it as you keep prompts.
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+}
+
+/// `kvroute check`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Exit code 0: the files load (and with --live nothing is wrong), 1: an engine is not as it should be,
+2: a file or a flag is wrong. docs/check.md lists every finding and its cure.
+
+Examples:
+  kvroute check precise.yaml
+  kvroute check precise.yaml --live --endpoint http://gpu1:8000 --tokenizer tokenizer.json
+  kvroute check --live --endpoint http://gpu1:8000     # against the built-in configuration")]
+pub struct Check {
+    /// EndpointPickerConfig files.
+    #[arg(value_name = "FILE", required_unless_present = "live")]
+    pub files: Vec<PathBuf>,
+
+    /// Ask the engines, too. Sends each a few tiny requests.
+    #[arg(long)]
+    pub live: bool,
+
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Accept plugin types of stability Alpha.
+    #[arg(long)]
+    pub allow_experimental_plugins: bool,
+
+    /// The engines.
+    #[command(flatten)]
+    pub engines: Engines,
 }
 
 /// `kvroute engine`.
@@ -475,6 +518,7 @@ pub fn main() -> ExitCode {
     init_logging(cli.log.as_deref(), cli.log_format, quiet);
     let done = match cli.command {
         Command::Serve(args) => serve::main(&args),
+        Command::Check(args) => check::main(&args),
         Command::Demo(args) => demo::main(&args),
         Command::Engine(args) => engine::main(&args),
         Command::Sim(args) => sim::main(&args),

@@ -98,7 +98,8 @@ fn load_with_text(path: Option<&Path>) -> anyhow::Result<(Plan, String)> {
 /// # Errors
 /// A flag, the configuration or a tokenizer is wrong.
 pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
-    if args.endpoints.is_empty() && args.endpoints_file.is_none() {
+    let engines = &args.engines;
+    if engines.endpoints.is_empty() && engines.endpoints_file.is_none() {
         bail!("no endpoints: give --endpoint URL (once for each engine) or --endpoints-file FILE");
     }
     let (plan, config) = match &args.preset {
@@ -106,26 +107,21 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
         None => load_with_text(args.config.as_deref())?,
     };
     let record = args.record.clone().map(|file| Record { file, config });
-    let endpoints = args
-        .endpoints
-        .iter()
-        .map(|text| text.parse::<EndpointFlag>().with_context(|| format!("--endpoint {text}")))
-        .collect::<anyhow::Result<Vec<_>>>()?;
     let options = TokenizerOptions {
         cache_bytes_max: plan.settings.tokenizer_cache_bytes_max,
         ..TokenizerOptions::default()
     };
     Ok(RouterConfig {
-        tokenizers: tokenizers(&args.tokenizers, &options)?,
+        tokenizers: tokenizers(&engines.tokenizers, &options)?,
         plan,
         record,
         seed: args.seed,
         http: args.http,
         admin: args.admin,
-        endpoints,
-        endpoints_file: args.endpoints_file.clone(),
-        events: events(args),
-        default_model: args.model.clone(),
+        endpoints: endpoints(engines)?,
+        endpoints_file: engines.endpoints_file.clone(),
+        events: events(engines),
+        default_model: engines.model.clone(),
         tls: match (&args.tls_cert, &args.tls_key) {
             (Some(cert), Some(key)) => Some(TlsFiles { cert: cert.clone(), key: key.clone() }),
             _ => None,
@@ -133,15 +129,28 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     })
 }
 
-fn events(args: &cli::Serve) -> EventsSource {
-    match args.kv_events_port {
-        Some(events) => EventsSource::Ports { events, replay: args.kv_replay_port },
+/// The endpoints that are named by flags.
+///
+/// # Errors
+/// The flag that is wrong.
+pub fn endpoints(engines: &cli::Engines) -> anyhow::Result<Vec<EndpointFlag>> {
+    let flags = engines.endpoints.iter();
+    flags.map(|text| text.parse().with_context(|| format!("--endpoint {text}"))).collect()
+}
+
+/// Where events come from of endpoints that do not say it themselves.
+pub fn events(engines: &cli::Engines) -> EventsSource {
+    match engines.kv_events_port {
+        Some(events) => EventsSource::Ports { events, replay: engines.kv_replay_port },
         None => EventsSource::Ask,
     }
 }
 
-/// `FILE` is for every model, `MODEL=FILE` for one.
-fn tokenizers(flags: &[String], options: &TokenizerOptions) -> anyhow::Result<Tokenizers> {
+/// Loads tokenizers: `FILE` is for every model, `MODEL=FILE` for one.
+///
+/// # Errors
+/// A file is none, or two are for every model.
+pub fn tokenizers(flags: &[String], options: &TokenizerOptions) -> anyhow::Result<Tokenizers> {
     let mut tokenizers = Tokenizers::default();
     for flag in flags {
         let (model, file) = match flag.split_once('=') {

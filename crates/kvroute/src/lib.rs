@@ -1,6 +1,7 @@
 //! The commands of the one binary.
 
 pub mod bench;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod demo;
