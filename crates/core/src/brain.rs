@@ -355,6 +355,23 @@ impl Brain {
         self.fleet.on_scrape_failed(id);
     }
 
+    /// A producer told numbers about an endpoint, each with its key; they hold for `valid_for`.
+    /// What is no number ends what was told under its key.
+    pub fn on_attributes(
+        &mut self,
+        now: Time,
+        id: EndpointId,
+        producer: &str,
+        values: &[(String, f64)],
+        valid_for: Duration,
+    ) {
+        self.note(|| {
+            let (producer, values) = (Cow::Borrowed(producer), Cow::Borrowed(values));
+            Entry::Call(Call::OnAttributes { now, id, producer, values, valid_for })
+        });
+        self.fleet.on_attributes(now, id, producer, values, valid_for);
+    }
+
     /// An endpoint listed its models.
     pub fn on_models(&mut self, id: EndpointId, models: Vec<ServedModel>) {
         self.note(|| Entry::Call(Call::OnModels { id, models: Cow::Borrowed(&models) }));

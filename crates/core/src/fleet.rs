@@ -1,5 +1,7 @@
 //! Which endpoints exist, and what do we know about each of them right now?
 
+mod attributes;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
@@ -7,6 +9,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize, Serializer};
 
+pub use self::attributes::ATTRIBUTES_MAX;
+use self::attributes::Attributes;
 use crate::Time;
 use crate::settings::{Settings, ms};
 use crate::stage::Signals;
@@ -133,6 +137,19 @@ pub struct ServedModel {
     pub parent: Option<String>,
 }
 
+/// Where an endpoint runs, as far as its labels tell: what `topology-extractor` of llm-d reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Topology<'a> {
+    /// Label `kubernetes.io/hostname`.
+    pub hostname: Option<&'a str>,
+    /// Label `topology.kubernetes.io/rack`.
+    pub rack: Option<&'a str>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<&'a str>,
+    /// Label `topology.kubernetes.io/region`.
+    pub region: Option<&'a str>,
+}
+
 /// How the chain of a request for some model is rooted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RootKind {
@@ -181,6 +198,7 @@ pub struct Endpoint {
     metrics: Option<(Time, EngineMetrics)>,
     scrape_failures: u32,
     models: Option<Vec<ServedModel>>,
+    attributes: Attributes,
     block_size_seen: Option<u32>,
     failures: u32,
     avoided_until: Time,
@@ -218,6 +236,23 @@ impl Endpoint {
     pub fn serves(&self, model: &str) -> Option<bool> {
         let models = self.models.as_ref()?;
         Some(models.iter().any(|served| served.id == model))
+    }
+
+    /// A number that a producer told about it, the newest one when none is named; `None`: nothing
+    /// was told, or it is older than it was said to hold.
+    pub fn attribute(&self, now: Time, key: &str, producer: Option<&str>) -> Option<f64> {
+        self.attributes.get(now, key, producer)
+    }
+
+    /// Where it runs. An empty label tells nothing.
+    pub fn topology(&self) -> Topology<'_> {
+        let label = |key: &str| self.labels.get(key).map(String::as_str).filter(|v| !v.is_empty());
+        Topology {
+            hostname: label("kubernetes.io/hostname"),
+            rack: label("topology.kubernetes.io/rack"),
+            zone: label("topology.kubernetes.io/zone"),
+            region: label("topology.kubernetes.io/region"),
+        }
     }
 
     /// Tokens per block: as its events showed, else as its metrics say.
@@ -316,6 +351,7 @@ impl Fleet {
             metrics: None,
             scrape_failures: 0,
             models: None,
+            attributes: Attributes::default(),
             block_size_seen: None,
             failures: 0,
             avoided_until: Time::ZERO,
@@ -376,6 +412,19 @@ impl Fleet {
         if let Some(endpoint) = self.get_mut(id) {
             endpoint.models = Some(models);
             self.collect_adapters();
+        }
+    }
+
+    pub(crate) fn on_attributes(
+        &mut self,
+        now: Time,
+        id: EndpointId,
+        producer: &str,
+        values: &[(String, f64)],
+        valid_for: Duration,
+    ) {
+        if let Some(endpoint) = self.get_mut(id) {
+            endpoint.attributes.set(now, producer, values, valid_for);
         }
     }
 
@@ -469,6 +518,35 @@ mod tests {
         assert_eq!(fleet.root_of("adapter"), RootKind::Adapter);
         fleet.remove(id);
         assert_eq!(fleet.root_of("adapter"), RootKind::Base);
+    }
+
+    #[test]
+    fn topology_is_what_the_labels_say() {
+        let mut fleet = Fleet::default();
+        let labels = [
+            ("kubernetes.io/hostname", "node-1"),
+            ("topology.kubernetes.io/zone", "z"),
+            ("topology.kubernetes.io/rack", ""),
+        ];
+        let labels = labels.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        let id = fleet.add(EndpointSpec { labels, ..spec("a") }, 2).unwrap();
+        let expected =
+            Topology { hostname: Some("node-1"), zone: Some("z"), ..Topology::default() };
+        assert_eq!(fleet.get(id).unwrap().topology(), expected);
+    }
+
+    #[test]
+    fn attributes_are_of_one_endpoint_and_go_with_it() {
+        let mut fleet = Fleet::default();
+        let [a, b] = ["a", "b"].map(|name| fleet.add(spec(name), 3).unwrap());
+        let values = [("k".to_owned(), 0.25)];
+        fleet.on_attributes(Time(1), a, "p", &values, Duration::from_secs(1));
+        let read = |fleet: &Fleet, id| fleet.get(id)?.attribute(Time(2), "k", Some("p"));
+        assert_eq!((read(&fleet, a), read(&fleet, b)), (Some(0.25), None));
+        fleet.remove(a);
+        fleet.on_attributes(Time(1), a, "p", &values, Duration::from_secs(1));
+        let again = fleet.add(spec("a"), 3).unwrap();
+        assert_eq!(read(&fleet, again), None);
     }
 
     #[test]

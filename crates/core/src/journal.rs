@@ -16,6 +16,7 @@ mod tests;
 
 use std::borrow::Cow;
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +30,7 @@ use crate::load::Ticket;
 use crate::stream::StreamInput;
 
 /// Version of what is written. A change of any recorded type raises it.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Longest entry that is written, and that is read, in bytes of its text.
 pub const ENTRY_BYTES_MAX: usize = 512 << 20;
@@ -115,18 +116,65 @@ pub enum Entry<'a> {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the methods of the same names say what the arguments are")]
 pub enum Call<'a> {
-    AddEndpoint { now: Time, spec: Cow<'a, EndpointSpec> },
-    RemoveEndpoint { now: Time, id: EndpointId },
-    OnMetrics { now: Time, id: EndpointId, metrics: Cow<'a, EngineMetrics> },
-    OnScrapeFailed { now: Time, id: EndpointId },
-    OnModels { id: EndpointId, models: Cow<'a, [ServedModel]> },
-    OnEndpointFailed { now: Time, id: EndpointId },
-    OnCacheReset { now: Time, id: EndpointId },
-    OnStream { now: Time, id: EndpointId, input: Cow<'a, StreamInput> },
-    OnResponse { now: Time, ticket: Ticket, event: ResponseEvent },
-    Redirect { now: Time, ticket: Ticket, to: EndpointId },
-    Tick { now: Time },
-    Decide { now: Time, request: Asked<'a> },
+    AddEndpoint {
+        now: Time,
+        spec: Cow<'a, EndpointSpec>,
+    },
+    RemoveEndpoint {
+        now: Time,
+        id: EndpointId,
+    },
+    OnMetrics {
+        now: Time,
+        id: EndpointId,
+        metrics: Cow<'a, EngineMetrics>,
+    },
+    OnAttributes {
+        now: Time,
+        id: EndpointId,
+        producer: Cow<'a, str>,
+        #[serde(with = "exact::pairs")]
+        values: Cow<'a, [(String, f64)]>,
+        valid_for: Duration,
+    },
+    OnScrapeFailed {
+        now: Time,
+        id: EndpointId,
+    },
+    OnModels {
+        id: EndpointId,
+        models: Cow<'a, [ServedModel]>,
+    },
+    OnEndpointFailed {
+        now: Time,
+        id: EndpointId,
+    },
+    OnCacheReset {
+        now: Time,
+        id: EndpointId,
+    },
+    OnStream {
+        now: Time,
+        id: EndpointId,
+        input: Cow<'a, StreamInput>,
+    },
+    OnResponse {
+        now: Time,
+        ticket: Ticket,
+        event: ResponseEvent,
+    },
+    Redirect {
+        now: Time,
+        ticket: Ticket,
+        to: EndpointId,
+    },
+    Tick {
+        now: Time,
+    },
+    Decide {
+        now: Time,
+        request: Asked<'a>,
+    },
 }
 
 /// A [`Request`] that can be kept: everything that decides, and the id that is shown.
@@ -209,6 +257,9 @@ impl Brain {
             Call::Decide { now, request } => return self.decide_again(now, &request),
             Call::RemoveEndpoint { now, id } => self.remove_endpoint(now, id),
             Call::OnMetrics { now, id, metrics } => self.on_metrics(now, id, &metrics),
+            Call::OnAttributes { now, id, producer, values, valid_for } => {
+                self.on_attributes(now, id, &producer, &values, valid_for);
+            }
             Call::OnScrapeFailed { now, id } => self.on_scrape_failed(now, id),
             Call::OnModels { id, models } => self.on_models(id, models.into_owned()),
             Call::OnEndpointFailed { now, id } => self.on_endpoint_failed(now, id),
@@ -254,6 +305,7 @@ impl<'a> Call<'a> {
         match self {
             Call::RemoveEndpoint { id, .. }
             | Call::OnMetrics { id, .. }
+            | Call::OnAttributes { id, .. }
             | Call::OnScrapeFailed { id, .. }
             | Call::OnModels { id, .. }
             | Call::OnEndpointFailed { id, .. }
@@ -276,6 +328,11 @@ impl<'a> Call<'a> {
             }
             Call::OnMetrics { now, id, metrics } => {
                 Call::OnMetrics { now, id, metrics: Cow::Owned(metrics.into_owned()) }
+            }
+            Call::OnAttributes { now, id, producer, values, valid_for } => {
+                let producer = Cow::Owned(producer.into_owned());
+                let values = Cow::Owned(values.into_owned());
+                Call::OnAttributes { now, id, producer, values, valid_for }
             }
             Call::OnModels { id, models } => {
                 Call::OnModels { id, models: Cow::Owned(models.into_owned()) }
@@ -304,6 +361,10 @@ impl<'a> Call<'a> {
             Call::OnMetrics { metrics, .. } => {
                 let lora = metrics.lora.iter().flat_map(|l| l.running.iter().chain(&l.waiting));
                 lora.map(|name| size_of::<String>() + name.len()).sum()
+            }
+            Call::OnAttributes { producer, values, .. } => {
+                let values = values.iter().map(|value| size_of_val(value) + value.0.len());
+                producer.len() + values.sum::<usize>()
             }
             Call::OnModels { models, .. } => {
                 let parent = |model: &ServedModel| model.parent.as_ref().map_or(0, String::len);

@@ -21,3 +21,30 @@ pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     };
     number.ok_or_else(|| D::Error::custom(format_args!("`{text}` is not a number")))
 }
+
+/// Names with numbers, each number as above.
+pub(crate) mod pairs {
+    use std::borrow::Cow;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize)]
+    struct Written<'a>(&'a str, #[serde(with = "super")] f64);
+
+    #[derive(Deserialize)]
+    struct Read(String, #[serde(with = "super")] f64);
+
+    pub(crate) fn serialize<S: Serializer>(
+        pairs: &[(String, f64)],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(pairs.iter().map(|(name, number)| Written(name, *number)))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Cow<'static, [(String, f64)]>, D::Error> {
+        let read = Vec::<Read>::deserialize(deserializer)?;
+        Ok(read.into_iter().map(|Read(name, number)| (name, number)).collect())
+    }
+}

@@ -157,7 +157,12 @@ impl Chaos {
                 let metrics = metrics(&mut self.rng);
                 self.brain.on_metrics(self.now, id, &metrics);
             }
-            8..=12 => self.stream(),
+            8 => {
+                let values = [("gpu".to_owned(), [self.rng.next_f64(), 1.0][self.rng.below(2)])];
+                let valid_for = Duration::from_millis(self.rng.below(3000) as u64);
+                self.brain.on_attributes(self.now, id, "dcgm", &values, valid_for);
+            }
+            9..=12 => self.stream(),
             13..=16 => self.respond(),
             17 => {
                 let ticket = self.ticket();
@@ -410,7 +415,10 @@ fn every_call() -> Vec<Call<'static>> {
     let end = ResponseEvent::End { status: 200 };
     let responses = [ResponseEvent::FirstChunk, usage, end, ResponseEvent::Aborted];
     let many = [EngineMetrics::default(), metrics(&mut Rng::seeded(1))];
+    let values = vec![("a \"".to_owned(), 0.1 + 0.2), (String::new(), f64::INFINITY)];
+    let valid_for = Duration::new(u64::MAX, 999_999_999);
     let mut calls = vec![
+        Call::OnAttributes { now, id, producer: "p".into(), values: values.into(), valid_for },
         Call::AddEndpoint { now, spec: Cow::Owned(spec) },
         Call::RemoveEndpoint { now, id },
         Call::OnScrapeFailed { now, id },
@@ -456,6 +464,8 @@ fn what_no_recorder_wrote_is_refused() {
         r#"{"tick":{"now":1,"then":2}}"#,
         r#"{"tock":{"now":1}}"#,
         r#"{"redirect":{"now":1,"ticket":[1],"to":[0,0]}}"#,
+        r#"{"on_attributes":{"now":1,"id":[0,0],"producer":"p","values":[["k",0.5]],
+            "valid_for":{"secs":1,"nanos":0}}}"#,
         r#"{"on_stream":{"now":1,"id":[70000,0],"input":"tick"}}"#,
         r#"{"on_stream":{"now":1,"id":[0,0],"input":{"batch":{"seq":1,"batch":
             {"timestamp_s":"one","events":[],"rank":null,"events_bad":0}}}}}"#,
