@@ -7,6 +7,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
 
@@ -15,7 +16,7 @@ use crate::plugin::{KindSeed, ParametersSeed, PluginKind, PluginSpec};
 pub use crate::settings::Settings;
 
 /// A whole configuration file.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct EndpointPickerConfig {
     /// API group and version; may be left out.
@@ -43,7 +44,7 @@ pub struct EndpointPickerConfig {
 }
 
 /// API groups under which the configuration is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 pub enum ApiVersion {
     /// The current group.
     #[serde(rename = "llm-d.ai/v1alpha1")]
@@ -54,14 +55,14 @@ pub enum ApiVersion {
 }
 
 /// The only kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 pub enum Kind {
     /// `EndpointPickerConfig`.
     EndpointPickerConfig,
 }
 
 /// A reference to a plugin by name.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PluginRef {
     /// Name of an entry of `plugins`.
@@ -69,7 +70,7 @@ pub struct PluginRef {
 }
 
 /// One scheduling profile.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ProfileEntry {
     /// Distinguishes profiles.
@@ -81,7 +82,7 @@ pub struct ProfileEntry {
 }
 
 /// One plugin of a profile.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ProfilePlugin {
     /// Name of an entry of `plugins`.
@@ -92,7 +93,7 @@ pub struct ProfilePlugin {
 }
 
 /// `dataLayer`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct DataLayer {
     /// Whether the metrics source is added by itself; true when left out.
@@ -110,7 +111,7 @@ pub struct DataLayer {
 }
 
 /// One data source.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DataSource {
     /// The source.
@@ -121,7 +122,7 @@ pub struct DataSource {
 }
 
 /// `flowControl`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct FlowControl {
     /// Bytes queued over all bands; 0: unlimited.
@@ -149,7 +150,7 @@ pub struct FlowControl {
 }
 
 /// One priority band.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PriorityBand {
     /// Higher goes first.
@@ -165,7 +166,7 @@ pub struct PriorityBand {
 }
 
 /// `requestHandler`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct RequestHandler {
     /// In order of preference.
@@ -179,12 +180,25 @@ pub struct PluginEntry {
     pub name: Option<String>,
     /// Type and typed parameters.
     pub spec: PluginSpec,
+    /// See [`PluginEntry::written`].
+    pub(crate) written: &'static str,
+}
+
+impl From<PluginSpec> for PluginEntry {
+    fn from(spec: PluginSpec) -> PluginEntry {
+        PluginEntry { name: None, written: spec.kind().name(), spec }
+    }
 }
 
 impl PluginEntry {
     /// The name that references use.
     pub fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(self.spec.kind().name())
+    }
+
+    /// The type as it is written, an old name included.
+    pub fn written(&self) -> &'static str {
+        self.written
     }
 }
 
@@ -258,7 +272,7 @@ impl<'de> Visitor<'de> for PluginEntryVisitor {
         // that stands there, because profiles refer to it so.
         let named = name.flatten().filter(|n| !n.is_empty());
         let old = (written != kind.name()).then(|| written.to_owned());
-        Ok(PluginEntry { name: named.or(old), spec })
+        Ok(PluginEntry { name: named.or(old), spec, written })
     }
 }
 
@@ -382,4 +396,39 @@ impl<'de> Deserialize<'de> for Ignored {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Ignored, D::Error> {
         deserializer.deserialize_ignored_any(IgnoredAny).map(|_| Ignored)
     }
+}
+
+/// Documents a type that is read from text or anything else by hand.
+macro_rules! written_schema {
+    ($($type:ty, $name:literal => $schema:expr;)+) => {$(
+        impl JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                $name.into()
+            }
+
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+                let schema: fn(&mut SchemaGenerator) -> Schema = $schema;
+                schema(generator)
+            }
+        }
+    )+};
+}
+
+written_schema! {
+    GoDuration, "Duration" => |_| json_schema!({
+        "type": "string",
+        "pattern": r"^\+?(0|([0-9]*\.?[0-9]+(ns|us|µs|μs|ms|s|m|h))+)$",
+        "examples": ["60s", "1m30s", "200ms"],
+    });
+    Quantity, "Quantity" => |_| json_schema!({
+        "type": ["integer", "string"],
+        "minimum": 0,
+        "examples": [5000, "1G", "64Mi"],
+    });
+    Ignored, "Ignored" => |_| json_schema!({});
+    PluginEntry, "PluginEntry" => crate::plugin::entry_schema;
 }

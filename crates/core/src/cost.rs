@@ -288,6 +288,8 @@ mod tests {
                 tokens_known: TokensKnown::Exact,
                 max_tokens: None,
                 skips_cache: false,
+                media: &[],
+                priority: 0,
                 headers: Headers::NONE,
                 allowed: None,
             };
@@ -299,6 +301,7 @@ mod tests {
                 inflight: Load::default(),
                 uncached_tokens: tokens,
                 costing: self.costs.costing(self.now, endpoint, &request, None),
+                latency: None,
             };
             let mut costed = self.costs.begin(self.now, &row, &request, None).unwrap();
             let now = self.pass(first_s);
@@ -362,6 +365,8 @@ mod tests {
             tokens_known: TokensKnown::Exact,
             max_tokens: None,
             skips_cache: false,
+            media: &[],
+            priority: 0,
             headers: Headers::NONE,
             allowed: None,
         };

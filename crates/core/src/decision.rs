@@ -87,6 +87,10 @@ pub struct Request<'a> {
     pub max_tokens: Option<u32>,
     /// The engine computes the whole prompt whatever it has cached (`prompt_logprobs`).
     pub skips_cache: bool,
+    /// Multimodal items, in order: one key for each content.
+    pub media: &'a [u64],
+    /// Below 0: the request may be refused when the fleet is full.
+    pub priority: i32,
     /// What scheduling may read.
     pub headers: &'a Headers<'a>,
     /// The only endpoints that may serve it; `None`: all.

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use crate::cost::Costing;
 use crate::decision::{Headers, NoTokens, Request, TokensKnown};
-use crate::fleet::{EndpointId, EndpointSpec, EngineMetrics, Fleet, LoraMetrics};
+use crate::fleet::{EndpointId, EndpointSpec, EngineMetrics, Fleet, LoraMetrics, Name};
 use crate::stage::{
-    Filter, Picked, Picker, PrefixMatch, ResponseHeader, Row, Scorer, Signals, View,
+    Admitter, Detector, Filter, Latency, MediaMatch, Picked, Picker, Plugin, PrefixMatch,
+    ResponseHeader, Row, Scorer, Signals, View,
 };
 use crate::{Rng, Time};
 
@@ -17,6 +18,12 @@ pub(crate) struct Fixture {
     fleet: Fleet,
     rows: Vec<Row>,
     prefix: Vec<PrefixMatch>,
+    media: Vec<MediaMatch>,
+    media_keys: Vec<u64>,
+    sessions: Vec<(Name, String)>,
+    peer: Option<usize>,
+    profile: &'static str,
+    priority: i32,
     model: String,
     prompt_tokens: u32,
     headers: Vec<(String, String)>,
@@ -39,6 +46,12 @@ impl Fixture {
             fleet: Fleet::default(),
             rows: Vec::new(),
             prefix: vec![PrefixMatch::default(); n],
+            media: vec![MediaMatch::default(); n],
+            media_keys: Vec::new(),
+            sessions: Vec::new(),
+            peer: None,
+            profile: "default",
+            priority: 0,
             model: "model".into(),
             prompt_tokens: 0,
             headers: Vec::new(),
@@ -110,6 +123,43 @@ impl Fixture {
         self.headers = vec![(name.into(), value.into())];
     }
 
+    pub fn media(&mut self, at: usize, matched: u64, total: u64) {
+        self.media[at] = MediaMatch { matched, total };
+    }
+
+    /// The request holds items of these contents.
+    pub fn media_keys(&mut self, keys: &[u64]) {
+        self.media_keys = keys.to_vec();
+    }
+
+    pub fn session(&mut self, producer: &str, id: &str) {
+        self.sessions = vec![(Name::from(producer), id.into())];
+    }
+
+    /// An earlier profile chose this one.
+    pub fn peer(&mut self, at: usize) {
+        self.peer = Some(at);
+    }
+
+    pub fn priority(&mut self, priority: i32) {
+        self.priority = priority;
+    }
+
+    pub fn latency(&mut self, at: usize, latency: Latency) {
+        self.rows[at].latency = Some(latency);
+    }
+
+    /// A scrape at this moment, which signals of the same numbers go with.
+    pub fn metrics(&mut self, at: usize, metrics: &EngineMetrics) {
+        self.fleet.on_metrics(self.now, self.rows[at].id, metrics);
+        self.signals(at, metrics.waiting, metrics.running, metrics.kv_usage);
+    }
+
+    /// The table, for what has no method of its own here.
+    pub fn fleet(&mut self) -> &mut Fleet {
+        &mut self.fleet
+    }
+
     pub fn now_s(&mut self, secs: f64) {
         self.now = Time::from_secs_f64(secs);
     }
@@ -126,6 +176,8 @@ impl Fixture {
             tokens_known: TokensKnown::None(NoTokens::NoPrompt),
             max_tokens: None,
             skips_cache: false,
+            media: &self.media_keys,
+            priority: self.priority,
             headers: &headers,
             allowed: None,
         };
@@ -135,14 +187,30 @@ impl Fixture {
             fleet: &self.fleet,
             rows: &self.rows,
             prefix: &self.prefix,
+            media: &self.media,
+            sessions: &self.sessions,
+            profile: self.profile,
+            peer: self.peer.and_then(|at| self.fleet.get(self.rows[at].id)),
         };
         run(&view, &request)
     }
 
-    pub fn filter(&self, filter: &impl Filter) -> Vec<bool> {
+    pub fn filter(&self, filter: &mut (impl Filter + ?Sized)) -> Vec<bool> {
+        self.filter_seeded(filter, 1)
+    }
+
+    pub fn filter_seeded(&self, filter: &mut (impl Filter + ?Sized), seed: u64) -> Vec<bool> {
         let mut keep = vec![true; self.rows.len()];
-        self.with(|view, _| filter.filter(view, &mut Rng::seeded(1), &mut keep));
+        self.with(|view, _| filter.filter(view, &mut Rng::seeded(seed), &mut keep));
         keep
+    }
+
+    pub fn saturation(&self, detector: &(impl Detector + ?Sized)) -> f64 {
+        self.with(|view, _| detector.saturation(view))
+    }
+
+    pub fn admit(&self, admitter: &(impl Admitter + ?Sized), seed: u64) -> Result<(), String> {
+        self.with(|view, _| admitter.admit(view, &mut Rng::seeded(seed)))
     }
 
     /// The same candidates, last first.
@@ -158,9 +226,18 @@ impl Fixture {
         column
     }
 
-    pub fn picked(&self, scorer: &mut impl Scorer, at: usize) -> Option<ResponseHeader> {
+    pub fn picked(&self, plugin: &mut impl Plugin, at: usize) -> Option<ResponseHeader> {
         let endpoint = self.fleet.get(self.id(at)).unwrap();
-        self.with(|_, request| scorer.picked(&Picked { now: self.now, endpoint, request }))
+        self.with(|view, request| {
+            plugin.picked(&Picked {
+                now: self.now,
+                endpoint,
+                request,
+                sessions: view.sessions,
+                profile: view.profile,
+                primary: true,
+            })
+        })
     }
 
     pub fn pick(&self, picker: &mut impl Picker, totals: &[f64], seed: u64) -> Vec<usize> {
@@ -179,6 +256,7 @@ fn row(id: Option<EndpointId>) -> Row {
         inflight: Default::default(),
         uncached_tokens: 0,
         costing: Default::default(),
+        latency: None,
     }
 }
 

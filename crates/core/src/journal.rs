@@ -30,7 +30,7 @@ use crate::load::Ticket;
 use crate::stream::StreamInput;
 
 /// Version of what is written. A change of any recorded type raises it.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// Longest entry that is written, and that is read, in bytes of its text.
 pub const ENTRY_BYTES_MAX: usize = 512 << 20;
@@ -189,6 +189,8 @@ pub struct Asked<'a> {
     pub tokens_known: TokensKnown,
     pub max_tokens: Option<u32>,
     pub skips_cache: bool,
+    pub media: Cow<'a, [u64]>,
+    pub priority: i32,
     pub headers: Vec<(Cow<'a, str>, Cow<'a, str>)>,
     pub allowed: Option<Cow<'a, [EndpointId]>>,
 }
@@ -204,6 +206,8 @@ impl<'a> From<&Request<'a>> for Asked<'a> {
             tokens_known: request.tokens_known,
             max_tokens: request.max_tokens,
             skips_cache: request.skips_cache,
+            media: request.media.into(),
+            priority: request.priority,
             headers: request.headers.0.iter().map(header).collect(),
             allowed: request.allowed.map(Cow::Borrowed),
         }
@@ -223,6 +227,8 @@ impl Asked<'_> {
             tokens_known: self.tokens_known,
             max_tokens: self.max_tokens,
             skips_cache: self.skips_cache,
+            media: Cow::Owned(self.media.into_owned()),
+            priority: self.priority,
         }
     }
 
@@ -231,7 +237,8 @@ impl Asked<'_> {
         let chains: usize = chains.map(|chain| size_of_val(chain) + 8 * chain.keys.len()).sum();
         let headers: usize = self.headers.iter().map(|(k, v)| 64 + k.len() + v.len()).sum();
         let allowed = self.allowed.as_ref().map_or(0, |ids| size_of_val(&ids[..]));
-        self.id.len() + self.model.len() + chains + headers + allowed
+        let media = size_of_val(&self.media[..]);
+        self.id.len() + self.model.len() + chains + headers + allowed + media
     }
 }
 
@@ -287,6 +294,8 @@ impl Brain {
             tokens_known: asked.tokens_known,
             max_tokens: asked.max_tokens,
             skips_cache: asked.skips_cache,
+            media: &asked.media,
+            priority: asked.priority,
             headers: &Headers(&headers),
             allowed: asked.allowed.as_deref(),
         };

@@ -16,6 +16,7 @@ pub mod filter;
 #[cfg(test)]
 mod fixture;
 pub mod fleet;
+pub mod handle;
 pub mod index;
 pub mod journal;
 mod knowledge;

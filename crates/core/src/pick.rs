@@ -12,10 +12,11 @@ pub use random::Random;
 pub use round_robin::RoundRobin;
 pub use weighted_random::WeightedRandom;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 /// Parameters that llm-d's pickers share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 struct Parameters {
     /// Endpoints offered as an ordered list; 0 and less mean 1.

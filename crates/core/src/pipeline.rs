@@ -76,7 +76,17 @@ impl<'a> Inputs<'a> {
     {
         let column = prefix.and_then(|at| self.columns.get(at));
         let prefix: &[PrefixMatch] = column.map_or(&[], |column| &column.prefix);
-        View { now: self.now, request: self.request, fleet: self.fleet, rows, prefix }
+        View {
+            now: self.now,
+            request: self.request,
+            fleet: self.fleet,
+            rows,
+            prefix,
+            media: &[],
+            sessions: &[],
+            profile: "",
+            peer: None,
+        }
     }
 }
 
@@ -137,7 +147,7 @@ impl Pipeline {
         rng: &mut Rng,
         survivors: &mut Survivors,
     ) -> Result<(), Reject> {
-        for stage in &self.filters {
+        for stage in &mut self.filters {
             self.keep.clear();
             self.keep.resize(survivors.rows.len(), true);
             stage.filter.filter(&inputs.view(&survivors.rows, stage.prefix), rng, &mut self.keep);

@@ -164,7 +164,7 @@ impl Plan {
     /// The baseline that `demo` and `bench` compare with: endpoint after endpoint.
     pub fn baseline_round_robin() -> Plan {
         let plugin = PluginSpec::RoundRobinPicker(crate::pick::RoundRobin::default());
-        let plugins = vec![PluginEntry { name: None, spec: plugin }];
+        let plugins = vec![PluginEntry::from(plugin)];
         builtin(EndpointPickerConfig { plugins, ..EndpointPickerConfig::default() })
     }
 
@@ -217,7 +217,7 @@ impl EndpointPickerConfig {
             PluginSpec::CostScorer(crate::score::Cost::default()),
         ];
         EndpointPickerConfig {
-            plugins: specs.map(|spec| PluginEntry { name: None, spec }).to_vec(),
+            plugins: specs.map(PluginEntry::from).to_vec(),
             ..EndpointPickerConfig::default()
         }
     }
@@ -246,7 +246,7 @@ impl EndpointPickerConfig {
         let profile = ProfileEntry { name: "default".into(), plugins: refs.collect() };
         let specs = others.into_iter().chain(weighted.into_iter().map(|(spec, _)| spec));
         EndpointPickerConfig {
-            plugins: specs.map(|spec| PluginEntry { name: None, spec }).collect(),
+            plugins: specs.map(PluginEntry::from).collect(),
             scheduling_profiles: vec![profile],
             ..EndpointPickerConfig::default()
         }
@@ -272,7 +272,10 @@ impl<'a> Builder<'a> {
                 let message = format!("duplicate plugin name '{name}'; give one of them a `name`");
                 return Err(error(format!("plugins[{at}].name"), message));
             }
-            check_parameters(&entry.spec)
+            entry
+                .spec
+                .plugin()
+                .check()
                 .map_err(|text| error(format!("plugins[{at}].parameters"), text))?;
             builder.plugins.push((name, entry.spec.clone()));
         }
@@ -384,7 +387,7 @@ impl<'a> Builder<'a> {
             return Err(error("schedulingProfiles", message));
         }
         if !self.plugins.iter().any(|(_, spec)| spec.kind().is(Role::Handler)) {
-            let handler = PluginSpec::SingleProfileHandler(crate::config::Ignored);
+            let handler = PluginSpec::SingleProfileHandler(crate::handle::Single::default());
             self.add(handler, "there is one profile");
         }
         Ok(entries)
@@ -417,7 +420,7 @@ impl<'a> Builder<'a> {
                     Role::Filter => filters.push(stage.clone()),
                     Role::Scorer => scorers.push(stage.clone()),
                     Role::Picker => pickers.push(stage.clone()),
-                    Role::Handler | Role::Producer => {}
+                    _ => {}
                 }
             }
         }
@@ -631,10 +634,6 @@ impl<'a> Builder<'a> {
                 let text = format!("{}: nothing in a profile reads it", producer.name);
                 self.note(NoteKind::Warning, text);
             }
-            let ProducerKind::Precise(precise) = &producer.kind else { continue };
-            for text in precise.inert() {
-                self.note(NoteKind::Inert, format!("{}.{text}", producer.name));
-            }
         }
         let in_profile = |name: &Name| {
             stages().any(|s| s.name == *name) || profiles.iter().any(|p| p.picker.name == *name)
@@ -655,21 +654,6 @@ fn is_stage(spec: &PluginSpec) -> bool {
 
 fn is_prefix_producer(spec: &PluginSpec) -> bool {
     matches!(spec, PluginSpec::ApproxPrefixProducer(_) | PluginSpec::PrecisePrefixProducer(_))
-}
-
-fn check_parameters(spec: &PluginSpec) -> Result<(), String> {
-    let parts = spec.parts();
-    if let Some(filter) = &parts.filter {
-        filter.check()?;
-    }
-    if let Some(scorer) = &parts.scorer {
-        scorer.check()?;
-    }
-    match spec {
-        PluginSpec::PrecisePrefixProducer(producer) => producer.check(),
-        PluginSpec::PrecisePrefixScorer(scorer) => scorer.producer().check(),
-        _ => Ok(()),
-    }
 }
 
 fn check_weight(path: &str, name: &Name, kind: PluginKind, weight: f64) -> Result<(), PlanError> {

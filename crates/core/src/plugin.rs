@@ -1,22 +1,27 @@
-//! Which plugin types exist? One table, from which types, parameters and roles follow.
+//! Which plugin types exist? One table, from which types, parameters, roles, stability and
+//! documentation follow.
 //!
-//! To add a plugin: write its file (a struct with `Deserialize` for the parameters, and the trait
-//! of its role), and add its line here.
+//! To add a plugin: write its file (a struct with `Deserialize` and `JsonSchema` for the
+//! parameters, [`Plugin`] and the trait of its role), and add its lines here.
 
 use std::fmt;
 
+use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, Visitor};
 
-use crate::config::Ignored;
-use crate::stage::{Filter, Picker, Scorer};
-use crate::{filter, pick, produce, score};
+use crate::stage::{Admitter, Detector, Filter, Picker, Plugin, Scorer};
+use crate::{filter, handle, pick, produce, score};
 
-/// What a plugin does in the pipeline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a plugin does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// Chooses which profiles run.
     Handler,
+    /// Says whether a request is served by several endpoints in turn.
+    Decider,
+    /// Removes candidates before any profile runs.
+    Screener,
     /// Removes candidates.
     Filter,
     /// Rates candidates.
@@ -25,6 +30,95 @@ pub enum Role {
     Picker,
     /// Computes what others read.
     Producer,
+    /// Lets requests in, or refuses them.
+    Admitter,
+    /// Says how full the fleet is.
+    Detector,
+    /// Reads request bodies.
+    Parser,
+    /// Where signals come from.
+    Source,
+    /// What is read from a source.
+    Extractor,
+    /// Which endpoints there are.
+    Discovery,
+    /// Reads request headers before a request is queued.
+    RequestHeader,
+    /// Reports about the answer to the proxy.
+    Reporter,
+    /// Between flows of one priority.
+    Fairness,
+    /// Within one flow.
+    Ordering,
+    /// How much of the fleet a priority may use.
+    UsageLimit,
+    /// Which running requests may be evicted.
+    EvictionFilter,
+    /// Which of them goes first.
+    EvictionOrder,
+}
+
+impl Role {
+    /// All, in the order of a request's way.
+    pub const ALL: [Role; 20] = [
+        Role::Handler,
+        Role::Decider,
+        Role::Screener,
+        Role::Filter,
+        Role::Scorer,
+        Role::Picker,
+        Role::Producer,
+        Role::Admitter,
+        Role::Detector,
+        Role::Parser,
+        Role::Source,
+        Role::Extractor,
+        Role::Discovery,
+        Role::RequestHeader,
+        Role::Reporter,
+        Role::Fairness,
+        Role::Ordering,
+        Role::UsageLimit,
+        Role::EvictionFilter,
+        Role::EvictionOrder,
+    ];
+
+    /// What a plugin of this role is called.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Handler => "profile handler",
+            Role::Decider => "decider",
+            Role::Screener => "screener",
+            Role::Filter => "filter",
+            Role::Scorer => "scorer",
+            Role::Picker => "picker",
+            Role::Producer => "producer",
+            Role::Admitter => "admitter",
+            Role::Detector => "saturation detector",
+            Role::Parser => "parser",
+            Role::Source => "data source",
+            Role::Extractor => "extractor",
+            Role::Discovery => "endpoint discovery",
+            Role::RequestHeader => "request header plugin",
+            Role::Reporter => "reporter",
+            Role::Fairness => "fairness policy",
+            Role::Ordering => "ordering policy",
+            Role::UsageLimit => "usage limit policy",
+            Role::EvictionFilter => "eviction filter",
+            Role::EvictionOrder => "eviction order",
+        }
+    }
+}
+
+/// How much a plugin type may still change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stability {
+    /// llm-d's: needs `--allow-experimental-plugins`.
+    Alpha,
+    /// llm-d's: always available.
+    Beta,
+    /// kvroute's own; llm-d does not know it.
+    Own,
 }
 
 /// A plugin as the pipeline runs it: one part per role that it has.
@@ -32,15 +126,24 @@ pub enum Role {
 pub struct Parts {
     /// As a filter.
     pub filter: Option<Box<dyn Filter>>,
+    /// As a screener: a filter before all profiles.
+    pub screener: Option<Box<dyn Filter>>,
     /// As a scorer.
     pub scorer: Option<Box<dyn Scorer>>,
     /// As a picker.
     pub picker: Option<Box<dyn Picker>>,
+    /// As a saturation detector.
+    pub detector: Option<Box<dyn Detector>>,
+    /// As an admitter.
+    pub admitter: Option<Box<dyn Admitter>>,
 }
 
 macro_rules! part {
     ($parts:ident, $plugin:ident, Filter) => {
         $parts.filter = Some(Box::new($plugin.clone()))
+    };
+    ($parts:ident, $plugin:ident, Screener) => {
+        $parts.screener = Some(Box::new($plugin.clone()))
     };
     ($parts:ident, $plugin:ident, Scorer) => {
         $parts.scorer = Some(Box::new($plugin.clone()))
@@ -48,28 +151,28 @@ macro_rules! part {
     ($parts:ident, $plugin:ident, Picker) => {
         $parts.picker = Some(Box::new($plugin.clone()))
     };
-    ($parts:ident, $plugin:ident, Handler) => {};
-    ($parts:ident, $plugin:ident, Producer) => {};
+    ($parts:ident, $plugin:ident, Detector) => {
+        $parts.detector = Some(Box::new($plugin.clone()))
+    };
+    ($parts:ident, $plugin:ident, Admitter) => {
+        $parts.admitter = Some(Box::new($plugin.clone()))
+    };
+    ($parts:ident, $plugin:ident, $other:ident) => {};
 }
 
 macro_rules! plugins {
-    ($($variant:ident($parameters:ty) $names:expr => [$($role:ident)+];)+) => {
+    ($($(#[doc = $about:literal])+
+       $variant:ident($parameters:ty) $stability:ident $names:expr => [$($role:ident)+];)+) => {
         /// A plugin type.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum PluginKind {
-            $(
-                #[doc = concat!("See [`PluginSpec::", stringify!($variant), "`].")]
-                $variant,
-            )+
+            $($(#[doc = $about])+ $variant,)+
         }
 
         /// A plugin type with its parameters.
         #[derive(Clone, Debug, PartialEq)]
         pub enum PluginSpec {
-            $(
-                #[doc = concat!("Type names: `", stringify!($names), "`.")]
-                $variant($parameters),
-            )+
+            $($(#[doc = $about])+ $variant($parameters),)+
         }
 
         impl PluginKind {
@@ -87,6 +190,28 @@ macro_rules! plugins {
             pub fn roles(self) -> &'static [Role] {
                 match self {
                     $(PluginKind::$variant => &[$(Role::$role),+],)+
+                }
+            }
+
+            /// How much it may still change.
+            pub fn stability(self) -> Stability {
+                match self {
+                    $(PluginKind::$variant => Stability::$stability,)+
+                }
+            }
+
+            /// What it is for, in a sentence or two.
+            pub fn about(self) -> String {
+                let lines: &[&str] = match self {
+                    $(PluginKind::$variant => &[$($about),+],)+
+                };
+                lines.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
+            }
+
+            /// The JSON Schema of its parameters, with their documentation and defaults.
+            pub fn schema(self, generator: &mut SchemaGenerator) -> Schema {
+                match self {
+                    $(PluginKind::$variant => generator.subschema_for::<$parameters>(),)+
                 }
             }
 
@@ -108,9 +233,16 @@ macro_rules! plugins {
                 }
             }
 
+            /// What its parameters tell.
+            pub fn plugin(&self) -> &dyn Plugin {
+                match self {
+                    $(PluginSpec::$variant(plugin) => plugin,)+
+                }
+            }
+
             /// The plugin as the pipeline runs it, with fresh state.
             pub fn parts(&self) -> Parts {
-                #[allow(unused_mut, reason = "producers and handlers have no part")]
+                #[allow(unused_mut, reason = "many roles have no part")]
                 let mut parts = Parts::default();
                 match self {
                     $(PluginSpec::$variant(_plugin) => {
@@ -124,33 +256,111 @@ macro_rules! plugins {
 }
 
 plugins! {
-    SingleProfileHandler(Ignored) ["single-profile-handler"] => [Handler];
-    LabelSelectorFilter(filter::LabelSelector) ["label-selector-filter"] => [Filter];
-    DecodeFilter(filter::Decode) ["decode-filter"] => [Filter];
-    PrefillFilter(filter::Prefill) ["prefill-filter"] => [Filter];
-    PrefixAffinityFilter(filter::PrefixAffinity) ["prefix-cache-affinity-filter"] => [Filter];
-    QueueScorer(score::Queue) ["queue-scorer"] => [Scorer];
-    RunningScorer(score::Running) ["running-requests-size-scorer"] => [Scorer];
-    KvUsageScorer(score::KvUsage)
+    // Profile handlers and deciders.
+    /// Runs the one profile that there is.
+    SingleProfileHandler(handle::Single) Beta ["single-profile-handler"] => [Handler];
+    /// Runs the profile that a request header names.
+    HeaderProfileHandler(handle::Header) Alpha ["header-profile-handler"] => [Handler];
+    /// Runs the one profile, and names the chosen rank in `x-data-parallel-host-port`, while the
+    /// request itself goes to the engine's first port.
+    DataParallelProfileHandler(handle::DataParallel) Beta
+        ["data-parallel-profile-handler"] => [Handler];
+    /// Disaggregated serving: a decode endpoint that answers, and, where the deciders say so,
+    /// endpoints that encode and prefill before it.
+    DisaggProfileHandler(handle::Disagg) Beta ["disagg-profile-handler"] => [Handler];
+    /// The older handler of prefill and decode.
+    PdProfileHandler(handle::PrefillDecode) Beta ["pd-profile-handler"] => [Handler];
+    /// Wrote the headers for `pd-profile-handler`, which writes them itself here.
+    DisaggHeadersHandler(handle::DisaggHeaders) Beta
+        ["disagg-headers-handler", "prefill-header-handler"] => [RequestHeader];
+    /// Prefill elsewhere when enough of the prompt is not cached on the decode endpoint.
+    PrefixBasedDecider(handle::PrefixBased) Beta ["prefix-based-pd-decider"] => [Decider];
+    /// Always in several steps.
+    AlwaysDecider(handle::Always) Beta ["always-disagg-pd-decider"] => [Decider];
+    /// In several steps when the prompt holds images, audio or video.
+    MultimodalDecider(handle::AlwaysMultimodal) Beta
+        ["always-disagg-multimodal-decider"] => [Decider];
+
+    // Filters.
+    /// Keeps endpoints whose labels match a Kubernetes label selector.
+    LabelSelectorFilter(filter::LabelSelector) Beta
+        ["label-selector-filter", "by-label-selector"] => [Filter];
+    /// Keeps endpoints that decode: by their label `llm-d.ai/role`, or without one.
+    DecodeFilter(filter::Decode) Beta ["decode-filter"] => [Filter];
+    /// Keeps endpoints that prefill, by their label `llm-d.ai/role`.
+    PrefillFilter(filter::Prefill) Beta ["prefill-filter"] => [Filter];
+    /// Keeps endpoints that hold most of the prompt, until they are too busy.
+    PrefixAffinityFilter(filter::PrefixAffinity) Beta
+        ["prefix-cache-affinity-filter"] => [Filter];
+
+    // Scorers.
+    /// Fewer waiting requests are better, between the least and the most of the candidates.
+    QueueScorer(score::Queue) Beta ["queue-scorer"] => [Scorer];
+    /// Fewer running requests are better, between the least and the most of the candidates.
+    RunningScorer(score::Running) Beta ["running-requests-size-scorer"] => [Scorer];
+    /// The free share of the KV cache.
+    KvUsageScorer(score::KvUsage) Beta
         ["kv-cache-utilization-scorer", "kv-cache-scorer"] => [Scorer];
-    LoadAwareScorer(score::LoadAware) ["load-aware-scorer"] => [Scorer];
-    ActiveRequestScorer(score::ActiveRequest) ["active-request-scorer"] => [Scorer];
-    TokenLoadScorer(score::TokenLoad) ["token-load-scorer"] => [Scorer];
-    PrefixScorer(score::Prefix) ["prefix-cache-scorer"] => [Scorer];
-    PrecisePrefixScorer(score::PrecisePrefix) ["precise-prefix-cache-scorer"] => [Scorer];
-    NoHitLruScorer(score::NoHitLru) ["no-hit-lru-scorer"] => [Scorer];
-    SessionAffinityScorer(score::SessionAffinity) ["session-affinity-scorer"] => [Scorer];
-    CostScorer(score::Cost) ["kvroute-cost-scorer"] => [Scorer];
-    LoraAffinityScorer(score::LoraAffinity) ["lora-affinity-scorer"] => [Scorer];
-    ApproxPrefixProducer(produce::ApproxPrefix) ["approx-prefix-cache-producer"] => [Producer];
-    PrecisePrefixProducer(produce::PrecisePrefix)
+    /// Half for an empty queue, less for each waiting request.
+    LoadAwareScorer(score::LoadAware) Beta ["load-aware-scorer"] => [Scorer];
+    /// Fewer requests of this router in flight are better.
+    ActiveRequestScorer(score::ActiveRequest) Beta ["active-request-scorer"] => [Scorer];
+    /// Fewer tokens of this router in flight, this request's included, are better.
+    TokenLoadScorer(score::TokenLoad) Beta ["token-load-scorer"] => [Scorer];
+    /// More of the prompt in cache is better.
+    PrefixScorer(score::Prefix) Beta ["prefix-cache-scorer"] => [Scorer];
+    /// More of the prompt in cache is better; brings a precise producer with it.
+    PrecisePrefixScorer(score::PrecisePrefix) Beta ["precise-prefix-cache-scorer"] => [Scorer];
+    /// Spreads prompts that nobody has cached.
+    NoHitLruScorer(score::NoHitLru) Beta ["no-hit-lru-scorer"] => [Scorer];
+    /// Back to the endpoint that served the session before.
+    SessionAffinityScorer(score::SessionAffinity) Alpha ["session-affinity-scorer"] => [Scorer];
+    /// Endpoints that have the request's adapter loaded, or room for it, are better.
+    LoraAffinityScorer(score::LoraAffinity) Beta ["lora-affinity-scorer"] => [Scorer];
+    /// Where the request does the least harm, in seconds: to itself and to others.
+    CostScorer(score::Cost) Own ["kvroute-cost-scorer"] => [Scorer];
+
+    // Pickers.
+    /// The highest total; ties at random.
+    MaxScorePicker(pick::MaxScore) Beta ["max-score-picker"] => [Picker];
+    /// Any candidate.
+    RandomPicker(pick::Random) Beta ["random-picker"] => [Picker];
+    /// At random, in proportion to the totals.
+    WeightedRandomPicker(pick::WeightedRandom) Beta ["weighted-random-picker"] => [Picker];
+    /// Endpoint after endpoint.
+    RoundRobinPicker(pick::RoundRobin) Own ["kvroute-round-robin-picker"] => [Picker];
+
+    // Producers.
+    /// Which endpoints were sent the prompt's prefix before.
+    ApproxPrefixProducer(produce::ApproxPrefix) Beta
+        ["approx-prefix-cache-producer"] => [Producer];
+    /// Which endpoints hold the prompt's prefix, by the engines' own events.
+    PrecisePrefixProducer(produce::PrecisePrefix) Beta
         ["precise-prefix-cache-producer"] => [Producer];
-    InflightLoadProducer(produce::InflightLoad) ["inflight-load-producer"] => [Producer];
-    TokenProducer(produce::Tokens) ["token-producer", "tokenizer"] => [Producer];
-    MaxScorePicker(pick::MaxScore) ["max-score-picker"] => [Picker];
-    RandomPicker(pick::Random) ["random-picker"] => [Picker];
-    WeightedRandomPicker(pick::WeightedRandom) ["weighted-random-picker"] => [Picker];
-    RoundRobinPicker(pick::RoundRobin) ["kvroute-round-robin-picker"] => [Picker];
+    /// What this router has in flight on each endpoint.
+    InflightLoadProducer(produce::InflightLoad) Beta ["inflight-load-producer"] => [Producer];
+    /// The prompt's tokens.
+    TokenProducer(produce::Tokens) Beta ["token-producer", "tokenizer"] => [Producer];
+}
+
+/// Names that llm-d deprecates: the name, since when, and what to write instead.
+const DEPRECATED: [(&str, &str, &str); 7] = [
+    ("by-label", "v0.9", "label-selector-filter"),
+    ("by-label-selector", "v0.9", "label-selector-filter"),
+    ("tokenizer", "v0.9", "token-producer"),
+    ("disagg-headers-handler", "v0.9", "disagg-profile-handler alone"),
+    ("prefill-header-handler", "v0.9", "disagg-profile-handler alone"),
+    ("pd-profile-handler", "v0.7", "disagg-profile-handler"),
+    ("kv-cache-scorer", "v0.3", "kv-cache-utilization-scorer"),
+];
+
+/// Why a name should be replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deprecation {
+    /// llm-d's release.
+    pub since: &'static str,
+    /// What to write.
+    pub instead: &'static str,
 }
 
 impl PluginKind {
@@ -164,10 +374,43 @@ impl PluginKind {
         PluginKind::ALL.iter().copied().find(|kind| kind.names().contains(&name))
     }
 
+    /// What a name of it that will not last should be replaced with, and since when; `None` for
+    /// names that stay.
+    pub fn deprecation(self, written: &str) -> Option<Deprecation> {
+        let found = DEPRECATED.iter().find(|(name, ..)| *name == written);
+        found.map(|(_, since, instead)| Deprecation { since, instead })
+    }
+
     /// Whether it has a role.
     pub fn is(self, role: Role) -> bool {
         self.roles().contains(&role)
     }
+}
+
+/// A plugin entry: for each type, its names and its parameters.
+pub(crate) fn entry_schema(generator: &mut SchemaGenerator) -> Schema {
+    let entries: Vec<Schema> = PluginKind::ALL
+        .iter()
+        .map(|kind| {
+            let parameters = kind.schema(generator);
+            json_schema!({
+                "title": kind.name(),
+                "description": kind.about(),
+                "type": "object",
+                "properties": {
+                    "type": { "enum": kind.names() },
+                    "name": {
+                        "type": ["string", "null"],
+                        "description": "What other sections call it; its type when left out.",
+                    },
+                    "parameters": { "anyOf": [parameters, { "type": "null" }] },
+                },
+                "required": ["type"],
+                "additionalProperties": false,
+            })
+        })
+        .collect();
+    json_schema!({ "oneOf": entries })
 }
 
 /// Reads parameters; a missing or `null` value is an empty map, so that a required field is
@@ -282,6 +525,9 @@ mod tests {
             assert_eq!(parts.filter.is_some(), kind.is(Role::Filter), "{kind:?}");
             assert_eq!(parts.scorer.is_some(), kind.is(Role::Scorer), "{kind:?}");
             assert_eq!(parts.picker.is_some(), kind.is(Role::Picker), "{kind:?}");
+            assert_eq!(parts.screener.is_some(), kind.is(Role::Screener), "{kind:?}");
+            assert_eq!(parts.detector.is_some(), kind.is(Role::Detector), "{kind:?}");
+            assert_eq!(parts.admitter.is_some(), kind.is(Role::Admitter), "{kind:?}");
         }
     }
 }

@@ -218,6 +218,8 @@ fn scripted(requests: u32) -> Vec<String> {
             tokens_known: TokensKnown::Exact,
             max_tokens: None,
             skips_cache: false,
+            media: &[],
+            priority: 0,
             headers: Headers::NONE,
             allowed: None,
         };

@@ -206,6 +206,8 @@ pub(crate) fn choose(
         tokens_known: asked.known,
         max_tokens: asked.max_tokens,
         skips_cache: asked.skips_cache,
+        media: &[],
+        priority: 0,
         headers: &Headers(&seen),
         allowed: None,
     };

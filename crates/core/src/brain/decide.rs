@@ -76,6 +76,7 @@ impl Brain {
                 inflight: self.reservations.load(endpoint.id),
                 uncached_tokens: request.prompt_tokens,
                 costing: Costing::default(),
+                latency: None,
             })
             .collect();
         self.survivors.filters.clear();
@@ -312,7 +313,17 @@ impl Brain {
         id: EndpointId,
     ) -> Vec<ResponseHeader> {
         match self.fleet.get(id) {
-            Some(endpoint) => self.pipeline.picked(&Picked { now, endpoint, request }),
+            Some(endpoint) => {
+                let profile = self.pipeline.profile.clone();
+                self.pipeline.picked(&Picked {
+                    now,
+                    endpoint,
+                    request,
+                    sessions: &[],
+                    profile: profile.as_str(),
+                    primary: true,
+                })
+            }
             None => Vec::new(),
         }
     }

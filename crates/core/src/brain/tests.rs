@@ -136,6 +136,8 @@ impl Host {
             tokens_known: TokensKnown::Exact,
             max_tokens: None,
             skips_cache: false,
+            media: &[],
+            priority: 0,
             headers: Headers::NONE,
             allowed: None,
         };

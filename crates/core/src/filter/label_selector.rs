@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
-use crate::stage::{Filter, View};
+use crate::stage::{Filter, Plugin, View};
 
 /// A Kubernetes label selector: all of `matchLabels` and all of `matchExpressions` must hold. An
 /// empty selector keeps every endpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct LabelSelector {
     /// Label and the one value it must have.
@@ -19,7 +20,7 @@ pub struct LabelSelector {
 }
 
 /// One condition on a label.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LabelExpression {
     /// The label.
@@ -32,7 +33,7 @@ pub struct LabelExpression {
 }
 
 /// Kubernetes' operators. `NotIn` holds for an endpoint without the label, too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 pub enum LabelOperator {
     /// The value is listed.
     In,
@@ -64,7 +65,7 @@ impl LabelSelector {
     }
 }
 
-impl Filter for LabelSelector {
+impl Plugin for LabelSelector {
     fn check(&self) -> Result<(), String> {
         for e in &self.match_expressions {
             let listed = matches!(e.operator, LabelOperator::In | LabelOperator::NotIn);
@@ -80,8 +81,10 @@ impl Filter for LabelSelector {
         }
         Ok(())
     }
+}
 
-    fn filter(&self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
+impl Filter for LabelSelector {
+    fn filter(&mut self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
         for (row, keep) in view.rows.iter().zip(keep) {
             *keep = view.endpoint(row).is_some_and(|endpoint| self.matches(&endpoint.labels));
         }

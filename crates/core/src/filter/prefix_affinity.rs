@@ -1,16 +1,17 @@
 //! `prefix-cache-affinity-filter`: stick to endpoints that hold the prompt, until they are too
 //! busy.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
-use crate::stage::{Filter, Inputs, LOAD_DEFAULT, PREFIX_DEFAULT, ProducerRef, Row, View};
+use crate::stage::{Filter, Inputs, LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef, Row, View};
 
 /// Parameters of `prefix-cache-affinity-filter`. The *sticky* set holds the candidates whose match
 /// is at least `affinityThreshold` of the prompt. It is kept alone, except when it is empty, with
 /// probability `explorationProbability`, or when the best of it would answer later than the best
 /// of the rest by more than `maxTTFTPenaltyMs`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PrefixAffinity {
     /// Share of the prompt, 0 to 1; 0 switches the filter off.
@@ -33,7 +34,7 @@ pub struct PrefixAffinity {
 }
 
 /// Where the filter takes an endpoint's time to first token from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum TtftSource {
     /// In-flight tokens over `peakPrefillThroughput`.
@@ -73,11 +74,12 @@ impl PrefixAffinity {
     }
 }
 
-impl Filter for PrefixAffinity {
+impl Plugin for PrefixAffinity {
     fn inputs(&self) -> Inputs<'_> {
         Inputs {
             prefix: Some(ProducerRef::of(&self.prefix_match_info_producer_name, PREFIX_DEFAULT)),
             load: Some(ProducerRef::of(&self.in_flight_load_producer_name, LOAD_DEFAULT)),
+            ..Inputs::default()
         }
     }
 
@@ -105,8 +107,10 @@ impl Filter for PrefixAffinity {
                 .into()),
         }
     }
+}
 
-    fn filter(&self, view: &View<'_>, rng: &mut Rng, keep: &mut [bool]) {
+impl Filter for PrefixAffinity {
+    fn filter(&mut self, view: &View<'_>, rng: &mut Rng, keep: &mut [bool]) {
         if view.rows.len() <= 1 || self.affinity_threshold <= 0.0 {
             return;
         }
@@ -138,7 +142,7 @@ mod tests {
             fixture.prefix(at, f64::from(*blocks), 10, 16);
             fixture.inflight(at, 1, *tokens);
         }
-        assert_eq!(fixture.filter(filter), kept, "{rows:?}");
+        assert_eq!(fixture.filter(&mut filter.clone()), kept, "{rows:?}");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `decode-filter` and `prefill-filter`: does the endpoint play that role?
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
-use crate::stage::{Filter, View};
+use crate::stage::{Filter, Plugin, View};
 
 /// The label that names an endpoint's role.
 pub const ROLE_LABEL: &str = "llm-d.ai/role";
@@ -13,23 +14,27 @@ const PREFILL: &[&str] =
     &["prefill", "encode-prefill", "prefill-decode", "both", "encode-prefill-decode"];
 
 /// `decode-filter`: the role includes decoding, or there is no role label.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Decode {}
 
 /// `prefill-filter`: the role includes prefill; an endpoint without a role label does not pass.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Prefill {}
 
+impl Plugin for Decode {}
+
 impl Filter for Decode {
-    fn filter(&self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
+    fn filter(&mut self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
         by_role(view, keep, |role| role.is_none_or(|role| DECODE.contains(&role)));
     }
 }
 
+impl Plugin for Prefill {}
+
 impl Filter for Prefill {
-    fn filter(&self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
+    fn filter(&mut self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
         by_role(view, keep, |role| role.is_some_and(|role| PREFILL.contains(&role)));
     }
 }
@@ -63,8 +68,8 @@ mod tests {
             if !role.is_empty() {
                 fixture.label(0, ROLE_LABEL, role);
             }
-            assert_eq!(fixture.filter(&Decode {}), [decode], "{role:?}");
-            assert_eq!(fixture.filter(&Prefill {}), [prefill], "{role:?}");
+            assert_eq!(fixture.filter(&mut Decode {}), [decode], "{role:?}");
+            assert_eq!(fixture.filter(&mut Prefill {}), [prefill], "{role:?}");
         }
     }
 }

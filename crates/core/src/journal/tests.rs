@@ -90,6 +90,8 @@ impl Chaos {
             tokens_known: known,
             max_tokens: [None, Some(17)][self.rng.below(2)],
             skips_cache: self.rng.below(9) == 0,
+            media: &[7, u64::MAX],
+            priority: -1,
             headers: &Headers(&[("x-session-id", "s\n1")]),
             allowed: (self.rng.below(5) == 0).then_some(&allowed[..]),
         };
@@ -372,6 +374,8 @@ fn every_request() -> Vec<Asked<'static>> {
         tokens_known: TokensKnown::Exact,
         max_tokens: Some(9),
         skips_cache: true,
+        media: vec![1, u64::MAX].into(),
+        priority: i32::MIN,
         headers: vec![("x-session-id".into(), "\u{7f}".into())],
         allowed: Some(vec![EndpointId { slot: 1, generation: 2 }].into()),
     };

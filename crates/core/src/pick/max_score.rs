@@ -1,15 +1,18 @@
 //! `max-score-picker`: the highest total; ties in random order.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::Parameters;
 use crate::Rng;
-use crate::stage::{Picker, View};
+use crate::stage::{Picker, Plugin, View};
 
 /// `max-score-picker`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct MaxScore(Parameters);
+
+impl Plugin for MaxScore {}
 
 impl Picker for MaxScore {
     fn endpoints_max(&self) -> usize {

@@ -1,15 +1,18 @@
 //! `random-picker`: uniform, whatever the scores.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::Parameters;
 use crate::Rng;
-use crate::stage::{Picker, View};
+use crate::stage::{Picker, Plugin, View};
 
 /// `random-picker`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Random(Parameters);
+
+impl Plugin for Random {}
 
 impl Picker for Random {
     fn endpoints_max(&self) -> usize {

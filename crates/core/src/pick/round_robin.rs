@@ -1,20 +1,23 @@
 //! `kvroute-round-robin-picker`: the next endpoint by name. kvroute's own, llm-d has none: it is
 //! the baseline that `demo` and `bench` compare with.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
 use crate::fleet::Name;
-use crate::stage::{Picker, View};
+use crate::stage::{Picker, Plugin, View};
 
 /// Round robin over endpoint names, whatever the scores. The place in the round is a name, so
 /// endpoints that come and go do not disturb the order of the others.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RoundRobin {
     #[serde(skip)]
     last: Option<Name>,
 }
+
+impl Plugin for RoundRobin {}
 
 impl Picker for RoundRobin {
     fn endpoints_max(&self) -> usize {

@@ -1,14 +1,15 @@
 //! `weighted-random-picker`: random, in proportion to the totals.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::Parameters;
 use crate::Rng;
-use crate::stage::{Picker, View};
+use crate::stage::{Picker, Plugin, View};
 
 /// `weighted-random-picker`: sampling without replacement by keys `U^(1/score)` (Efraimidis and
 /// Spirakis, A-Res). Endpoints of score 0 come last, in random order.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(from = "Parameters")]
 pub struct WeightedRandom {
     parameters: Parameters,
@@ -20,6 +21,8 @@ impl From<Parameters> for WeightedRandom {
         WeightedRandom { parameters, keys: Vec::new() }
     }
 }
+
+impl Plugin for WeightedRandom {}
 
 impl Picker for WeightedRandom {
     fn endpoints_max(&self) -> usize {

@@ -1,8 +1,10 @@
 //! `approx-prefix-cache-producer`: what was routed to an endpoint is probably in its cache.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::blocks::{ChainSpec, TokenSpace};
+use crate::stage::Plugin;
 
 /// Smallest block, whatever is configured or learned: llm-d clamps to it, and shorter blocks would
 /// change the meaning of scores in existing configurations.
@@ -10,7 +12,7 @@ const BLOCK_TOKENS_MIN: u32 = 64;
 
 /// Parameters of `approx-prefix-cache-producer`. A match is contiguous from the first block on
 /// each endpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ApproxPrefix {
     /// Take the block size from the endpoints, the largest there is.
@@ -71,6 +73,8 @@ impl ApproxPrefix {
         }
     }
 }
+
+impl Plugin for ApproxPrefix {}
 
 #[cfg(test)]
 mod tests {

@@ -1,11 +1,12 @@
 //! `inflight-load-producer`: what has this router sent to an endpoint that is not answered yet?
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::PrefixMatch;
+use crate::stage::{Plugin, PrefixMatch};
 
 /// Parameters of `inflight-load-producer`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct InflightLoad {
     /// Whether expected output is charged, too.
@@ -52,6 +53,8 @@ pub fn uncached_tokens(prompt_tokens: u32, prefix: PrefixMatch) -> u32 {
     let matched = prefix.blocks.saturating_mul(prefix.block_size).min(keyed);
     prompt_tokens - matched
 }
+
+impl Plugin for InflightLoad {}
 
 #[cfg(test)]
 mod tests {

@@ -1,15 +1,17 @@
 //! `precise-prefix-cache-producer`: what do the engines' own events say they hold?
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::config::GoDuration;
 use crate::event::Tier;
 use crate::index::TierWeights;
+use crate::stage::Plugin;
 
 /// Parameters of `precise-prefix-cache-producer`. Many describe the place and the hashes of
 /// llm-d's index; kvroute learns block sizes and maps hashes from the events themselves, so those
 /// are accepted and have no effect (the plan lists them).
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PrecisePrefix {
     /// Block size until events have shown it.
@@ -26,7 +28,7 @@ pub struct PrecisePrefix {
 }
 
 /// `tokenProcessorConfig`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct TokenProcessor {
     /// Tokens per block; used for an endpoint until its events show the real one. Default 16.
@@ -40,7 +42,7 @@ pub struct TokenProcessor {
 }
 
 /// Hashes that llm-d knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum HashAlgorithm {
     /// FNV-1a over CBOR.
@@ -50,7 +52,7 @@ pub enum HashAlgorithm {
 }
 
 /// `indexerConfig`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Indexer {
     /// Without effect: the one index is bounded by `kvroute.index_bytes_max`.
@@ -60,7 +62,7 @@ pub struct Indexer {
 }
 
 /// `kvBlockIndexConfig`, without effect.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct KvBlockIndex {
     /// Map in memory.
@@ -76,7 +78,7 @@ pub struct KvBlockIndex {
 }
 
 /// `inMemoryConfig`, without effect.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct InMemory {
     /// Keys.
@@ -86,7 +88,7 @@ pub struct InMemory {
 }
 
 /// `costAwareMemoryConfig`, without effect.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct CostAware {
     /// Bytes, as text.
@@ -94,7 +96,7 @@ pub struct CostAware {
 }
 
 /// `redisConfig`, without effect.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Redis {
     /// Server.
@@ -102,7 +104,7 @@ pub struct Redis {
 }
 
 /// Weight of one tier.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct CacheBackend {
     /// Medium name: `gpu`, `cpu`, ...
@@ -112,7 +114,7 @@ pub struct CacheBackend {
 }
 
 /// `kvEventsConfig`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct KvEvents {
     /// An address that engines connect to.
@@ -130,7 +132,7 @@ pub struct KvEvents {
 }
 
 /// Engines that llm-d tells apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineType {
     /// vLLM.
@@ -140,7 +142,7 @@ pub enum EngineType {
 }
 
 /// `podDiscoveryConfig`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PodDiscovery {
     /// Without effect here: the host's discovery decides.
@@ -179,9 +181,10 @@ impl PrecisePrefix {
         }
         weights
     }
+}
 
-    /// Why the parameters make no sense, in words for the user.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for PrecisePrefix {
+    fn check(&self) -> Result<(), String> {
         for backend in self.indexer_config.kv_cache_backend_configs.iter().flatten() {
             if !(0.0..=1.0).contains(&backend.weight) {
                 let CacheBackend { name, weight } = backend;
@@ -191,8 +194,7 @@ impl PrecisePrefix {
         Ok(())
     }
 
-    /// Parameters that were given and change nothing, in words for the plan.
-    pub fn inert(&self) -> Vec<&'static str> {
+    fn inert(&self) -> Vec<String> {
         let processor = &self.token_processor_config;
         let index = &self.indexer_config.kv_block_index_config;
         let own_index = index.in_memory_config.is_some()
@@ -204,7 +206,7 @@ impl PrecisePrefix {
             (own_index, "kvBlockIndexConfig: the index is bounded by kvroute.index_bytes_max"),
         ]
         .into_iter()
-        .filter_map(|(given, text)| given.then_some(text))
+        .filter_map(|(given, text)| given.then(|| text.to_owned()))
         .collect()
     }
 }

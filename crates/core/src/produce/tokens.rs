@@ -1,13 +1,15 @@
 //! `token-producer`: how does a prompt become tokens?
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::config::{GoDuration, Ignored};
+use crate::stage::Plugin;
 
 /// Parameters of `token-producer`. kvroute tokenizes in its own process whenever it is given the
 /// model's tokenizer, and estimates otherwise; a `vllm` section says that exact tokens are wanted,
 /// its address is not called.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Tokens {
     /// The model whose tokenizer is meant.
@@ -21,7 +23,7 @@ pub struct Tokens {
 }
 
 /// `vllm`, without effect beyond its presence.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct VllmRender {
     /// Render server.
@@ -33,7 +35,7 @@ pub struct VllmRender {
 }
 
 /// `estimate`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct TokenEstimate {
     /// Tokens of images.
@@ -46,3 +48,10 @@ pub struct TokenEstimate {
 pub type ImageEstimate = Ignored;
 /// `estimate.video`; its fields are read when multimodal estimates are.
 pub type VideoEstimate = Ignored;
+
+impl Plugin for Tokens {
+    fn inert(&self) -> Vec<String> {
+        let text = "vllm: prompts are tokenized in this process, its url is not called";
+        self.vllm.iter().map(|_| text.to_owned()).collect()
+    }
+}

@@ -1,12 +1,13 @@
 //! `active-request-scorer`: fewer requests of this router in flight is better.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Inputs, LOAD_DEFAULT, ProducerRef, Scorer, View};
+use crate::stage::{Inputs, LOAD_DEFAULT, Plugin, ProducerRef, Scorer, View};
 
 /// `active-request-scorer`: with `c` requests in flight, 1 when `c <= idleThreshold`, else
 /// `(max - c) / max * maxBusyScore`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ActiveRequest {
     /// Accepted and without effect, as in llm-d.
@@ -30,7 +31,7 @@ impl Default for ActiveRequest {
     }
 }
 
-impl Scorer for ActiveRequest {
+impl Plugin for ActiveRequest {
     fn inputs(&self) -> Inputs<'_> {
         let load = ProducerRef::of(&self.in_flight_load_producer_name, LOAD_DEFAULT);
         Inputs { load: Some(load), ..Inputs::default() }
@@ -42,7 +43,9 @@ impl Scorer for ActiveRequest {
         }
         Err(format!("maxBusyScore {} is not in [0, 1]", self.max_busy_score))
     }
+}
 
+impl Scorer for ActiveRequest {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         let max = view.rows.iter().map(|row| row.inflight.requests).max().unwrap_or(0);
         for (row, cell) in view.rows.iter().zip(column) {

@@ -1,9 +1,10 @@
 //! `kvroute-cost-scorer`: the least harm done, in seconds, is best.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::produce::uncached_tokens;
-use crate::stage::{Inputs, ProducerRef, Row, Scorer, View};
+use crate::stage::{Inputs, Plugin, ProducerRef, Row, Scorer, View};
 
 /// Share of an endpoint's KV from which on it is scarce.
 const PRESSURE_FROM: f64 = 0.8;
@@ -32,7 +33,7 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 ///
 /// The prefill queue is left out on purpose: leaving a warm endpoint because of its queue copies
 /// a prefix elsewhere, evicts another one there, and costs more than it saves.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Cost {
     /// Producer of prefix matches.
@@ -112,7 +113,7 @@ impl Cost {
     }
 }
 
-impl Scorer for Cost {
+impl Plugin for Cost {
     fn inputs(&self) -> Inputs<'_> {
         let prefix = ProducerRef::of(&self.prefix_match_info_producer_name, PRECISE);
         Inputs { prefix: Some(prefix), ..Inputs::default() }
@@ -132,7 +133,9 @@ impl Scorer for Cost {
         }
         Ok(())
     }
+}
 
+impl Scorer for Cost {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         let least = Least::of(view.rows);
         for (row, cell) in view.rows.iter().zip(column) {

@@ -1,13 +1,16 @@
 //! `kv-cache-utilization-scorer`: more free KV cache is better, in absolute terms.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Scorer, View};
+use crate::stage::{Plugin, Scorer, View};
 
 /// `kv-cache-utilization-scorer` (old name `kv-cache-scorer`): `1 - usage`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct KvUsage {}
+
+impl Plugin for KvUsage {}
 
 impl Scorer for KvUsage {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {

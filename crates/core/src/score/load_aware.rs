@@ -1,11 +1,12 @@
 //! `load-aware-scorer`: an empty queue is worth half a point, a full one nothing.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Scorer, View};
+use crate::stage::{Plugin, Scorer, View};
 
 /// `load-aware-scorer`: `0.5 * (1 - min(waiting, threshold) / threshold)`; 0.5 is the most.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoadAware {
     /// Waiting requests from which the score is 0.
@@ -18,14 +19,16 @@ impl Default for LoadAware {
     }
 }
 
-impl Scorer for LoadAware {
+impl Plugin for LoadAware {
     fn check(&self) -> Result<(), String> {
         if self.threshold > 0.0 {
             return Ok(());
         }
         Err(format!("threshold {} must be positive", self.threshold))
     }
+}
 
+impl Scorer for LoadAware {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         for (row, cell) in view.rows.iter().zip(column) {
             if let Some(signals) = row.signals {

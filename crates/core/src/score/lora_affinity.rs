@@ -1,15 +1,18 @@
 //! `lora-affinity-scorer`: endpoints that hold the adapter, or have room for it, are better.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Scorer, View};
+use crate::stage::{Plugin, Scorer, View};
 
 /// `lora-affinity-scorer`: 1 when the adapter runs there; else 0.8 while there is a free adapter
 /// slot; else 0.6 when the adapter waits there; else 0. An engine that says nothing about adapters
 /// has no slot.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoraAffinity {}
+
+impl Plugin for LoraAffinity {}
 
 impl Scorer for LoraAffinity {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {

@@ -1,16 +1,19 @@
 //! `no-hit-lru-scorer`: prompts that no cache knows go where a cold prompt went longest ago, so
 //! that new prefixes spread evenly.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::fleet::EndpointId;
 use crate::lru::Lru;
-use crate::stage::{Inputs, PREFIX_DEFAULT, Picked, ProducerRef, ResponseHeader, Scorer, View};
+use crate::stage::{
+    Inputs, PREFIX_DEFAULT, Picked, Plugin, ProducerRef, ResponseHeader, Scorer, View,
+};
 
 /// `no-hit-lru-scorer`: 0.5 for all when any candidate has a hit. Else, of `n` candidates, the one
 /// of rank `r` gets `1 - r / (n - 1)`: first those that never had a cold request, by name, then
 /// the others, the longest unused first. Cold requests alone move the order.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct NoHitLru {
     /// Endpoints remembered.
@@ -51,7 +54,7 @@ impl NoHitLru {
     }
 }
 
-impl Scorer for NoHitLru {
+impl Plugin for NoHitLru {
     fn inputs(&self) -> Inputs<'_> {
         let prefix = ProducerRef::of(&self.prefix_match_info_producer_name, PREFIX_DEFAULT);
         Inputs { prefix: Some(prefix), ..Inputs::default() }
@@ -61,6 +64,19 @@ impl Scorer for NoHitLru {
         if self.lru_size > 0 { Ok(()) } else { Err("lruSize must be positive".into()) }
     }
 
+    fn picked(&mut self, picked: &Picked<'_>) -> Option<ResponseHeader> {
+        if self.cold {
+            self.used.put(picked.endpoint.id, (), self.lru_size);
+        }
+        None
+    }
+
+    fn forget(&mut self, id: EndpointId) {
+        self.used.remove(&id);
+    }
+}
+
+impl Scorer for NoHitLru {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         self.cold = view.rows.iter().all(|row| view.prefix(row).blocks == 0);
         if !self.cold {
@@ -75,17 +91,6 @@ impl Scorer for NoHitLru {
         for (rank, (_, i)) in self.ranks.iter().enumerate() {
             column[*i] = 1.0 - rank as f64 / last;
         }
-    }
-
-    fn picked(&mut self, picked: &Picked<'_>) -> Option<ResponseHeader> {
-        if self.cold {
-            self.used.put(picked.endpoint.id, (), self.lru_size);
-        }
-        None
-    }
-
-    fn forget(&mut self, id: EndpointId) {
-        self.used.remove(&id);
     }
 }
 

@@ -1,9 +1,10 @@
 //! `prefix-cache-scorer` and `precise-prefix-cache-scorer`: more of the prompt in cache is better.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::produce::{ApproxPrefix, Indexer, KvEvents, PrecisePrefix as Producer, TokenProcessor};
-use crate::stage::{Inputs, PREFIX_DEFAULT, PrefixMatch, ProducerRef, Scorer, View};
+use crate::stage::{Inputs, PREFIX_DEFAULT, Plugin, PrefixMatch, ProducerRef, Scorer, View};
 
 /// Type name of the precise producer.
 const PRECISE: &str = "precise-prefix-cache-producer";
@@ -13,7 +14,7 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 ///
 /// `match` is the sum of tier weights, not cut to an integer: a prompt that lies half on disk is
 /// rated half as good, where llm-d's truncation would drop up to one block.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Prefix {
     /// Producer of prefix matches.
@@ -41,7 +42,7 @@ pub struct Prefix {
 }
 
 /// Where matches come from in the older form of `prefix-cache-scorer`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PrefixMode {
     /// Routing history over blocks of text.
@@ -140,7 +141,7 @@ impl Prefix {
     }
 }
 
-impl Scorer for Prefix {
+impl Plugin for Prefix {
     fn inputs(&self) -> Inputs<'_> {
         let default = match self.older_form() {
             Some(PrefixMode::CacheTracking) => PRECISE,
@@ -159,7 +160,9 @@ impl Scorer for Prefix {
         }
         Err(format!("matchLengthScaleTokens {} must be positive", self.match_length_scale_tokens))
     }
+}
 
+impl Scorer for Prefix {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         if self.older_form() == Some(PrefixMode::CacheTracking) {
             return self.stretch(view, column);
@@ -172,7 +175,7 @@ impl Scorer for Prefix {
 
 /// `precise-prefix-cache-scorer`: `match / total` of the precise producer; the configured one, or
 /// one made from these parameters.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PrecisePrefix {
     /// Parameters of the producer that is created when none is configured.
@@ -201,11 +204,17 @@ impl PrecisePrefix {
     }
 }
 
-impl Scorer for PrecisePrefix {
+impl Plugin for PrecisePrefix {
     fn inputs(&self) -> Inputs<'_> {
         Inputs { prefix: Some(ProducerRef::Default(PRECISE)), ..Inputs::default() }
     }
 
+    fn check(&self) -> Result<(), String> {
+        self.producer().check()
+    }
+}
+
+impl Scorer for PrecisePrefix {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         for (row, cell) in view.rows.iter().zip(column) {
             *cell = view.prefix(row).ratio();

@@ -1,25 +1,30 @@
 //! `queue-scorer` and `running-requests-size-scorer`: shorter is better, relative to the other
 //! candidates.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Scorer, Signals, View};
+use crate::stage::{Plugin, Scorer, Signals, View};
 
 /// `queue-scorer`: `(max - q) / (max - min)` over the engines' waiting requests; all equal: 1.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Queue {}
 
 /// `running-requests-size-scorer`: the same over running requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Running {}
+
+impl Plugin for Queue {}
 
 impl Scorer for Queue {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         relative(view, column, |signals| signals.waiting);
     }
 }
+
+impl Plugin for Running {}
 
 impl Scorer for Running {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {

@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Time;
 use crate::fleet::EndpointId;
 use crate::lru::Lru;
 use crate::settings::Settings;
-use crate::stage::{Picked, ResponseHeader, Scorer, View};
+use crate::stage::{Picked, Plugin, ResponseHeader, Scorer, View};
 
 /// `session-affinity-scorer`: 1 for the endpoint that the session is pinned to, 0 for the others.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct SessionAffinity {
     /// Where the pin is kept.
@@ -29,7 +30,7 @@ pub struct SessionAffinity {
 }
 
 /// Where the pin of a session is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
     /// In a header that the client sends back.
@@ -40,7 +41,7 @@ pub enum Strategy {
 }
 
 /// Parameters of [`Strategy::EncodedEndpointHeader`].
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct EncodedEndpointHeader {
     /// Carries base64 of `namespace/name`, on requests and responses.
@@ -54,7 +55,7 @@ impl Default for EncodedEndpointHeader {
 }
 
 /// Parameters of [`Strategy::SessionId`].
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct SessionId {
     /// The first that the request has is its session.
@@ -77,7 +78,7 @@ impl Default for SessionId {
 }
 
 /// Where a session id comes from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct SessionSource {
     /// A request header.
@@ -132,7 +133,7 @@ impl SessionAffinity {
     }
 }
 
-impl Scorer for SessionAffinity {
+impl Plugin for SessionAffinity {
     fn check(&self) -> Result<(), String> {
         for source in &self.session_id_config.sources {
             if source.attribute.is_some() || source.producer.is_some() {
@@ -164,13 +165,6 @@ impl Scorer for SessionAffinity {
         self.pins_max = settings.sessions_max as usize;
     }
 
-    fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
-        let pinned = self.pinned(view);
-        for (row, cell) in view.rows.iter().zip(column) {
-            *cell = if pinned == Some(row.id) { 1.0 } else { 0.0 };
-        }
-    }
-
     fn picked(&mut self, picked: &Picked<'_>) -> Option<ResponseHeader> {
         match self.strategy {
             Strategy::EncodedEndpointHeader => {
@@ -191,6 +185,15 @@ impl Scorer for SessionAffinity {
 
     fn forget(&mut self, id: EndpointId) {
         self.pins.retain(|pin| pin.endpoint != id);
+    }
+}
+
+impl Scorer for SessionAffinity {
+    fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
+        let pinned = self.pinned(view);
+        for (row, cell) in view.rows.iter().zip(column) {
+            *cell = if pinned == Some(row.id) { 1.0 } else { 0.0 };
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! `token-load-scorer`: fewer uncached prompt tokens in flight, this request's included, is better.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Inputs, LOAD_DEFAULT, ProducerRef, Scorer, View};
+use crate::stage::{Inputs, LOAD_DEFAULT, Plugin, ProducerRef, Scorer, View};
 
 /// `token-load-scorer`: with `x` the tokens in flight plus this request's uncached tokens,
 /// `1 - min(x, threshold) / threshold`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct TokenLoad {
     /// Tokens from which the score is 0.
@@ -21,7 +22,7 @@ impl Default for TokenLoad {
     }
 }
 
-impl Scorer for TokenLoad {
+impl Plugin for TokenLoad {
     fn inputs(&self) -> Inputs<'_> {
         let load = ProducerRef::of(&self.in_flight_load_producer_name, LOAD_DEFAULT);
         Inputs { load: Some(load), ..Inputs::default() }
@@ -33,7 +34,9 @@ impl Scorer for TokenLoad {
         }
         Err(format!("queueThresholdTokens {} must be positive", self.queue_threshold_tokens))
     }
+}
 
+impl Scorer for TokenLoad {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         let threshold = self.queue_threshold_tokens;
         for (row, cell) in view.rows.iter().zip(column) {

@@ -345,6 +345,8 @@ impl<'a> World<'a> {
             tokens_known: self.known,
             max_tokens: flight.call.max_tokens,
             skips_cache: false,
+            media: &[],
+            priority: 0,
             headers: &Headers(headers.as_ref().map_or(&[], |headers| headers)),
             allowed: forced.as_ref().map(std::slice::from_ref),
         };
