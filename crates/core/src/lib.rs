@@ -24,6 +24,7 @@ pub mod learn;
 pub mod ledger;
 pub mod load;
 mod lru;
+pub mod parse;
 pub mod pick;
 mod pipeline;
 pub mod plan;

@@ -11,4 +11,6 @@ pub use precise_prefix::{
     CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
     PodDiscovery, PrecisePrefix, Redis, TokenProcessor,
 };
-pub use tokens::{ImageEstimate, TokenEstimate, Tokens, VideoEstimate, VllmRender};
+pub use tokens::{
+    AUDIO_TOKENS, ImageEstimate, TokenEstimate, Tokens, VideoEstimate, VideoHints, VllmRender,
+};

@@ -1,0 +1,53 @@
+//! Which parsers may claim a request, and in which order?
+//!
+//! A parser reads the bodies of some APIs and finds the usage in their answers. The paths that
+//! each one claims are a matter of formats and stand in the wire crate.
+
+/// A parser, named as in llm-d.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ParserKind {
+    /// OpenAI's APIs over HTTP.
+    Openai,
+    /// Anthropic's messages API.
+    Anthropic,
+    /// vLLM's own generate API.
+    VllmHttp,
+    /// SGLang's own generate API.
+    SglangHttp,
+    /// vLLM's gRPC API.
+    VllmGrpc,
+    /// Vertex AI's prediction service (gRPC).
+    Vertex,
+    /// Claims no path and takes what no other parser does; bodies stay unread.
+    Passthrough,
+}
+
+impl ParserKind {
+    /// All parsers.
+    pub const ALL: [ParserKind; 7] = [
+        ParserKind::Openai,
+        ParserKind::Anthropic,
+        ParserKind::VllmHttp,
+        ParserKind::SglangHttp,
+        ParserKind::VllmGrpc,
+        ParserKind::Vertex,
+        ParserKind::Passthrough,
+    ];
+
+    /// The parsers of a configuration that lists none.
+    pub const DEFAULTS: [ParserKind; 4] =
+        [ParserKind::Openai, ParserKind::Anthropic, ParserKind::VllmHttp, ParserKind::Passthrough];
+
+    /// The plugin type that users write.
+    pub fn plugin_type(self) -> &'static str {
+        match self {
+            ParserKind::Openai => "openai-parser",
+            ParserKind::Anthropic => "anthropic-parser",
+            ParserKind::VllmHttp => "vllmhttp-parser",
+            ParserKind::SglangHttp => "sglanghttp-parser",
+            ParserKind::VllmGrpc => "vllmgrpc-parser",
+            ParserKind::Vertex => "vertexai-parser",
+            ParserKind::Passthrough => "passthrough-parser",
+        }
+    }
+}
