@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize, Serializer};
 pub use self::attributes::ATTRIBUTES_MAX;
 use self::attributes::Attributes;
 use crate::Time;
+use crate::collect::TopologyExtractor;
 use crate::settings::{Settings, ms};
 use crate::stage::Signals;
 
@@ -244,15 +245,27 @@ impl Endpoint {
         self.attributes.get(now, key, producer)
     }
 
-    /// Where it runs. An empty label tells nothing.
+    /// Where it runs, by the labels that Kubernetes uses. An empty label tells nothing.
     pub fn topology(&self) -> Topology<'_> {
-        let label = |key: &str| self.labels.get(key).map(String::as_str).filter(|v| !v.is_empty());
-        Topology {
-            hostname: label("kubernetes.io/hostname"),
-            rack: label("topology.kubernetes.io/rack"),
-            zone: label("topology.kubernetes.io/zone"),
-            region: label("topology.kubernetes.io/region"),
-        }
+        let [hostname, rack, zone, region] = [
+            "kubernetes.io/hostname",
+            "topology.kubernetes.io/rack",
+            "topology.kubernetes.io/zone",
+            "topology.kubernetes.io/region",
+        ]
+        .map(|key| self.label(key));
+        Topology { hostname, rack, zone, region }
+    }
+
+    /// Where it runs, by labels of the user's choice.
+    pub fn topology_by(&self, labels: &TopologyExtractor) -> Topology<'_> {
+        let TopologyExtractor { hostname, rack, zone, region } = labels;
+        let [hostname, rack, zone, region] = [hostname, rack, zone, region].map(|k| self.label(k));
+        Topology { hostname, rack, zone, region }
+    }
+
+    fn label(&self, key: &str) -> Option<&str> {
+        self.labels.get(key).map(String::as_str).filter(|value| !value.is_empty())
     }
 
     /// Tokens per block: as its events showed, else as its metrics say.
@@ -532,7 +545,17 @@ mod tests {
         let id = fleet.add(EndpointSpec { labels, ..spec("a") }, 2).unwrap();
         let expected =
             Topology { hostname: Some("node-1"), zone: Some("z"), ..Topology::default() };
-        assert_eq!(fleet.get(id).unwrap().topology(), expected);
+        let endpoint = fleet.get(id).unwrap();
+        assert_eq!(endpoint.topology(), expected);
+        assert_eq!(endpoint.topology_by(&TopologyExtractor::default()), expected);
+        let own = TopologyExtractor {
+            region: "topology.kubernetes.io/zone".to_owned(),
+            zone: "none".to_owned(),
+            ..TopologyExtractor::default()
+        };
+        let expected =
+            Topology { hostname: Some("node-1"), region: Some("z"), ..Topology::default() };
+        assert_eq!(endpoint.topology_by(&own), expected);
     }
 
     #[test]

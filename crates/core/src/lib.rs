@@ -6,6 +6,7 @@
 
 pub mod blocks;
 pub mod brain;
+pub mod collect;
 pub mod committed;
 pub mod config;
 mod config_buffer;

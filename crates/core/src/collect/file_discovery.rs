@@ -1,0 +1,28 @@
+//! `file-discovery`: which file lists the endpoints?
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+/// Parameters of `file-discovery`. The file lists `endpoints` with `name`, `namespace`
+/// (`default`), `address`, `port` and `labels` each, in YAML or JSON, at most 1 MiB.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct FileDiscovery {
+    /// The file. Required.
+    pub path: String,
+    /// Look again and again whether the file has changed; otherwise it is read once.
+    pub watch_file: bool,
+}
+
+impl FileDiscovery {
+    /// What makes no sense, in words.
+    ///
+    /// # Errors
+    /// A message that starts with the name of the field.
+    pub fn check(&self) -> Result<(), String> {
+        if self.path.is_empty() {
+            return Err("path: must name the file that lists the endpoints".to_owned());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,20 @@
+//! `models-data-extractor`: which models does an endpoint serve?
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+/// Parameters of `models-data-extractor`, which reads the page of a `models-data-source`: there
+/// are none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct ModelsDataExtractor {}
+
+impl ModelsDataExtractor {
+    /// Nothing can be wrong.
+    ///
+    /// # Errors
+    /// None.
+    pub fn check(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
