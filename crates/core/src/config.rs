@@ -4,7 +4,6 @@
 //! entries are read by a visitor of their own, without a tree in between, so that an error points
 //! at the offending character; see [`PluginEntry`].
 
-use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
@@ -316,20 +315,6 @@ fn unit_seconds(unit: &str) -> Option<f64> {
     })
 }
 
-impl JsonSchema for GoDuration {
-    fn schema_name() -> Cow<'static, str> {
-        "GoDuration".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "A duration: \"60s\", \"1m30s\", \"200ms\", \"0\"; units ns, us, ms, s, m, h.",
-            "pattern": r"^(0|\+?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+)$",
-        })
-    }
-}
-
 impl<'de> Deserialize<'de> for GoDuration {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<GoDuration, D::Error> {
         struct Text;
@@ -379,21 +364,6 @@ impl Quantity {
     }
 }
 
-impl JsonSchema for Quantity {
-    fn schema_name() -> Cow<'static, str> {
-        "Quantity".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": ["integer", "string"],
-            "minimum": 0,
-            "description": "A Kubernetes quantity that is not negative: 5000, \"1G\", \"64Mi\".",
-            "pattern": r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)(k|[MGTPE]|[KMGTPE]i|[eE][+-]?[0-9]+)?$",
-        })
-    }
-}
-
 impl<'de> Deserialize<'de> for Quantity {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Quantity, D::Error> {
         struct Any;
@@ -421,16 +391,6 @@ impl<'de> Deserialize<'de> for Quantity {
 /// Parameters that are accepted and mean nothing, as llm-d has it for some plugins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ignored;
-
-impl JsonSchema for Ignored {
-    fn schema_name() -> Cow<'static, str> {
-        "Ignored".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "description": "Accepted, and without meaning." })
-    }
-}
 
 impl<'de> Deserialize<'de> for Ignored {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Ignored, D::Error> {
