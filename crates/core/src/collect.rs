@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::fleet::Name;
+use crate::stage::Plugin;
 
 pub use core_metrics_extractor::{CoreMetricsExtractor, CustomMetric, EngineConfig};
 pub use core_metrics_extractor::{ENGINE_LABEL, ENGINE_LABEL_LEGACY};

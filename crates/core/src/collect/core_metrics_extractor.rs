@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::{EngineReading, EngineSpec, MetricSpec, Signal};
 use crate::fleet::{ATTRIBUTES_MAX, Name};
+use crate::stage::Plugin;
 
 /// Label of an endpoint that names its engine.
 pub const ENGINE_LABEL: &str = "llm-d.ai/engine-type";
@@ -82,15 +83,13 @@ pub struct CustomMetric {
     pub metric_spec: String,
 }
 
-impl CoreMetricsExtractor {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for CoreMetricsExtractor {
+    fn check(&self) -> Result<(), String> {
         self.reading(&Name::from("")).map(drop)
     }
+}
 
+impl CoreMetricsExtractor {
     /// What follows for the reader of pages; `producer` is the plugin's own name.
     pub(super) fn reading(&self, producer: &Name) -> Result<EngineReading, String> {
         let mut engines: Vec<EngineSpec> = Vec::new();

@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::source::{self, Scheme};
 use crate::config::GoDuration;
+use crate::stage::Plugin;
 
 /// Parameters of `dcgm-data-source`.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
@@ -39,12 +40,8 @@ impl Default for DcgmDataSource {
     }
 }
 
-impl DcgmDataSource {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for DcgmDataSource {
+    fn check(&self) -> Result<(), String> {
         source::check_path(&self.path)?;
         source::check_port(self.port)?;
         if self.use_node_address && self.port == 0 {

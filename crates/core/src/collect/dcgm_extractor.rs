@@ -3,17 +3,11 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `dcgm-extractor`, which reads the page of a `dcgm-data-source`: there are none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct DcgmExtractor {}
 
-impl DcgmExtractor {
-    /// Nothing can be wrong.
-    ///
-    /// # Errors
-    /// None.
-    pub fn check(&self) -> Result<(), String> {
-        Ok(())
-    }
-}
+impl Plugin for DcgmExtractor {}

@@ -3,17 +3,11 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `endpoint-notification-source`: there are none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct EndpointNotificationSource {}
 
-impl EndpointNotificationSource {
-    /// Nothing can be wrong.
-    ///
-    /// # Errors
-    /// None.
-    pub fn check(&self) -> Result<(), String> {
-        Ok(())
-    }
-}
+impl Plugin for EndpointNotificationSource {}

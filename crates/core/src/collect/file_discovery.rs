@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `file-discovery`. The file lists `endpoints` with `name`, `namespace`
 /// (`default`), `address`, `port` and `labels` each, in YAML or JSON, at most 1 MiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -14,12 +16,8 @@ pub struct FileDiscovery {
     pub watch_file: bool,
 }
 
-impl FileDiscovery {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for FileDiscovery {
+    fn check(&self) -> Result<(), String> {
         if self.path.is_empty() {
             return Err("path: must name the file that lists the endpoints".to_owned());
         }

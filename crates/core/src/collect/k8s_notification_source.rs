@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `k8s-notification-source`. Without effect: this version watches no Kubernetes
 /// objects.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -16,12 +18,8 @@ pub struct K8sNotificationSource {
     pub kind: String,
 }
 
-impl K8sNotificationSource {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for K8sNotificationSource {
+    fn check(&self) -> Result<(), String> {
         for (field, value) in [("version", &self.version), ("kind", &self.kind)] {
             if value.is_empty() {
                 return Err(format!("{field}: must say which objects are watched"));

@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::source::{self, Scheme};
 use crate::config::GoDuration;
+use crate::stage::Plugin;
 
 /// Parameters of `metrics-data-source`.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
@@ -45,12 +46,8 @@ impl Default for MetricsDataSource {
     }
 }
 
-impl MetricsDataSource {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for MetricsDataSource {
+    fn check(&self) -> Result<(), String> {
         source::check_path(&self.path)?;
         source::check_port(self.port)?;
         source::check_client(&self.client_cert_path, &self.client_key_path)?;

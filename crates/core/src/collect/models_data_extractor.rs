@@ -3,18 +3,12 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `models-data-extractor`, which reads the page of a `models-data-source`: there
 /// are none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct ModelsDataExtractor {}
 
-impl ModelsDataExtractor {
-    /// Nothing can be wrong.
-    ///
-    /// # Errors
-    /// None.
-    pub fn check(&self) -> Result<(), String> {
-        Ok(())
-    }
-}
+impl Plugin for ModelsDataExtractor {}

@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::source::{self, Scheme};
 use crate::config::GoDuration;
+use crate::stage::Plugin;
 
 /// Parameters of `models-data-source`. The router asks for the models in any case; this says how.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
@@ -41,12 +42,8 @@ impl Default for ModelsDataSource {
     }
 }
 
-impl ModelsDataSource {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for ModelsDataSource {
+    fn check(&self) -> Result<(), String> {
         source::check_path(&self.path)?;
         source::check_client(&self.client_cert_path, &self.client_key_path)?;
         source::check_interval(self.interval)

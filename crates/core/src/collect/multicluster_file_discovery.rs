@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `multicluster-file-discovery`. The file has the format of `file-discovery`; each
 /// entry is the gateway of a cluster. Labels `metricsAddress` and `metricsPort` tell where its
 /// metrics are, when that is somewhere else.
@@ -15,12 +17,8 @@ pub struct MulticlusterFileDiscovery {
     pub watch_file: bool,
 }
 
-impl MulticlusterFileDiscovery {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for MulticlusterFileDiscovery {
+    fn check(&self) -> Result<(), String> {
         if self.path.is_empty() {
             return Err("path: must name the file that lists the clusters".to_owned());
         }

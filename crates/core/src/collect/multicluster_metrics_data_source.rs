@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::source::{self, Scheme};
 use crate::config::GoDuration;
+use crate::stage::Plugin;
 
 /// Largest page of another cluster that is read, in bytes.
 pub const MULTICLUSTER_PAGE_BYTES_MAX: usize = 8 << 20;
@@ -48,12 +49,8 @@ impl Default for MulticlusterMetricsDataSource {
     }
 }
 
-impl MulticlusterMetricsDataSource {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for MulticlusterMetricsDataSource {
+    fn check(&self) -> Result<(), String> {
         source::check_path(&self.path)?;
         source::check_port(self.port)?;
         source::check_client(&self.client_cert_path, &self.client_key_path)?;

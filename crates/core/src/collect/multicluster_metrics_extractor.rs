@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::MetricSpec;
+use crate::stage::Plugin;
 
 /// Key of a cluster's average KV usage, 0 to 1.
 pub const MULTICLUSTER_KV_USAGE: &str = "llm-d.ai/multicluster-kv-cache-utilization";
@@ -24,15 +25,13 @@ pub struct MulticlusterMetricsExtractor {
     pub queue_size_metric: String,
 }
 
-impl MulticlusterMetricsExtractor {
-    /// What makes no sense, in words.
-    ///
-    /// # Errors
-    /// A message that starts with the name of the field.
-    pub fn check(&self) -> Result<(), String> {
+impl Plugin for MulticlusterMetricsExtractor {
+    fn check(&self) -> Result<(), String> {
         self.scalars().map(drop)
     }
+}
 
+impl MulticlusterMetricsExtractor {
     pub(super) fn scalars(&self) -> Result<Vec<(String, MetricSpec)>, String> {
         let table = [
             ("kvCacheUtilizationMetric", &self.kv_cache_utilization_metric, KV_USAGE_METRIC),

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::stage::Plugin;
+
 /// Parameters of `topology-extractor`: names of labels. An empty one stands for the default.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
@@ -28,15 +30,9 @@ impl Default for TopologyExtractor {
     }
 }
 
-impl TopologyExtractor {
-    /// Nothing about names of labels can be wrong.
-    ///
-    /// # Errors
-    /// None.
-    pub fn check(&self) -> Result<(), String> {
-        Ok(())
-    }
+impl Plugin for TopologyExtractor {}
 
+impl TopologyExtractor {
     /// The same, with the default where a name is empty.
     pub fn labels(&self) -> TopologyExtractor {
         let default = TopologyExtractor::default();
