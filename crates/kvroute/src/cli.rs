@@ -241,6 +241,18 @@ pub struct Engine {
     #[arg(long, value_name = "tcp://ADDR", requires = "kv_events")]
     pub replay: Option<String>,
 
+    /// How blocks are named, as vLLM's flag of the same name: sha256_cbor or xxhash_cbor.
+    #[arg(long, value_name = "NAME", default_value = "sha256_cbor")]
+    pub prefix_caching_hash_algo: String,
+
+    /// What names of blocks start from: vLLM's PYTHONHASHSEED.
+    #[arg(long, value_name = "TEXT", default_value = "vllm-none-hash")]
+    pub hash_seed: String,
+
+    /// A template in the place of the tokenizer's own.
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+
     /// Hardware profile: how long a step takes.
     #[arg(long, value_name = "NAME", default_value = "qwen3-32b-tp2-h100")]
     pub profile: String,

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use kvroute_lab::engine::{self, EngineConfig};
-use kvroute_lab::model::{Adapter, Profile};
+use kvroute_lab::model::{Adapter, HashAlgorithm, Profile};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use tracing::info;
 
@@ -35,7 +35,7 @@ pub fn main(args: &cli::Engine) -> anyhow::Result<ExitCode> {
 }
 
 fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
-    let tokenizer = tokenizer(args.tokenizer.as_deref())?;
+    let tokenizer = with_template(args)?;
     let profile = profile(&args.profile).context("--profile")?;
     let socket = |text: &Option<String>| text.as_deref().map(engine::parse_endpoint).transpose();
     let mut config = EngineConfig::loopback(&args.model, tokenizer, profile);
@@ -46,6 +46,11 @@ fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
     config.topic = format!("kv@{}@{}", args.http, args.model);
     config.block_size = args.block_size;
     config.kv_blocks = args.kv_blocks;
+    config.hash = HashAlgorithm::from_name(&args.prefix_caching_hash_algo).ok_or_else(|| {
+        let name = &args.prefix_caching_hash_algo;
+        anyhow!("--prefix-caching-hash-algo {name}: write sha256_cbor or xxhash_cbor")
+    })?;
+    config.hash_seed.clone_from(&args.hash_seed);
     config.max_model_len = args.max_model_len;
     config.speed = args.speed;
     config.seed = args.seed;
@@ -56,14 +61,31 @@ fn shown(address: Option<SocketAddr>) -> String {
     address.map_or_else(|| "off".to_owned(), |address| address.to_string())
 }
 
+/// The tokenizer of `--tokenizer` with the template of `--chat-template`.
+fn with_template(args: &cli::Engine) -> anyhow::Result<Tokenizer> {
+    let template = args.chat_template.as_ref().map(|path| {
+        let shown = path.display();
+        std::fs::read_to_string(path).with_context(|| format!("--chat-template {shown}"))
+    });
+    let options =
+        TokenizerOptions { chat_template: template.transpose()?, ..TokenizerOptions::default() };
+    load(args.tokenizer.as_deref(), &options)
+}
+
 /// The tokenizer of `--tokenizer`, or the built-in one.
 ///
 /// # Errors
 /// The file is not there or none.
 pub fn tokenizer(path: Option<&Path>) -> anyhow::Result<Tokenizer> {
-    let Some(path) = path else { return Ok(Tokenizer::demo()) };
-    Tokenizer::load(path, &TokenizerOptions::default())
-        .with_context(|| format!("--tokenizer {}", path.display()))
+    load(path, &TokenizerOptions::default())
+}
+
+fn load(path: Option<&Path>, options: &TokenizerOptions) -> anyhow::Result<Tokenizer> {
+    match path {
+        None => Ok(Tokenizer::demo_with(options)?),
+        Some(path) => Tokenizer::load(path, options)
+            .with_context(|| format!("--tokenizer {}", path.display())),
+    }
 }
 
 /// A built-in profile by name, or a JSON file.

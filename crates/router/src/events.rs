@@ -25,8 +25,8 @@ use crate::shared::Shared;
 use crate::upstream::Upstream;
 use crate::zmtp::{Role, Socket, ZmtpError};
 
-mod place;
-mod replay;
+pub(crate) mod place;
+pub(crate) mod replay;
 
 use place::Place;
 use replay::{Replay, ReplayItem};
@@ -113,7 +113,8 @@ impl Subscriber {
         self.heard = false;
         let settings = &self.shared.settings;
         let timeout = ms(settings.connect_timeout_ms.max(1));
-        let place = place::find(&self.upstream, &self.source, timeout).await?;
+        let place =
+            place::find(self.upstream.address, self.upstream.rank, &self.source, timeout).await?;
         let address = place.events.as_str();
         let bytes_max = settings.event_bytes_max;
         let connected = Socket::connect(address, Role::Sub, timeout, bytes_max).await;
@@ -320,6 +321,6 @@ async fn next_item(replay: &mut Option<Replay>) -> ReplayItem {
 }
 
 /// A sequence number as publishers send it: 8 bytes, big endian.
-fn numbered(frame: &[u8]) -> Option<u64> {
+pub(crate) fn numbered(frame: &[u8]) -> Option<u64> {
     frame.try_into().ok().map(u64::from_be_bytes)
 }

@@ -34,7 +34,7 @@ const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-kvrout
 
 /// Chooses a data parallel rank behind one address (vLLM, SGLang). A client's own choice is
 /// replaced only where the router has chosen.
-const RANK: &str = "x-data-parallel-rank";
+pub(crate) const RANK: &str = "x-data-parallel-rank";
 
 /// Is this a header that only the router itself may set?
 pub(crate) fn is_control(name: &HeaderName) -> bool {

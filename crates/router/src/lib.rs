@@ -7,6 +7,7 @@
 //! process.
 
 mod admin;
+pub mod ask;
 mod clock;
 mod config;
 mod decisions;

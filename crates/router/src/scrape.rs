@@ -227,25 +227,3 @@ fn reach_of(error: &UpstreamError) -> Reach {
         _ => Reach::Connected,
     }
 }
-
-/// One page of an endpoint, outside of the scraping loop.
-pub(crate) async fn get_once(
-    upstream: &Upstream,
-    path: &str,
-    bytes_max: usize,
-    timeout: Duration,
-) -> Result<(u16, Vec<u8>), UpstreamError> {
-    let exchange = async {
-        let mut connection = Connection::open(upstream.address, timeout).await?;
-        let authority = &upstream.authority;
-        let head = format!("GET {path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n");
-        connection.send(head.as_bytes(), b"").await?;
-        let mut head = connection.read_head(false).await?;
-        let mut page = Vec::new();
-        connection.read_body(&mut head.framing, &mut page, bytes_max).await?;
-        Ok((head.status.as_u16(), page))
-    };
-    tokio::time::timeout(timeout, exchange)
-        .await
-        .unwrap_or(Err(UpstreamError::FirstByteTimeout(timeout)))
-}

@@ -5,7 +5,7 @@
 //! null where unset; a streamed chunk lists only what was set; the last chunk of a stream, with
 //! the usage, leaves nulls out.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A field that is always null.
 pub type Null = ();
@@ -469,6 +469,16 @@ pub struct Tokenized<'a> {
     /// Ids.
     pub tokens: &'a [u32],
     /// With `return_token_strs`.
+    pub token_strs: Option<Vec<String>>,
+}
+
+/// What is read of an answer of `/tokenize`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct TokensRead {
+    /// Ids.
+    pub tokens: Vec<u32>,
+    /// The piece of each, with `return_token_strs` (vLLM 0.8.5 and later).
+    #[serde(default)]
     pub token_strs: Option<Vec<String>>,
 }
 

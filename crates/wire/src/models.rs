@@ -31,6 +31,8 @@ struct Row {
     id: String,
     #[serde(default)]
     parent: Option<String>,
+    #[serde(default)]
+    max_model_len: Option<u32>,
 }
 
 /// Reads the body of a `/v1/models` answer. vLLM names the base model of an adapter as `parent`.
@@ -44,6 +46,12 @@ pub fn parse(body: &[u8]) -> Result<Vec<ServedModel>, ModelsError> {
     }
     let rows = list.data.into_iter();
     Ok(rows.map(|row| ServedModel { id: row.id, parent: row.parent }).collect())
+}
+
+/// The longest sequence of a model, prompt and answer together, as vLLM's `/v1/models` says it.
+pub fn max_model_len(body: &[u8], model: &str) -> Option<u32> {
+    let list: List = serde_json::from_slice(body).ok()?;
+    list.data.into_iter().find(|row| row.id == model)?.max_model_len
 }
 
 #[cfg(test)]
@@ -63,6 +71,9 @@ mod tests {
             models,
             [model("tiny-qwen3", None), model("lora-a", base), model("lora-b", base)]
         );
+        let body = std::fs::read(path).unwrap();
+        assert!(max_model_len(&body, "tiny-qwen3").is_some_and(|tokens| tokens > 0));
+        assert_eq!(max_model_len(&body, "other"), None);
     }
 
     #[test]

@@ -132,6 +132,30 @@ pub fn parse(page: &[u8]) -> Result<Scrape, MetricsError> {
     totals.into_scrape()
 }
 
+/// What vLLM's `cache_config_info` says beyond block size and number of blocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// `enable_prefix_caching`.
+    pub prefix_caching: Option<bool>,
+    /// `prefix_caching_hash_algo`: how blocks are named.
+    pub hash_algorithm: Option<String>,
+}
+
+/// Reads the first `cache_config_info` of a page; nothing where there is none.
+pub fn cache_config(page: &[u8]) -> CacheConfig {
+    let mut lines = page.split(|byte| *byte == b'\n');
+    let labels = lines.find_map(|line| line.strip_prefix(b"vllm:cache_config_info"));
+    let Some((labels, _)) = labels.and_then(split_labels) else { return CacheConfig::default() };
+    CacheConfig {
+        prefix_caching: match labels.get(b"enable_prefix_caching") {
+            Some(b"True") => Some(true),
+            Some(b"False") => Some(false),
+            _ => None,
+        },
+        hash_algorithm: labels.get(b"prefix_caching_hash_algo").map(unescape),
+    }
+}
+
 /// A sum over series, and their number.
 #[derive(Clone, Copy, Default)]
 struct Sum {
@@ -419,6 +443,20 @@ mod tests {
         assert_eq!((read.waiting, read.running), (7, 5));
         assert!((read.kv_usage - 0.625).abs() < 1e-12);
         assert_eq!((read.block_size, read.blocks), (Some(16), Some(20)));
+    }
+
+    #[test]
+    fn the_cache_configuration_of_vllm() {
+        let page = "# HELP vllm:cache_config_info x\nvllm:cache_config_info{block_size=\"32\",\
+            enable_prefix_caching=\"False\",prefix_caching_hash_algo=\"sha256_cbor\"} 1.0\n";
+        let expected = CacheConfig {
+            prefix_caching: Some(false),
+            hash_algorithm: Some("sha256_cbor".to_owned()),
+        };
+        assert_eq!(cache_config(page.as_bytes()), expected);
+        for page in ["", "vllm:cache_config_info 1\n", "vllm:cache_config_info{a=\"b\"} 1\n"] {
+            assert_eq!(cache_config(page.as_bytes()), CacheConfig::default(), "{page}");
+        }
     }
 
     #[test]

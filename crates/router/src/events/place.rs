@@ -6,17 +6,18 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::ask::once;
 use crate::config::EventsSource;
-use crate::scrape::get_once;
-use crate::upstream::Upstream;
 
 /// Largest answer that is read.
 const ANSWER_BYTES_MAX: usize = 256 << 10;
 
 /// Addresses to connect to, `HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub struct Place {
+    /// Of the publisher.
     pub events: String,
+    /// Of the replay socket.
     pub replay: Option<String>,
 }
 
@@ -31,12 +32,13 @@ struct EngineSource {
 }
 
 /// The place as configured, or as the engine says; an error says what to do.
-pub(super) async fn find(
-    upstream: &Upstream,
+pub(crate) async fn find(
+    address: SocketAddr,
+    rank: u32,
     source: &EventsSource,
     timeout: Duration,
 ) -> Result<Place, String> {
-    let ip = upstream.address.ip();
+    let ip = address.ip();
     match source {
         EventsSource::Off => Err("event streams are switched off".to_owned()),
         EventsSource::At { events, replay } => {
@@ -44,7 +46,7 @@ pub(super) async fn find(
         }
         EventsSource::Ports { events, replay } => {
             let port = |first: u16| {
-                let port = u32::from(first) + upstream.rank;
+                let port = u32::from(first) + rank;
                 let port =
                     u16::try_from(port).map_err(|_| format!("port {port} does not exist"))?;
                 Ok::<_, String>(SocketAddr::new(ip, port).to_string())
@@ -52,10 +54,12 @@ pub(super) async fn find(
             Ok(Place { events: port(*events)?, replay: replay.map(port).transpose()? })
         }
         EventsSource::Ask => {
-            let asked = get_once(upstream, "/kv_event_sources", ANSWER_BYTES_MAX, timeout).await;
-            match asked.map_err(|e| format!("GET /kv_event_sources: {e}"))? {
-                (200, answer) => understand(&answer, upstream.rank, ip),
-                (status, _) => Err(format!(
+            let request = format!("GET /kv_event_sources HTTP/1.1\r\nhost: {address}\r\n");
+            let asked = once(address, request, b"", ANSWER_BYTES_MAX, timeout).await;
+            let (head, answer) = asked.map_err(|e| format!("GET /kv_event_sources: {e}"))?;
+            match head.status.as_u16() {
+                200 => understand(&answer, rank, ip),
+                status => Err(format!(
                     "GET /kv_event_sources was answered with {status}; tell the ports of engines \
                      older than vLLM 0.32 with --kv-events-port"
                 )),

@@ -22,7 +22,7 @@ const END: u64 = u64::MAX;
 
 /// What comes out of a replay.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum ReplayItem {
+pub(crate) enum ReplayItem {
     /// A batch, not decoded.
     Batch { seq: u64, payload: Bytes },
     /// All that the engine holds has come.
@@ -32,7 +32,7 @@ pub(super) enum ReplayItem {
 }
 
 /// A replay under way; dropping it ends it.
-pub(super) struct Replay {
+pub(crate) struct Replay {
     items: mpsc::Receiver<ReplayItem>,
     task: tokio::task::JoinHandle<()>,
 }
