@@ -3,7 +3,9 @@
 //! The live router, the simulation and `explain` call the same methods. All state is in here; the
 //! host adds sockets, a clock and one mutex.
 
+mod commit;
 mod decide;
+mod handle;
 #[cfg(test)]
 mod tests;
 
@@ -25,10 +27,11 @@ pub use crate::knowledge::ChainSpecs;
 use crate::knowledge::Knowledge;
 use crate::learn::Speed;
 use crate::ledger::{Conclusion, Expectation, Ledger};
-use crate::load::{Load, Reservations, Ticket};
-use crate::pipeline::{Pipeline, Survivors};
+use crate::load::{Charge, Load, Reservations, Ticket};
+use crate::pipeline::{Guard, Pipeline};
 use crate::plan::Plan;
 use crate::settings::ms;
+use crate::stage::{Admitter, Detector, Filter};
 use crate::stream::{
     Stream, StreamCounters, StreamEffect, StreamInput, StreamLimits, StreamOrder, StreamState,
     SuspectReason,
@@ -49,9 +52,12 @@ pub struct Brain {
     reservations: Reservations<InFlight>,
     costs: Costs,
     streams: Vec<Option<EndpointStream>>,
-    pipeline: Pipeline,
+    /// By position in `Plan::profiles`.
+    pipelines: Vec<Pipeline>,
+    screeners: Vec<Guard<dyn Filter>>,
+    admitters: Vec<Guard<dyn Admitter>>,
+    detector: Option<Guard<dyn Detector>>,
     knowledge: Knowledge,
-    survivors: Survivors,
     specs: ChainSpecs,
     rng: Rng,
     orders: Vec<(EndpointId, StreamOrder)>,
@@ -107,6 +113,8 @@ struct InFlight {
     /// What the next best endpoints would be held to.
     alternatives: Vec<Alternative>,
     speculations: Vec<SpeculationId>,
+    /// Endpoints that work before the answer starts.
+    helpers: Vec<Charge>,
     answered: bool,
     reported: bool,
 }
@@ -133,6 +141,12 @@ pub struct BrainCounters {
     pub rejected_saturated: u64,
     /// The router's own limit.
     pub rejected_in_flight: u64,
+    /// Requests of negative priority while the fleet was full.
+    pub rejected_shed: u64,
+    /// Refused by an admitter.
+    pub rejected_not_admitted: u64,
+    /// The request named a profile that does not exist.
+    pub rejected_no_profile: u64,
     /// Candidates passed over because they had just failed.
     pub avoided_failing: u64,
     /// Candidates passed over because they do not serve the model.
@@ -164,8 +178,13 @@ impl Brain {
         let precise = plan.precise_producer();
         let indexing = precise.is_some_and(|precise| precise.speculative_indexing);
         let ttl = precise.and_then(|precise| precise.speculative_ttl).map(|ttl| ttl.0);
-        // A plan has exactly one profile.
-        let pipeline = Pipeline::new(&plan.profiles[0], settings);
+        let pipelines = plan.profiles.iter().map(|p| Pipeline::new(p, settings)).collect();
+        let screeners = plan.screeners.iter();
+        let screeners = screeners.filter_map(|s| Guard::new(s, s.spec.parts().screener?, settings));
+        let admitters = plan.admitters.iter();
+        let admitters = admitters.filter_map(|s| Guard::new(s, s.spec.parts().admitter?, settings));
+        let detector = plan.detector.as_ref();
+        let detector = detector.and_then(|s| Guard::new(s, s.spec.parts().detector?, settings));
         let mut brain = Brain {
             speculative: settings.speculative.unwrap_or(indexing),
             speculative_ttl: ttl.unwrap_or(ms(settings.speculative_ttl_ms)),
@@ -175,9 +194,11 @@ impl Brain {
             reservations: Reservations::new(settings.inflight_requests_max),
             costs: Costs::new(plan.reads_costs(), settings.inflight_blocks_max as usize),
             streams: Vec::new(),
-            pipeline,
+            pipelines,
+            screeners: screeners.collect(),
+            admitters: admitters.collect(),
+            detector,
             knowledge: Knowledge::default(),
-            survivors: Survivors::default(),
             specs: ChainSpecs::default(),
             rng: Rng::seeded(seed),
             orders: Vec::new(),
@@ -331,7 +352,8 @@ impl Brain {
         self.reservations.forget(id);
         self.costs.forget(id);
         self.streams[usize::from(id.slot)] = None;
-        self.pipeline.forget(id);
+        self.pipelines.iter_mut().for_each(|pipeline| pipeline.forget(id));
+        self.screeners.iter_mut().for_each(|screener| screener.plugin.forget(id));
         self.orders.retain(|(of, _)| *of != id);
         self.collect_specs();
     }
@@ -474,6 +496,8 @@ impl Brain {
         if let Some(costed) = &mut inflight.costed {
             self.costs.first_token(now, endpoint, costed);
         }
+        let helpers = std::mem::take(&mut inflight.helpers);
+        helpers.iter().for_each(|charge| self.reservations.discharge(charge));
         self.reservations.release_prompt(ticket);
         self.fleet.on_answered(endpoint);
     }
@@ -530,7 +554,8 @@ impl Brain {
     }
 
     fn settle(&mut self, now: Time, endpoint: EndpointId, inflight: InFlight, succeeded: bool) {
-        let InFlight { speculations, reported, answered, costed, .. } = inflight;
+        let InFlight { speculations, reported, answered, costed, helpers, .. } = inflight;
+        helpers.iter().for_each(|charge| self.reservations.discharge(charge));
         if let Some(costed) = costed {
             self.costs.end(now, endpoint, costed, succeeded);
         }

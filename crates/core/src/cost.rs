@@ -132,13 +132,15 @@ impl Costs {
         request.max_tokens.map_or(usual, |max| f64::from(max).min(2.0 * usual))
     }
 
-    /// The request goes to the endpoint of this row.
+    /// The request goes to the endpoint of this row; `prefilled`: another one computes the prompt,
+    /// so that the time to the first token teaches nothing about this one.
     pub fn begin(
         &mut self,
         now: Time,
         row: &Row,
         request: &Request<'_>,
         spec: Option<ChainSpec>,
+        prefilled: bool,
     ) -> Option<Costed> {
         if !self.enabled {
             return None;
@@ -146,9 +148,10 @@ impl Costs {
         let costing = &row.costing;
         let prompt_tokens = u64::from(request.prompt_tokens);
         let output = costing.output_tokens;
-        let prefill = match request.skips_cache {
-            true => prompt_tokens,
-            false => u64::from(row.uncached_tokens),
+        let prefill = match (prefilled, request.skips_cache) {
+            (true, _) => 0,
+            (false, true) => prompt_tokens,
+            (false, false) => u64::from(row.uncached_tokens),
         };
         let work = Work { prefill, context: prompt_tokens + (output / 2.0) as u64 };
         let own_tokens = tail_tokens(request, spec) + output as u64;
@@ -161,7 +164,7 @@ impl Costs {
             .is_some_and(|room| costing.committed_tokens + costing.added_tokens > room);
         let ahead = costing.work.prefill + prefill;
         let seen = Circumstances {
-            prefill_tokens: (!queued && !full).then_some(ahead as f64),
+            prefill_tokens: (!queued && !full && !prefilled).then_some(ahead as f64),
             context_tokens: 0.0,
         };
         Some(Costed { commitment, seen, decided: now, first: None, completion_tokens: None })
@@ -303,7 +306,7 @@ mod tests {
                 costing: self.costs.costing(self.now, endpoint, &request, None),
                 latency: None,
             };
-            let mut costed = self.costs.begin(self.now, &row, &request, None).unwrap();
+            let mut costed = self.costs.begin(self.now, &row, &request, None, false).unwrap();
             let now = self.pass(first_s);
             self.costs.first_token(now, self.id, &mut costed);
             if let Some(answer) = answer {

@@ -279,6 +279,35 @@ pub enum Reject {
         /// How many it was given.
         candidates: u32,
     },
+    /// A screener removed the last candidate.
+    #[error("screener {screener:?} left no endpoint of {candidates}")]
+    Screened {
+        /// Its name.
+        screener: Name,
+        /// How many it was given.
+        candidates: u32,
+    },
+    /// The fleet is full, and the request's priority is below 0.
+    #[error("system saturated, sheddable request dropped")]
+    Shed,
+    /// An admitter refused the request.
+    #[error("request cannot be admitted: {why} ({admitter})")]
+    NotAdmitted {
+        /// Its name.
+        admitter: Name,
+        /// In words.
+        why: String,
+    },
+    /// The request names a profile that does not exist.
+    #[error("there is no scheduling profile {name:?}; header {header} must name one of: {names}")]
+    NoProfile {
+        /// What it names.
+        name: String,
+        /// In which header.
+        header: String,
+        /// The profiles that there are.
+        names: String,
+    },
     /// The router has reached its limit.
     #[error("{requests_max} requests are in flight, the router's limit; retry later")]
     TooManyInFlight {
@@ -303,16 +332,24 @@ impl Reject {
     /// HTTP status.
     pub fn status(&self) -> u16 {
         match self {
-            Reject::NoEndpoints { .. } => 503,
-            Reject::Saturated { .. } | Reject::TooManyInFlight { .. } => 429,
+            Reject::NoEndpoints { .. } | Reject::Screened { .. } => 503,
+            Reject::NoProfile { .. } => 400,
+            Reject::Saturated { .. }
+            | Reject::TooManyInFlight { .. }
+            | Reject::Shed
+            | Reject::NotAdmitted { .. } => 429,
         }
     }
 
     /// Value of `x-llm-d-request-dropped-reason`, and metrics label.
     pub fn dropped_reason(&self) -> &'static str {
         match self {
-            Reject::NoEndpoints { .. } => "rejected-no-endpoints",
-            Reject::Saturated { .. } | Reject::TooManyInFlight { .. } => "rejected-saturated",
+            Reject::NoEndpoints { .. } | Reject::Screened { .. } => "rejected-no-endpoints",
+            Reject::NoProfile { .. } => "rejected-other",
+            Reject::Saturated { .. }
+            | Reject::TooManyInFlight { .. }
+            | Reject::Shed
+            | Reject::NotAdmitted { .. } => "rejected-saturated",
         }
     }
 }
@@ -328,9 +365,32 @@ pub struct Decision {
     pub fallback: Vec<EndpointId>,
     /// Headers that plugins want on the response.
     pub response_headers: Vec<ResponseHeader>,
+    /// Headers that tell the endpoint who else works for the request.
+    pub request_headers: Vec<RequestHeader>,
+    /// The port of the chosen host that the request goes to, when not the endpoint's own; then
+    /// the endpoint's own address stands in `x-data-parallel-host-port`.
+    pub primary_port: Option<u16>,
     /// Why.
     pub record: DecisionRecord,
 }
+
+/// A header on the request to the endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RequestHeader {
+    /// Lower case.
+    pub name: &'static str,
+    /// The value.
+    pub value: String,
+}
+
+/// Where the decode endpoint has the prompt computed: `host:port`, comma-separated.
+pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
+/// Where it has images, audio and video encoded.
+pub const ENCODERS_HEADER: &str = "x-encoder-hosts-ports";
+/// From whom it takes cached blocks.
+pub const KV_SOURCE_HEADER: &str = "x-kv-cache-source-host-port";
+/// The chosen rank, where one port takes the requests of all.
+pub const DATA_PARALLEL_HEADER: &str = "x-data-parallel-host-port";
 
 /// Why a request went where it went. The score matrix that decided is the one that is shown.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -370,6 +430,52 @@ pub struct DecisionRecord {
     pub candidates: Vec<Candidate>,
     /// Scores of those that no filter removed.
     pub scores: ScoreMatrix,
+    /// The other profiles that ran, in order: who works for the request before it is answered.
+    pub others: Vec<ProfileRecord>,
+    /// Headers for the endpoint.
+    pub request_headers: Vec<RequestHeader>,
+}
+
+/// What one profile beside the primary one concluded.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProfileRecord {
+    /// The profile.
+    pub profile: Name,
+    /// The part of the work: `prefill` or `encode`.
+    pub step: &'static str,
+    /// Whom it chose.
+    pub endpoint: Option<Name>,
+    /// Why nobody.
+    pub failed: Option<String>,
+    /// As in [`DecisionRecord`].
+    pub tied: u32,
+    /// As in [`DecisionRecord`].
+    pub margin: Option<f64>,
+    /// As in [`DecisionRecord`].
+    pub filters: Vec<FilterRecord>,
+    /// Who removed whom.
+    pub removed: Vec<RemovedRecord>,
+    /// As in [`DecisionRecord`].
+    pub scores: ScoreMatrix,
+}
+
+/// A candidate that a filter removed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RemovedRecord {
+    /// The candidate.
+    pub endpoint: Name,
+    /// The filter.
+    pub by: Name,
+}
+
+impl ProfileRecord {
+    fn bytes(&self) -> usize {
+        size_of::<ProfileRecord>()
+            + self.failed.as_ref().map_or(0, String::capacity)
+            + self.filters.capacity() * size_of::<FilterRecord>()
+            + self.removed.capacity() * size_of::<RemovedRecord>()
+            + self.scores.bytes()
+    }
 }
 
 impl DecisionRecord {
@@ -382,6 +488,8 @@ impl DecisionRecord {
             + self.filters.capacity() * size_of::<FilterRecord>()
             + self.candidates.capacity() * size_of::<Candidate>()
             + self.scores.bytes()
+            + self.others.iter().map(ProfileRecord::bytes).sum::<usize>()
+            + self.request_headers.iter().map(|h| size_of_val(h) + h.value.len()).sum::<usize>()
     }
 }
 

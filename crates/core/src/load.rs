@@ -126,6 +126,16 @@ impl<T> Reservations<T> {
         }
     }
 
+    /// Charges an endpoint without a ticket, for work that belongs to another one's.
+    pub fn charge(&mut self, charge: &Charge) {
+        self.add(charge.endpoint, 1, charge.tokens());
+    }
+
+    /// Takes such a charge back.
+    pub fn discharge(&mut self, charge: &Charge) {
+        self.remove(charge.endpoint, 1, charge.tokens());
+    }
+
     /// What was remembered with a ticket, and whom it charges. A sign of life.
     pub fn touch(&mut self, now: Time, ticket: Ticket) -> Option<(EndpointId, &mut T)> {
         let held = self.held(ticket)?;

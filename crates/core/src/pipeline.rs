@@ -8,7 +8,7 @@ use crate::fleet::{Fleet, Name};
 use crate::knowledge::Column;
 use crate::plan::{ProfilePlan, StagePlan};
 use crate::settings::Settings;
-use crate::stage::{Filter, Picked, Picker, PrefixMatch, ResponseHeader, Row, Scorer, View};
+use crate::stage::{Filter, MediaMatch, Picked, Picker, Plugin, ResponseHeader, Row, Scorer, View};
 
 /// A profile with the state of its plugins.
 pub(crate) struct Pipeline {
@@ -26,6 +26,7 @@ struct FilterStage {
     name: Name,
     filter: Box<dyn Filter>,
     prefix: Option<usize>,
+    media: Option<usize>,
 }
 
 struct ScorerStage {
@@ -33,6 +34,7 @@ struct ScorerStage {
     weight: f64,
     scorer: Box<dyn Scorer>,
     prefix: Option<usize>,
+    media: Option<usize>,
 }
 
 /// What a pipeline reads.
@@ -41,11 +43,46 @@ pub(crate) struct Inputs<'a> {
     pub now: Time,
     pub request: &'a Request<'a>,
     pub fleet: &'a Fleet,
+    /// By position in `Plan::producers`.
     pub columns: &'a [Column],
+    /// By position in `Plan::others`; empty for those that produce something else.
+    pub media: &'a [Vec<MediaMatch>],
+    pub sessions: &'a [(Name, String)],
+    pub peer: Option<EndpointId>,
+}
+
+/// What one stage asked for, and where it runs.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Wants<'a> {
+    pub prefix: Option<usize>,
+    pub media: Option<usize>,
+    pub profile: &'a str,
+}
+
+/// A screener or admitter with its state, outside of profiles.
+pub(crate) struct Guard<T: ?Sized> {
+    pub name: Name,
+    pub plugin: Box<T>,
+    pub prefix: Option<usize>,
+    pub media: Option<usize>,
+}
+
+impl<T: Plugin + ?Sized> Guard<T> {
+    /// With fresh state.
+    pub fn new(stage: &StagePlan, mut plugin: Box<T>, settings: &Settings) -> Option<Guard<T>> {
+        plugin.prepare(settings);
+        let (prefix, media) = (stage.prefix, stage.media);
+        Some(Guard { name: stage.name.clone(), plugin, prefix, media })
+    }
+
+    /// What it asked for.
+    pub fn wants(&self) -> Wants<'static> {
+        Wants { prefix: self.prefix, media: self.media, profile: "" }
+    }
 }
 
 /// What filters leave behind: the rows, who removed the others, and how it went.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Survivors {
     /// By name.
     pub rows: Vec<Row>,
@@ -70,22 +107,22 @@ pub(crate) struct Outcome {
 }
 
 impl<'a> Inputs<'a> {
-    fn view<'v>(&'v self, rows: &'v [Row], prefix: Option<usize>) -> View<'v>
+    /// What a stage sees of these rows.
+    pub fn view<'v>(&'v self, rows: &'v [Row], wants: Wants<'v>) -> View<'v>
     where
         'a: 'v,
     {
-        let column = prefix.and_then(|at| self.columns.get(at));
-        let prefix: &[PrefixMatch] = column.map_or(&[], |column| &column.prefix);
+        let column = wants.prefix.and_then(|at| self.columns.get(at));
         View {
             now: self.now,
             request: self.request,
             fleet: self.fleet,
             rows,
-            prefix,
-            media: &[],
-            sessions: &[],
-            profile: "",
-            peer: None,
+            prefix: column.map_or(&[], |column| &column.prefix),
+            media: wants.media.and_then(|at| self.media.get(at)).map_or(&[], Vec::as_slice),
+            sessions: self.sessions,
+            profile: wants.profile,
+            peer: self.peer.and_then(|id| self.fleet.get(id)),
         }
     }
 }
@@ -113,14 +150,16 @@ impl Pipeline {
     /// Fresh state.
     pub fn new(profile: &ProfilePlan, settings: &Settings) -> Pipeline {
         let filter = |stage: &StagePlan| {
-            let filter = stage.spec.parts().filter?;
-            Some(FilterStage { name: stage.name.clone(), filter, prefix: stage.prefix })
+            let mut filter = stage.spec.parts().filter?;
+            filter.prepare(settings);
+            let (name, prefix, media) = (stage.name.clone(), stage.prefix, stage.media);
+            Some(FilterStage { name, filter, prefix, media })
         };
         let scorer = |stage: &StagePlan| {
             let mut scorer = stage.spec.parts().scorer?;
             scorer.prepare(settings);
-            let (name, weight, prefix) = (stage.name.clone(), stage.weight, stage.prefix);
-            Some(ScorerStage { name, weight, scorer, prefix })
+            let (name, weight) = (stage.name.clone(), stage.weight);
+            Some(ScorerStage { name, weight, scorer, prefix: stage.prefix, media: stage.media })
         };
         let picker = profile.picker.spec.parts().picker;
         Pipeline {
@@ -141,7 +180,7 @@ impl Pipeline {
     }
 
     /// Runs the filters.
-    pub fn filter(
+    fn filter(
         &mut self,
         inputs: &Inputs<'_>,
         rng: &mut Rng,
@@ -150,7 +189,9 @@ impl Pipeline {
         for stage in &mut self.filters {
             self.keep.clear();
             self.keep.resize(survivors.rows.len(), true);
-            stage.filter.filter(&inputs.view(&survivors.rows, stage.prefix), rng, &mut self.keep);
+            let profile = self.profile.as_str();
+            let wants = Wants { prefix: stage.prefix, media: stage.media, profile };
+            stage.filter.filter(&inputs.view(&survivors.rows, wants), rng, &mut self.keep);
             let candidates = survivors.rows.len() as u32;
             let keep = &self.keep;
             survivors.retain(&stage.name, |at, _| keep[at]);
@@ -161,8 +202,24 @@ impl Pipeline {
         Ok(())
     }
 
+    /// Runs all stages.
+    pub fn run(
+        &mut self,
+        inputs: &Inputs<'_>,
+        rng: &mut Rng,
+        mut survivors: Survivors,
+    ) -> Result<(Survivors, Outcome), (Survivors, Reject)> {
+        match self.filter(inputs, rng, &mut survivors) {
+            Ok(()) => {
+                let outcome = self.choose(inputs, rng, &survivors.rows);
+                Ok((survivors, outcome))
+            }
+            Err(reject) => Err((survivors, reject)),
+        }
+    }
+
     /// Runs the scorers and the picker on at least one row.
-    pub fn choose(&mut self, inputs: &Inputs<'_>, rng: &mut Rng, rows: &[Row]) -> Outcome {
+    fn choose(&mut self, inputs: &Inputs<'_>, rng: &mut Rng, rows: &[Row]) -> Outcome {
         let mut scores = self.empty_matrix(inputs, rows);
         let mut scores_missing = 0;
         self.totals.clear();
@@ -171,7 +228,9 @@ impl Pipeline {
         for (at, stage) in self.scorers.iter_mut().enumerate() {
             self.column.clear();
             self.column.resize(rows.len(), f64::NAN);
-            stage.scorer.score(&inputs.view(rows, stage.prefix), &mut self.column);
+            let profile = self.profile.as_str();
+            let wants = Wants { prefix: stage.prefix, media: stage.media, profile };
+            stage.scorer.score(&inputs.view(rows, wants), &mut self.column);
             for (row, raw) in self.column.iter().enumerate() {
                 scores.raw[row * columns + at] = *raw;
                 scores_missing += u32::from(raw.is_nan());
@@ -180,7 +239,8 @@ impl Pipeline {
         }
         scores.rows.iter_mut().zip(&self.totals).for_each(|(row, total)| row.total = *total);
         self.order.clear();
-        self.picker.pick(&inputs.view(rows, None), &self.totals, rng, &mut self.order);
+        let wants = Wants { profile: self.profile.as_str(), ..Wants::default() };
+        self.picker.pick(&inputs.view(rows, wants), &self.totals, rng, &mut self.order);
         let first = self.order.first().copied().unwrap_or(0);
         let best = self.totals.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let others = self.totals.iter().enumerate().filter(|(at, _)| *at != first);
@@ -208,13 +268,19 @@ impl Pipeline {
         }
     }
 
-    /// Tells the scorers what was picked.
+    /// Tells the stages what was picked; the headers that they want on the response.
     pub fn picked(&mut self, picked: &Picked<'_>) -> Vec<ResponseHeader> {
-        self.scorers.iter_mut().filter_map(|stage| stage.scorer.picked(picked)).collect()
+        let filters = self.filters.iter_mut().filter_map(|stage| stage.filter.picked(picked));
+        let mut headers: Vec<ResponseHeader> = filters.collect();
+        headers.extend(self.scorers.iter_mut().filter_map(|stage| stage.scorer.picked(picked)));
+        headers.extend(self.picker.picked(picked));
+        headers
     }
 
     /// The endpoint has left.
     pub fn forget(&mut self, id: EndpointId) {
+        self.filters.iter_mut().for_each(|stage| stage.filter.forget(id));
         self.scorers.iter_mut().for_each(|stage| stage.scorer.forget(id));
+        self.picker.forget(id);
     }
 }

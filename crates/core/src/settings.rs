@@ -3,6 +3,7 @@
 //! Every queue, cache, body, wait and label set of the product is bounded by a field here; the
 //! unit is part of the name. A configuration of llm-d has no such key and gets the defaults.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -104,6 +105,10 @@ pub struct Settings {
     pub tokenize_concurrency_max: u32,
     /// Distinct values of a metrics label that clients control (model names); more become `other`.
     pub label_values_max: u32,
+    /// Not a limit: priority by the name that requests give in `x-llm-d-inference-objective`, as
+    /// InferenceObjectives have it in Kubernetes. Requests below 0 are refused while the fleet is
+    /// full.
+    pub objectives: BTreeMap<String, i32>,
     /// Sessions that `session-affinity-scorer` remembers.
     pub sessions_max: u32,
     /// Evidence at which an endpoint's event knowledge is put in doubt: a prediction that was too
@@ -160,6 +165,7 @@ impl Default for Settings {
             tokenizer_cache_bytes_max: 64 * MIB,
             tokenize_concurrency_max: 0,
             label_values_max: 1_000,
+            objectives: BTreeMap::new(),
             sessions_max: 65_536,
             drift_evidence_max: 6,
             drift_agreements_min: 5,

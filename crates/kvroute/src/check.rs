@@ -31,7 +31,7 @@ pub fn main(args: &cli::Check) -> anyhow::Result<ExitCode> {
     for file in &args.files {
         let name = file.display().to_string();
         let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {name}"))?;
-        let plan = config::load_text(&text, &name)?;
+        let plan = config::load_text(&text, &name, args.allow_experimental_plugins.into())?;
         let parsed = kvroute_wire::config::parse(&text, &name).map_err(|e| anyhow!("{e}"))?;
         expected.add(&name, &parsed, &plan);
         files.push((name, plan));

@@ -145,6 +145,10 @@ pub struct Serve {
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub preset: Option<String>,
 
+    /// Accept plugin types of stability Alpha.
+    #[arg(long)]
+    pub allow_experimental_plugins: bool,
+
     /// Where clients connect.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
     pub http: SocketAddr,
@@ -419,6 +423,10 @@ pub struct Sim {
     /// published ones and kvroute's own.
     #[arg(long, value_name = "NAME|FILE", num_args = 1..)]
     pub config: Vec<String>,
+
+    /// Accept plugin types of stability Alpha.
+    #[arg(long)]
+    pub allow_experimental_plugins: bool,
 
     /// First seed: decides prompts, arrivals and ties.
     #[arg(long, value_name = "N", default_value_t = 1)]

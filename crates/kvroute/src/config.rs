@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
-use kvroute_core::plan::{Plan, PlanError};
+use kvroute_core::plan::{Experimental, Plan, PlanError};
 use kvroute_router::{EndpointFlag, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_wire::yaml::YamlError;
@@ -15,14 +15,14 @@ use crate::cli;
 ///
 /// # Errors
 /// What is wrong, with line and column where the file is to blame.
-pub fn load_text(text: &str, file: &str) -> anyhow::Result<Plan> {
+pub fn load_text(text: &str, file: &str, experimental: Experimental) -> anyhow::Result<Plan> {
     let config = kvroute_wire::config::parse(text, file).map_err(|e| anyhow!("{e}"))?;
     if config.plugins.is_empty() {
         let message = "no plugins: nothing would decide. Name at least one scorer under `plugins`, \
                        or leave --config out for the built-in configuration";
         return Err(anyhow!("{}", YamlError::of_file(file, message)));
     }
-    Plan::build(&config).map_err(|error| {
+    Plan::build(&config, experimental).map_err(|error| {
         let PlanError { path, message } = error;
         let message = format!("{path}: {message}");
         anyhow!(
@@ -62,17 +62,17 @@ pub fn preset(name: &str) -> anyhow::Result<(Plan, String)> {
     let names = PRESETS.map(|(name, _)| name).join(", ");
     let (name, text) = found
         .ok_or_else(|| anyhow!("no built-in configuration is called {name}; there are: {names}"))?;
-    Ok((load_text(text, name)?, (*text).to_owned()))
+    Ok((load_text(text, name, Experimental::Allowed)?, (*text).to_owned()))
 }
 
 /// The plan of a preset, or of a file if there is one of that name.
 ///
 /// # Errors
 /// There is neither, or the file is wrong.
-pub fn preset_or_file(given: &str) -> anyhow::Result<Plan> {
+pub fn preset_or_file(given: &str, experimental: Experimental) -> anyhow::Result<Plan> {
     let path = Path::new(given);
     if path.is_file() {
-        return load(Some(path));
+        return load(Some(path), experimental);
     }
     preset(given).map(|(plan, _)| plan).with_context(|| format!("{given} is no file"))
 }
@@ -81,16 +81,19 @@ pub fn preset_or_file(given: &str) -> anyhow::Result<Plan> {
 ///
 /// # Errors
 /// The file cannot be read, or is wrong.
-pub fn load(path: Option<&Path>) -> anyhow::Result<Plan> {
-    load_with_text(path).map(|(plan, _)| plan)
+pub fn load(path: Option<&Path>, experimental: Experimental) -> anyhow::Result<Plan> {
+    load_with_text(path, experimental).map(|(plan, _)| plan)
 }
 
 /// The same, with the text that it was read from; empty for the built-in one.
-fn load_with_text(path: Option<&Path>) -> anyhow::Result<(Plan, String)> {
+fn load_with_text(
+    path: Option<&Path>,
+    experimental: Experimental,
+) -> anyhow::Result<(Plan, String)> {
     let Some(path) = path else { return Ok((Plan::least_cost(), String::new())) };
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
-    Ok((load_text(&text, &name)?, text))
+    Ok((load_text(&text, &name, experimental)?, text))
 }
 
 /// What `kvroute serve` was told, resolved.
@@ -104,7 +107,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     }
     let (plan, config) = match &args.preset {
         Some(name) => preset(name).context("--preset")?,
-        None => load_with_text(args.config.as_deref())?,
+        None => load_with_text(args.config.as_deref(), args.allow_experimental_plugins.into())?,
     };
     let record = args.record.clone().map(|file| Record { file, config });
     let options = TokenizerOptions {
@@ -184,7 +187,7 @@ mod tests {
     #[test]
     fn the_limits_example_shows_every_limit_with_its_default() {
         let text = limits_example();
-        let plan = load_text(&text, "limits.yaml").unwrap();
+        let plan = load_text(&text, "limits.yaml", Experimental::Refused).unwrap();
         assert_eq!(plan.settings, Settings::default());
         let named = format!("{:?}", Settings::default());
         let fields = named.split(['{', ',']).filter_map(|part| part.trim().split_once(':'));
@@ -204,14 +207,14 @@ mod tests {
         let plain = |plan: Plan| Plan { notes: Vec::new(), ..plan };
         assert_eq!(plain(preset("kvroute").unwrap().0), plain(Plan::least_cost()));
         assert_eq!(plain(preset("blend").unwrap().0), plain(Plan::precise()));
-        let error = format!("{:#}", preset_or_file("precis").unwrap_err());
+        let error = format!("{:#}", preset_or_file("precis", Experimental::Refused).unwrap_err());
         assert!(error.contains("precise"), "{error}");
     }
 
     #[test]
     fn a_typo_names_line_column_and_the_valid_names() {
         let text = "kind: EndpointPickerConfig\nplugins:\n  - type: queue-scorrer\n";
-        let error = format!("{:#}", load_text(text, "my.yaml").unwrap_err());
+        let error = format!("{:#}", load_text(text, "my.yaml", Experimental::Refused).unwrap_err());
         for part in ["my.yaml", "3:", "queue-scorrer", "queue-scorer"] {
             assert!(error.contains(part), "{part} is missing in: {error}");
         }
@@ -221,7 +224,7 @@ mod tests {
     fn a_wrong_reference_names_line_column_and_what_is_defined() {
         let text = "plugins:\n  - type: queue-scorer\nschedulingProfiles:\n  - name: p\n    \
                     plugins:\n      - pluginRef: queue-scorrer\n";
-        let error = format!("{:#}", load_text(text, "my.yaml").unwrap_err());
+        let error = format!("{:#}", load_text(text, "my.yaml", Experimental::Refused).unwrap_err());
         for part in ["my.yaml:6:", "queue-scorrer", "defined: queue-scorer"] {
             assert!(error.contains(part), "{part} is missing in: {error}");
         }

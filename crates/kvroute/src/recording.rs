@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use kvroute_core::Time;
 use kvroute_core::journal::{EndReason, Header};
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -113,7 +113,8 @@ pub struct ThenNow {
 /// # Errors
 /// A file cannot be read, or is not what it should be: exit code 2.
 pub fn main(path: &Path, config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
-    let other = config.map(|config| config::load(Some(config))).transpose()?;
+    let other =
+        config.map(|config| config::load(Some(config), Experimental::Allowed)).transpose()?;
     let name = path.display();
     let file = File::open(path).with_context(|| format!("cannot read {name}"))?;
     let report =
@@ -168,8 +169,8 @@ pub fn replay(input: impl BufRead, other: Option<Plan>) -> anyhow::Result<Report
 
 fn recorded_plan(header: &Header) -> anyhow::Result<Plan> {
     match header.config.as_str() {
-        "" => config::load(None),
-        text => config::load_text(text, "the recording's configuration"),
+        "" => config::load(None, Experimental::Allowed),
+        text => config::load_text(text, "the recording's configuration", Experimental::Allowed),
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, anyhow, bail};
 use kvroute_core::decision::DecisionRecord;
+use kvroute_core::plan::Experimental;
 use kvroute_lab::chaos;
 use kvroute_lab::record::RunRecord;
 use kvroute_lab::report::Report;
@@ -62,7 +63,7 @@ pub fn main(args: &cli::Sim) -> anyhow::Result<ExitCode> {
 
 fn simulate(args: &cli::Sim) -> anyhow::Result<Report> {
     let (scenario, folder) = Scenario::load(&args.scenario)?;
-    let arms = arms(&args.config)?;
+    let arms = arms(&args.config, args.allow_experimental_plugins.into())?;
     let seeds: Vec<u64> = (0..u64::from(args.seeds)).map(|i| args.seed.wrapping_add(i)).collect();
     let jobs: Vec<(&Arm, u64)> =
         arms.iter().flat_map(|arm| seeds.iter().map(move |seed| (arm, *seed))).collect();
@@ -77,14 +78,14 @@ fn simulate(args: &cli::Sim) -> anyhow::Result<Report> {
 }
 
 /// The named configurations: presets, or files, which are called by their stems.
-fn arms(names: &[String]) -> anyhow::Result<Vec<Arm>> {
+fn arms(names: &[String], experimental: Experimental) -> anyhow::Result<Vec<Arm>> {
     let all: Vec<String> = match names {
         [] => COMPARED.map(str::to_owned).to_vec(),
         names => names.to_vec(),
     };
     let mut arms: Vec<Arm> = Vec::new();
     for given in all {
-        let arm = arm(&given)?;
+        let arm = arm(&given, experimental)?;
         if arms.iter().any(|other| other.name == arm.name) {
             bail!("two configurations are called {}; rename one of the files", arm.name);
         }
@@ -93,12 +94,12 @@ fn arms(names: &[String]) -> anyhow::Result<Vec<Arm>> {
     Ok(arms)
 }
 
-fn arm(given: &str) -> anyhow::Result<Arm> {
+fn arm(given: &str, experimental: Experimental) -> anyhow::Result<Arm> {
     let path = Path::new(given);
     if given == ORACLE && !path.exists() {
         return Ok(Arm { name: given.to_owned(), policy: Policy::Oracle });
     }
-    let plan = config::preset_or_file(given)?;
+    let plan = config::preset_or_file(given, experimental)?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let name = stem.unwrap_or_else(|| given.to_owned());
     Ok(Arm { name, policy: Policy::Plan(Box::new(plan)) })

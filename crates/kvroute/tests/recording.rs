@@ -17,7 +17,7 @@ use kvroute_core::brain::Brain;
 use kvroute_core::decision::{Headers, PromptChains, Request, ResponseEvent, TokensKnown};
 use kvroute_core::fleet::{EndpointSpec, EngineMetrics};
 use kvroute_core::journal::{End, EndReason, Entry, FORMAT, Header};
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use kvroute_core::{Rng, Time};
 use kvroute_lab::engine;
 use kvroute_router::{Record, RouterHandle};
@@ -33,7 +33,7 @@ fn scratch(name: &str) -> PathBuf {
 
 /// What a recording without a configuration is replayed under.
 fn builtin() -> Plan {
-    kvroute::config::load(None).unwrap()
+    kvroute::config::load(None, Experimental::Refused).unwrap()
 }
 
 fn recorded_to(file: &std::path::Path) -> Option<Record> {
@@ -66,7 +66,7 @@ async fn turmoil(file: &std::path::Path) -> Vec<Value> {
     let mut engines = vec![engine().await, engine().await, engine().await];
     let flags: Vec<String> = engines.iter().map(flag).collect();
     let text = include_str!("../../../config/precise.yaml").to_owned() + IMPATIENT;
-    let plan = kvroute::config::load_text(&text, "impatient.yaml").unwrap();
+    let plan = kvroute::config::load_text(&text, "impatient.yaml", Experimental::Refused).unwrap();
     let mut config = config(plan, &flags);
     config.record = Some(Record { file: file.to_owned(), config: text });
     let router = router(config, &engines).await;
@@ -130,7 +130,9 @@ async fn the_live_decisions_and_their_replay_are_equal_byte_for_byte() {
     // Another plan on the same inputs: the same plan goes nowhere else, a blind one does.
     let other = |plan: Plan| replay(&text[..], Some(plan)).unwrap().other.unwrap();
     let itself = include_str!("../../../config/precise.yaml").to_owned() + IMPATIENT;
-    let itself = other(kvroute::config::load_text(&itself, "impatient.yaml").unwrap());
+    let itself = other(
+        kvroute::config::load_text(&itself, "impatient.yaml", Experimental::Refused).unwrap(),
+    );
     assert_eq!((itself.elsewhere, itself.decisions), (0, same.decisions));
     assert_eq!(itself.predicted_tokens_now, itself.predicted_tokens_then);
     let blind = other(Plan::baseline_round_robin());

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use kvroute_core::plan::Experimental;
+
 const FUNCTION_LINES_MAX: usize = 70;
 const FILE_LINES_MAX: usize = 800;
 const LINE_COLUMNS_MAX: usize = 100;
@@ -264,7 +266,8 @@ fn example_configurations_parse() {
     let mut faults = Vec::new();
     for path in examples {
         let text = fs::read_to_string(&path).expect("examples are UTF-8");
-        if let Err(error) = kvroute::config::load_text(&text, &shown(&path)) {
+        if let Err(error) = kvroute::config::load_text(&text, &shown(&path), Experimental::Allowed)
+        {
             faults.push(format!("{}: {error}", shown(&path)));
         }
     }

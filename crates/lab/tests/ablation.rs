@@ -10,7 +10,7 @@ use std::path::Path;
 use std::thread;
 
 use kvroute_core::decision::DecisionRecord;
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use kvroute_lab::model::Profile;
 use kvroute_lab::record::RunRecord;
 use kvroute_lab::report::Report;
@@ -52,7 +52,8 @@ load:
 ";
 
 fn plan(text: &str) -> Plan {
-    Plan::build(&kvroute_wire::config::parse(text, "test.yaml").unwrap()).unwrap()
+    Plan::build(&kvroute_wire::config::parse(text, "test.yaml").unwrap(), Experimental::Allowed)
+        .unwrap()
 }
 
 /// The policy with one weight set; the others as they are, or 0.

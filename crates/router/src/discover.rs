@@ -172,8 +172,9 @@ impl Discovery {
         };
         let metrics = shared.metrics.endpoint(&target.name);
         let limits = shared.pool_limits();
+        let (name, primary_port) = (target.name.clone(), shared.primary_port);
         let upstream =
-            Upstream::new(id, target.name.clone(), target.address, target.rank, metrics, limits);
+            Upstream::new(id, name, target.address, target.rank, metrics, limits, primary_port);
         let upstream = Arc::new(upstream);
         shared.upstreams.insert(Arc::clone(&upstream));
         shared.watch(Arc::clone(&upstream));

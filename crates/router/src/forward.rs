@@ -166,6 +166,7 @@ async fn attempt(
             client: outgoing.client,
             length: length_of(outgoing),
             rank: upstream.shares_address.load(Ordering::Relaxed).then_some(upstream.rank),
+            data_parallel: upstream.data_parallel.as_ref(),
             read_answer: outgoing.read_answer,
         },
         &outgoing.headers,

@@ -7,6 +7,7 @@ use http::header::{
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
+use kvroute_core::decision::DATA_PARALLEL_HEADER;
 
 /// Names a request, chosen by the client or by the router; on every response.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -134,6 +135,8 @@ pub(crate) struct HeadParts<'a> {
     pub length: BodyLength,
     /// Rank to choose behind an address that several ranks share.
     pub rank: Option<u32>,
+    /// The chosen rank's own address, behind a port that takes the requests of all ranks.
+    pub data_parallel: Option<&'a HeaderValue>,
     /// Whether the answer will be read for usage, which a compressed one does not show.
     pub read_answer: bool,
 }
@@ -170,6 +173,9 @@ pub(crate) fn write_head(parts: &HeadParts<'_>, headers: &HeaderMap, out: &mut V
     write_forwarded_for(parts.client, headers, out);
     if let Some(rank) = parts.rank {
         line(out, RANK, rank.to_string().as_bytes());
+    }
+    if let Some(address) = parts.data_parallel {
+        line(out, DATA_PARALLEL_HEADER, address.as_bytes());
     }
     match parts.length {
         BodyLength::None => {}
@@ -274,6 +280,7 @@ mod tests {
             client: IpAddr::V4(Ipv4Addr::LOCALHOST),
             length: BodyLength::Known(7),
             rank: Some(1),
+            data_parallel: Some(&HeaderValue::from_static("10.0.0.1:8001")),
             read_answer: true,
         };
         let mut out = Vec::new();
@@ -282,7 +289,8 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "POST /v1/completions?x=1 HTTP/1.1\r\nhost: 10.0.0.1:8000\r\ntracestate: a=b\r\n\
              x-request-id: id-1\r\nx-forwarded-for: 10.1.1.1, 127.0.0.1\r\n\
-             x-data-parallel-rank: 1\r\ncontent-length: 7\r\n\r\n"
+             x-data-parallel-rank: 1\r\nx-data-parallel-host-port: 10.0.0.1:8001\r\n\
+             content-length: 7\r\n\r\n"
         );
     }
 }

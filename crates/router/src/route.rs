@@ -12,7 +12,9 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 use kvroute_core::EndpointId;
-use kvroute_core::decision::{Decision, DecisionRecord, Headers, Mode, Reason};
+use kvroute_core::decision::{
+    DATA_PARALLEL_HEADER, Decision, DecisionRecord, Headers, Mode, Reason, RequestHeader,
+};
 use kvroute_core::fleet::Name;
 use kvroute_wire::api::Api;
 use kvroute_wire::usage::UsageScanner;
@@ -27,6 +29,8 @@ use crate::observe::{AnswerBody, Body, Observer, Reservation};
 use crate::shared::{Inflight, Shared};
 use crate::tokenize::{self, Asked};
 
+/// Header that names an objective; its older name.
+const OBJECTIVE: [&str; 2] = ["x-llm-d-inference-objective", "x-gateway-inference-objective"];
 /// Mode label of requests whose body the router does not read.
 const PASS_THROUGH: &str = "pass-through";
 /// Mode label of requests that were never routed.
@@ -94,6 +98,7 @@ async fn route(
         _ => Asked::nothing(),
     };
     let chosen = choose(shared, &way.request_id, &asked, &parts.headers)?;
+    chosen.tell_endpoint(&mut parts.headers);
     let mut outgoing = Outgoing {
         request_id: way.request_id.clone(),
         target: parts.uri.path_and_query().map_or("/", |target| target.as_str()).to_owned(),
@@ -182,10 +187,25 @@ pub(crate) struct Chosen {
     pub candidates: Vec<EndpointId>,
     /// Headers that plugins want on the response.
     pub response_headers: Vec<(HeaderName, HeaderValue)>,
+    /// Headers for the endpoint: who else works for the request.
+    request_headers: Vec<RequestHeader>,
     mode: Mode,
     endpoint: Name,
     /// Where the decision stands in the ring.
     number: u64,
+}
+
+impl Chosen {
+    /// Sets the headers that name those who work for the request before it is answered. The rank
+    /// behind a shared port differs by the endpoint that is tried, and is set there.
+    fn tell_endpoint(&self, headers: &mut HeaderMap) {
+        let told = self.request_headers.iter().filter(|h| h.name != DATA_PARALLEL_HEADER);
+        for RequestHeader { name, value } in told {
+            if let Ok(value) = HeaderValue::from_str(value) {
+                headers.insert(HeaderName::from_static(name), value);
+            }
+        }
+    }
 }
 
 /// Decides where a request goes, and notes the decision. Dropping the result gives back what was
@@ -207,13 +227,14 @@ pub(crate) fn choose(
         max_tokens: asked.max_tokens,
         skips_cache: asked.skips_cache,
         media: &[],
-        priority: 0,
+        priority: priority(shared, headers),
         headers: &Headers(&seen),
         allowed: None,
     };
     let decided = shared.brain.lock().decide(shared.clock.now(), &request);
-    let Decision { ticket, endpoint, fallback, response_headers, record } =
-        decided.map_err(RouteError::Rejected)?;
+    let decision = decided.map_err(RouteError::Rejected)?;
+    let Decision { ticket, endpoint, fallback, response_headers, request_headers, record, .. } =
+        decision;
     shared.metrics.decision.observe(started.elapsed().as_secs_f64());
     let reservation = Reservation::new(Arc::clone(shared), ticket);
     let (mode, name) = (record.mode, record.endpoint.clone());
@@ -228,7 +249,25 @@ pub(crate) fn choose(
         .into_iter()
         .filter_map(|h| Some((h.name.parse().ok()?, h.value.parse().ok()?)))
         .collect();
-    Ok(Chosen { reservation, candidates, response_headers, mode, endpoint: name, number })
+    Ok(Chosen {
+        reservation,
+        candidates,
+        response_headers,
+        request_headers,
+        mode,
+        endpoint: name,
+        number,
+    })
+}
+
+/// The priority of the objective that the request names; 0 for others.
+fn priority(shared: &Shared, headers: &HeaderMap) -> i32 {
+    if shared.settings.objectives.is_empty() {
+        return 0;
+    }
+    let given = OBJECTIVE.iter().find_map(|name| headers.get(*name));
+    let name = given.and_then(|value| value.to_str().ok()).unwrap_or_default();
+    shared.settings.objectives.get(name).copied().unwrap_or(0)
 }
 
 /// The headers that the plan's plugins read; a session id in the body stands in for the header.

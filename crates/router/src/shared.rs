@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     pub wants_events: bool,
     /// Which tokens the plan reads.
     pub tokens: TokensNeed,
+    /// Where requests go on each host, when not to the endpoint's own port.
+    pub primary_port: Option<u16>,
     /// Request headers that the plan's plugins read, lower case.
     pub scheduling_headers: Vec<String>,
     pub tokenize_room: Arc<Semaphore>,

@@ -191,6 +191,10 @@ pub(crate) struct Upstream {
     pub rank: u32,
     /// Other ranks are served at the same address, so the engine must be told which is meant.
     pub shares_address: AtomicBool,
+    /// Where its requests go: another port of its host where one port takes those of all ranks.
+    pub served_at: SocketAddr,
+    /// Its own address, for the header that names it there.
+    pub data_parallel: Option<HeaderValue>,
     /// `host:port`, for the `host` header.
     pub authority: String,
     /// The name, for the response header.
@@ -225,13 +229,18 @@ impl Upstream {
         rank: u32,
         metrics: EndpointMetrics,
         limits: PoolLimits,
+        primary_port: Option<u16>,
     ) -> Upstream {
         let header = HeaderValue::from_str(&name).unwrap_or(HeaderValue::from_static("-"));
-        let authority = address.to_string();
+        let served_at = SocketAddr::new(address.ip(), primary_port.unwrap_or(address.port()));
+        let authority = served_at.to_string();
+        let own = HeaderValue::from_str(&address.to_string()).ok();
         Upstream {
             id,
             name,
             address,
+            served_at,
+            data_parallel: primary_port.and(own),
             rank,
             shares_address: AtomicBool::new(false),
             authority,
@@ -252,7 +261,7 @@ impl Upstream {
         if !fresh && let Some(connection) = self.idle_connection() {
             return Ok(connection);
         }
-        Connection::open(self.address, self.limits.connect_timeout).await
+        Connection::open(self.served_at, self.limits.connect_timeout).await
     }
 
     fn idle_connection(&self) -> Option<Connection> {

@@ -1,69 +1,181 @@
-//! One decision, from the candidates to the record.
+//! One decision, from the candidates to the profiles that choose among them.
 
 use std::borrow::Cow;
 
-use super::{Alternative, Brain, InFlight};
-use crate::blocks::{BlockKey, Chain, TokenSpace};
+use super::Brain;
+use super::handle::Course;
 use crate::cost::Costing;
-use crate::decision::{
-    Candidate, Decision, DecisionRecord, LoadRecord, Mode, NoEndpoints, Reason, Reject, Request,
-};
+use crate::decision::{Decision, DecisionRecord, NoEndpoints, Reason, Reject, Request};
 use crate::fleet::{EndpointId, Name};
-use crate::index::SpeculationId;
 use crate::journal::{Call, Entry};
 use crate::knowledge::{Known, Sources};
-use crate::ledger::Expectation;
-use crate::load::Charge;
-use crate::pipeline::{Inputs, Outcome};
-use crate::plan::ProducerKind;
+use crate::pipeline::{Inputs, Survivors};
 use crate::produce::uncached_tokens;
-use crate::stage::{Picked, PrefixMatch, ResponseHeader, Row};
+use crate::stage::{PrefixMatch, Row};
 use crate::stream::StreamState;
 use crate::{Rng, Time};
+
+/// Priorities below it may be shed.
+const PRIORITY_KEPT: i32 = 0;
+
+/// What was concluded about a request, before anything comes of it.
+pub(super) struct Considered {
+    /// Every candidate, by name.
+    pub rows: Vec<Row>,
+    /// Who does which part of the work.
+    pub course: Course,
+    /// Seed of the random choices.
+    pub seed: u64,
+    pub sessions: Vec<(Name, String)>,
+}
 
 impl Brain {
     /// Chooses an endpoint, and reserves load and speculative residency there before it returns.
     pub fn decide(&mut self, now: Time, request: &Request<'_>) -> Result<Decision, Reject> {
         self.note(|| Entry::Call(Call::decide(now, request)));
         let seed = self.rng.next_u64();
-        let decided = self.try_decide(now, request, seed);
-        match &decided {
-            Ok(decision) => self.counters.decisions[decision.record.reason.index()] += 1,
-            Err(Reject::NoEndpoints { .. }) => self.counters.rejected_no_endpoints += 1,
-            Err(Reject::Saturated { .. }) => self.counters.rejected_saturated += 1,
-            Err(Reject::TooManyInFlight { .. }) => self.counters.rejected_in_flight += 1,
-        }
+        let considered = match self.reservations.is_full() {
+            true => {
+                let requests_max = self.plan.settings.inflight_requests_max;
+                Err(Reject::TooManyInFlight { requests_max })
+            }
+            false => self.consider(now, request, seed),
+        };
+        let decided = considered.map(|considered| self.commit(now, request, considered));
+        self.count(&decided);
         self.note(|| Entry::Decided(Cow::Borrowed(&decided)));
         decided
     }
 
-    fn try_decide(
+    /// The decision that would be made now with this seed; nothing comes of it, and nothing is
+    /// counted but what decisions look at.
+    pub fn explain(
         &mut self,
         now: Time,
         request: &Request<'_>,
         seed: u64,
-    ) -> Result<Decision, Reject> {
-        if self.reservations.is_full() {
-            let requests_max = self.plan.settings.inflight_requests_max;
-            return Err(Reject::TooManyInFlight { requests_max });
+    ) -> Result<DecisionRecord, Reject> {
+        let counters = self.counters;
+        let considered = self.consider(now, request, seed);
+        self.counters = counters;
+        considered.map(|considered| self.record(now, request, &considered))
+    }
+
+    fn count(&mut self, decided: &Result<Decision, Reject>) {
+        let counters = &mut self.counters;
+        match decided {
+            Ok(decision) => counters.decisions[decision.record.reason.index()] += 1,
+            Err(Reject::NoEndpoints { .. } | Reject::Screened { .. }) => {
+                counters.rejected_no_endpoints += 1;
+            }
+            Err(Reject::Saturated { .. }) => counters.rejected_saturated += 1,
+            Err(Reject::TooManyInFlight { .. }) => counters.rejected_in_flight += 1,
+            Err(Reject::Shed) => counters.rejected_shed += 1,
+            Err(Reject::NotAdmitted { .. }) => counters.rejected_not_admitted += 1,
+            Err(Reject::NoProfile { .. }) => counters.rejected_no_profile += 1,
         }
+    }
+
+    /// Everything that leads to a decision: it changes scratch memory only.
+    fn consider(
+        &mut self,
+        now: Time,
+        request: &Request<'_>,
+        seed: u64,
+    ) -> Result<Considered, Reject> {
         let mut rng = Rng::seeded(seed);
-        let considered = self.collect_rows(now, request)?;
-        self.fill_knowledge(request, &considered);
-        self.survivors.rows = self.charge_rows(now, request, considered);
-        let considered = self.survivors.rows.clone();
-        self.remove_builtin(now, request);
-        let columns = &self.knowledge.columns;
-        let inputs = Inputs { now, request, fleet: &self.fleet, columns };
-        self.pipeline.filter(&inputs, &mut rng, &mut self.survivors)?;
-        let outcome = self.pipeline.choose(&inputs, &mut rng, &self.survivors.rows);
-        self.counters.scores_missing += u64::from(outcome.scores_missing);
-        let record = self.record(now, request, seed, &considered, &outcome);
-        Ok(self.commit(now, request, &considered, outcome, record))
+        let mut base = self.collect_rows(now, request)?;
+        let sessions = self.sessions(request);
+        self.fill_knowledge(request, &base.rows);
+        self.charge_rows(now, request, &mut base.rows);
+        let rows = base.rows.clone();
+        let columns = std::mem::take(&mut self.knowledge.columns);
+        let media = self.media_columns(request, &rows);
+        let asked = Asked { now, request, columns: &columns, media: &media, sessions: &sessions };
+        let course = self.choose_course(&asked, &mut rng, base);
+        self.knowledge.columns = columns;
+        Ok(Considered { rows, course: course?, seed, sessions })
+    }
+
+    /// Admission, screening, profiles.
+    fn choose_course(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        mut base: Survivors,
+    ) -> Result<Course, Reject> {
+        self.admit_request(asked, rng, &base.rows)?;
+        self.remove_builtin(asked.now, asked.request, &mut base);
+        self.screen(asked, rng, &mut base)?;
+        let course = self.run_handler(asked, rng, base)?;
+        let ran = course.others.iter().filter_map(|other| other.ran.as_ref().ok());
+        let missing = ran.map(|ran| ran.outcome.scores_missing).sum::<u32>();
+        self.counters.scores_missing += u64::from(course.primary.outcome.scores_missing + missing);
+        Ok(course)
+    }
+
+    /// A request of negative priority gives way when the fleet is full; admitters have their say
+    /// about every request.
+    fn admit_request(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        rows: &[Row],
+    ) -> Result<(), Reject> {
+        let inputs = asked.inputs(&self.fleet, None);
+        if asked.request.priority < PRIORITY_KEPT
+            && let Some(detector) = &self.detector
+        {
+            let view = inputs.view(rows, detector.wants());
+            if detector.plugin.saturation(&view) >= 1.0 {
+                return Err(Reject::Shed);
+            }
+        }
+        for admitter in &self.admitters {
+            let view = inputs.view(rows, admitter.wants());
+            if let Err(why) = admitter.plugin.admit(&view, rng) {
+                return Err(Reject::NotAdmitted { admitter: admitter.name.clone(), why });
+            }
+        }
+        Ok(())
+    }
+
+    fn screen(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: &mut Survivors,
+    ) -> Result<(), Reject> {
+        for screener in &mut self.screeners {
+            let candidates = base.rows.len() as u32;
+            let mut keep = vec![true; base.rows.len()];
+            let inputs = asked.inputs(&self.fleet, None);
+            let wants = screener.wants();
+            screener.plugin.filter(&inputs.view(&base.rows, wants), rng, &mut keep);
+            base.retain(&screener.name, |at, _| keep[at]);
+            if base.rows.is_empty() {
+                return Err(Reject::Screened { screener: screener.name.clone(), candidates });
+            }
+        }
+        Ok(())
+    }
+
+    /// The sessions that the plan's producers find in the request.
+    fn sessions(&self, _request: &Request<'_>) -> Vec<(Name, String)> {
+        Vec::new()
+    }
+
+    /// Which of the request's items each candidate holds encoded, by position in `Plan::others`.
+    fn media_columns(
+        &self,
+        _request: &Request<'_>,
+        _rows: &[Row],
+    ) -> Vec<Vec<crate::stage::MediaMatch>> {
+        Vec::new()
     }
 
     /// Every endpoint that the request allows, by name.
-    fn collect_rows(&mut self, now: Time, request: &Request<'_>) -> Result<Vec<Row>, Reject> {
+    fn collect_rows(&self, now: Time, request: &Request<'_>) -> Result<Survivors, Reject> {
         let staleness = self.plan.settings.metrics_staleness();
         let allowed = |id: &EndpointId| request.allowed.is_none_or(|ids| ids.contains(id));
         let candidates = self.fleet.iter().filter(|endpoint| allowed(&endpoint.id));
@@ -79,11 +191,9 @@ impl Brain {
                 latency: None,
             })
             .collect();
-        self.survivors.filters.clear();
-        self.survivors.removed_by.clear();
-        self.survivors.removed_by.resize(rows.len(), None);
         if !rows.is_empty() {
-            return Ok(rows);
+            let removed_by = vec![None; rows.len()];
+            return Ok(Survivors { rows, removed_by, filters: Vec::new() });
         }
         let empty = self.fleet.is_empty();
         let why = if empty { NoEndpoints::EmptyFleet } else { NoEndpoints::NoneAllowed };
@@ -110,9 +220,9 @@ impl Brain {
         }
     }
 
-    fn charge_rows(&self, now: Time, request: &Request<'_>, mut rows: Vec<Row>) -> Vec<Row> {
+    fn charge_rows(&self, now: Time, request: &Request<'_>, rows: &mut [Row]) {
         let column = self.plan.load.prefix.and_then(|at| self.knowledge.columns.get(at));
-        for row in &mut rows {
+        for row in rows {
             let prefix = column.and_then(|column| column.prefix.get(row.at as usize)).copied();
             let prefix = prefix.unwrap_or(PrefixMatch::default());
             row.uncached_tokens = uncached_tokens(request.prompt_tokens, prefix);
@@ -120,11 +230,10 @@ impl Brain {
                 row.costing = self.costs.costing(now, endpoint, request, self.known(row).spec);
             }
         }
-        rows
     }
 
     /// What the main producer knows about a candidate.
-    fn known(&self, row: &Row) -> Known {
+    pub(super) fn known(&self, row: &Row) -> Known {
         let column = self.plan.producer_main.and_then(|at| self.knowledge.columns.get(at));
         let known = column.and_then(|column| column.known.get(row.at as usize)).copied();
         known.unwrap_or_else(|| Known::nothing(Reason::NotConfigured))
@@ -132,8 +241,8 @@ impl Brain {
 
     /// Stages of every plan: endpoints that just failed, and endpoints that are known to serve
     /// other models only, are passed over while others remain.
-    fn remove_builtin(&mut self, now: Time, request: &Request<'_>) {
-        let (fleet, survivors) = (&self.fleet, &mut self.survivors);
+    fn remove_builtin(&mut self, now: Time, request: &Request<'_>, survivors: &mut Survivors) {
+        let fleet = &self.fleet;
         let serves = |row: &Row| fleet.get(row.id).and_then(|e| e.serves(request.model));
         let before = survivors.rows.len();
         if survivors.rows.iter().any(|row| serves(row) == Some(true))
@@ -150,231 +259,22 @@ impl Brain {
             self.counters.avoided_failing += failing as u64;
         }
     }
+}
 
-    fn record(
-        &self,
-        now: Time,
-        request: &Request<'_>,
-        seed: u64,
-        considered: &[Row],
-        outcome: &Outcome,
-    ) -> DecisionRecord {
-        let chosen = considered.iter().find(|row| Some(&row.id) == outcome.order.first());
-        let chosen = chosen.unwrap_or(&considered[0]);
-        let known = self.known(chosen);
-        let candidates = || considered.iter().map(|row| self.known(row));
-        let degraded = candidates().filter(|k| k.reason.mode() != Mode::Precise).count() as u32;
-        let wants_precise = self.plan.reads_events();
-        DecisionRecord {
-            request_id: request.id.to_owned(),
-            at_s: now.as_secs_f64(),
-            model: request.model.to_owned(),
-            profile: self.pipeline.profile.clone(),
-            endpoint: self.name(chosen.id),
-            mode: known.reason.mode(),
-            reason: known.reason,
-            candidates_degraded: if wants_precise { degraded } else { 0 },
-            prompt_tokens: request.prompt_tokens,
-            available_tokens: candidates().map(|k| k.hit.predicted_tokens).max().unwrap_or(0),
-            chosen_tokens: known.hit.predicted_tokens,
-            seed,
-            tied: outcome.tied,
-            margin: outcome.margin,
-            filters: self.survivors.filters.clone(),
-            candidates: considered.iter().map(|row| self.candidate(now, row)).collect(),
-            scores: outcome.scores.clone(),
-        }
-    }
+/// A request with what producers found about it.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub now: Time,
+    pub request: &'a Request<'a>,
+    pub columns: &'a [crate::knowledge::Column],
+    pub media: &'a [Vec<crate::stage::MediaMatch>],
+    pub sessions: &'a [(Name, String)],
+}
 
-    fn candidate(&self, now: Time, row: &Row) -> Candidate {
-        let known = self.known(row);
-        let age = self.fleet.get(row.id).and_then(|endpoint| endpoint.metrics_age(now));
-        Candidate {
-            endpoint: self.name(row.id),
-            removed_by: self.survivors.removed_by.get(row.at as usize).cloned().flatten(),
-            reason: known.reason,
-            stream: self.stream_state(row.id).unwrap_or(StreamState::Initial),
-            hit: known.hit,
-            load: LoadRecord {
-                inflight_requests: row.inflight.requests,
-                inflight_tokens: row.inflight.tokens,
-                uncached_tokens: row.uncached_tokens,
-                waiting: row.signals.map(|signals| signals.waiting),
-                running: row.signals.map(|signals| signals.running),
-                kv_usage: row.signals.map(|signals| signals.kv_usage),
-                metrics_age_s: age.map(|age| age.as_secs_f64()),
-            },
-        }
-    }
-
-    fn name(&self, id: EndpointId) -> Name {
-        self.fleet.get(id).map_or_else(|| Name::from(""), |endpoint| endpoint.name.clone())
-    }
-
-    /// Makes the decision true: reservations, history, ledger, plugin state.
-    fn commit(
-        &mut self,
-        now: Time,
-        request: &Request<'_>,
-        considered: &[Row],
-        outcome: Outcome,
-        record: DecisionRecord,
-    ) -> Decision {
-        let available_tokens = record.available_tokens;
-        let retries_max = self.plan.settings.retries_max as usize;
-        let offered = 1 + retries_max.max(self.pipeline.endpoints_max() - 1);
-        let row_of = |id: &EndpointId| considered.iter().find(|row| row.id == *id);
-        // When everything better fails, an endpoint that failed before is still worth a try.
-        let failing = considered.iter().filter(|row| {
-            let removed_by = self.survivors.removed_by.get(row.at as usize);
-            removed_by.is_some_and(|by| by.as_ref() == Some(&self.builtin.failing))
-        });
-        let last_resort = failing.map(|row| &row.id);
-        let mut options: Vec<Alternative> = outcome
-            .order
-            .iter()
-            .chain(last_resort)
-            .take(offered)
-            .filter_map(row_of)
-            .map(|row| Alternative {
-                endpoint: row.id,
-                expectation: self.expectation(request, available_tokens, row),
-                uncached_tokens: row.uncached_tokens,
-            })
-            .collect();
-        // There is at least one candidate, and the picker orders all of them.
-        let row = row_of(&options[0].endpoint).unwrap_or(&considered[0]);
-        let promised = self.promised(request, row, &options);
-        let chosen = options.remove(0);
-        self.ledger.decided(chosen.endpoint, &chosen.expectation);
-        let response_headers = self.tell_plugins(now, request, chosen.endpoint);
-        self.remember(request, row);
-        let speculations = self.speculate(now, request, row);
-        let output_tokens =
-            self.plan.load.producer.output_tokens(request.prompt_tokens, request.max_tokens);
-        let charge = Charge {
-            endpoint: chosen.endpoint,
-            prompt_tokens: chosen.uncached_tokens,
-            output_tokens,
-        };
-        let fallback = options.iter().map(|option| option.endpoint).collect();
-        let costed = self.costs.begin(now, row, request, self.known(row).spec);
-        let inflight = InFlight {
-            costed,
-            promised,
-            expectation: chosen.expectation,
-            alternatives: options,
-            speculations,
-            answered: false,
-            reported: false,
-        };
-        let ticket = self.reservations.reserve(now, charge, inflight);
-        Decision { ticket, endpoint: chosen.endpoint, fallback, response_headers, record }
-    }
-
-    fn expectation(&self, request: &Request<'_>, available_tokens: u32, row: &Row) -> Expectation {
-        let known = self.known(row);
-        Expectation {
-            prompt_tokens: request.prompt_tokens,
-            available_tokens,
-            chosen_tokens: known.hit.predicted_tokens,
-            // Engines report the cached tokens of the last prompt only, and read nothing from
-            // the cache where they need every position's logits.
-            promised_tokens: known
-                .promised_tokens
-                .filter(|_| request.prompts.len() == 1 && !request.skips_cache),
-            block_size: known.hit.block_size,
-            removals: self.index.removals(row.id),
-            incomplete: known.reason == Reason::StreamSuspect,
-            concurrent: row.inflight.requests > 0 || row.signals.is_some_and(|s| s.waiting > 0),
-        }
-    }
-
-    /// The blocks of the prompt that any of the options promises: to tell an eviction from a lie.
-    /// Of options whose blocks differ in size, those of the chosen one's size.
-    fn promised(
-        &self,
-        request: &Request<'_>,
-        chosen: &Row,
-        options: &[Alternative],
-    ) -> Box<[BlockKey]> {
-        let spec = self.known(chosen).spec;
-        let (Some(spec), [prompt]) = (spec, request.prompts) else { return Box::default() };
-        let tokens = options.iter().filter_map(|option| option.expectation.promised_tokens).max();
-        let blocks = (tokens.unwrap_or(0) / spec.block_size.max(1)) as usize;
-        let keys = prompt.get(spec).map_or(&[][..], |chain| &chain.keys);
-        keys[..blocks.min(keys.len())].into()
-    }
-
-    fn tell_plugins(
-        &mut self,
-        now: Time,
-        request: &Request<'_>,
-        id: EndpointId,
-    ) -> Vec<ResponseHeader> {
-        match self.fleet.get(id) {
-            Some(endpoint) => {
-                let profile = self.pipeline.profile.clone();
-                self.pipeline.picked(&Picked {
-                    now,
-                    endpoint,
-                    request,
-                    sessions: &[],
-                    profile: profile.as_str(),
-                    primary: true,
-                })
-            }
-            None => Vec::new(),
-        }
-    }
-
-    /// Routing history, for every chain that a producer looked up on the chosen endpoint: what
-    /// remains when events fail.
-    fn remember(&mut self, request: &Request<'_>, chosen: &Row) {
-        for (at, column) in self.knowledge.columns.iter().enumerate() {
-            let spec_of = |column: &crate::knowledge::Column| {
-                column.known.get(chosen.at as usize).and_then(|known| known.spec)
-            };
-            let Some(spec) = spec_of(column) else { continue };
-            let mut earlier = self.knowledge.columns[..at].iter();
-            if earlier.any(|column| spec_of(column) == Some(spec)) {
-                continue;
-            }
-            let blocks_max = match self.plan.producers.get(at).map(|producer| &producer.kind) {
-                Some(ProducerKind::Approx(approx)) => approx.blocks_max(spec.block_size) as usize,
-                _ => usize::MAX,
-            };
-            for chain in request.prompts.iter().filter_map(|prompt| prompt.get(spec)) {
-                self.index.record(chosen.id, &chain.keys[..chain.keys.len().min(blocks_max)]);
-            }
-        }
-    }
-
-    /// Speculative residency: the next request with this prefix finds it here, although the engine
-    /// has not said so yet. Not for prompts that are resident already, nor without events, which
-    /// would have to confirm it.
-    fn speculate(&mut self, now: Time, request: &Request<'_>, chosen: &Row) -> Vec<SpeculationId> {
-        let known = self.known(chosen);
-        let Some(spec) = known.spec else { return Vec::new() };
-        let confirmed = matches!(
-            known.reason,
-            Reason::EventsLive
-                | Reason::StreamInitial
-                | Reason::StreamReplaying
-                | Reason::StreamSuspect
-        );
-        let resident = known.hit.resident >= known.hit.blocks;
-        if !self.speculative || !confirmed || resident || spec.space != TokenSpace::Exact {
-            return Vec::new();
-        }
-        let until = now + self.speculative_ttl;
-        let chains = request.prompts.iter().filter_map(|prompt| prompt.get(spec));
-        let index = &mut self.index;
-        let ids: Vec<SpeculationId> = chains
-            .filter(|chain: &&Chain| !chain.keys.is_empty())
-            .map(|chain| index.speculate(chosen.id, chain, until))
-            .collect();
-        self.counters.speculations += ids.len() as u64;
-        ids
+impl<'a> Asked<'a> {
+    /// What a pipeline reads, after an earlier profile chose `peer`.
+    pub fn inputs(&self, fleet: &'a crate::fleet::Fleet, peer: Option<EndpointId>) -> Inputs<'a> {
+        let Asked { now, request, columns, media, sessions } = *self;
+        Inputs { now, request, fleet, columns, media, sessions, peer }
     }
 }

@@ -11,7 +11,7 @@ use crate::blocks::{BlockKey, Chain, ChainSpec, PromptExtras, Root, TokenSpace, 
 use crate::decision::NoTokens;
 use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, Tier};
 use crate::fleet::LoraMetrics;
-use crate::plan::Plan;
+use crate::plan::{Experimental, Plan};
 use crate::settings::Settings;
 
 const BLOCK: usize = 16;
@@ -214,7 +214,9 @@ fn plans() -> [Plan; 4] {
         ..Settings::default()
     };
     let with = |plan: Plan| Plan { settings: settings.clone(), ..plan };
-    let read = |text: &str| Plan::build(&serde_saphyr::from_str(text).unwrap()).unwrap();
+    let read = |text: &str| {
+        Plan::build(&serde_saphyr::from_str(text).unwrap(), Experimental::Allowed).unwrap()
+    };
     let approximate = read(include_str!("../../../../config/approximate.yaml"));
     [
         with(Plan::precise()),

@@ -9,7 +9,7 @@ fn parse(yaml: &str) -> Result<EndpointPickerConfig, String> {
 }
 
 fn plan(yaml: &str) -> Plan {
-    Plan::build(&parse(yaml).unwrap()).unwrap()
+    Plan::build(&parse(yaml).unwrap(), Experimental::Allowed).unwrap()
 }
 
 fn stages(stages: &[StagePlan]) -> Vec<(&str, f64, Option<usize>)> {
@@ -45,8 +45,8 @@ fn a_blend_of_scorers_gets_its_producers_and_picker() {
     assert_eq!(
         texts(&plan, NoteKind::Added),
         [
-            "single-profile-handler: there is one profile",
             "max-score-picker: the profile has no picker",
+            "single-profile-handler: there is one profile",
             "approx-prefix-cache-producer: no-hit-lru-scorer reads it",
             "token-producer: prefix matching needs tokens",
         ]
@@ -130,12 +130,11 @@ kind: EndpointPickerConfig
 featureGates: [flowControl=false]
 plugins:
 - type: queue-scorer
-saturationDetector: {pluginRef: utilization-detector}
 flowControl:
   maxBytes: 2Gi
   maxRequests: 5000
   defaultRequestTTL: 1m30s
-  priorityBands: [{priority: -1, maxBytes: 1G, fairnessPolicyRef: x, orderingPolicyRef: y}]
+  priorityBands: [{priority: -1, maxBytes: 1G}]
 requestHandler: {parsers: [{pluginRef: openai-parser}]}
 kvroute: {body_bytes_max: 1000, speculative: false}
 ",
@@ -150,8 +149,8 @@ kvroute: {body_bytes_max: 1000, speculative: false}
     assert_eq!(flow.priority_bands[0].priority, -1);
     assert_eq!(config.kvroute.body_bytes_max, 1000);
     assert_eq!(config.kvroute.retries_max, 2);
-    let inert = Plan::build(&config).unwrap();
-    assert_eq!(texts(&inert, NoteKind::Inert).len(), 2);
+    let inert = Plan::build(&config, Experimental::Allowed).unwrap();
+    assert_eq!(texts(&inert, NoteKind::Inert).len(), 1);
 }
 
 #[test]
@@ -199,25 +198,25 @@ fn mistakes_of_meaning_name_their_place() {
             "no scorer",
         ),
         (profile("{pluginRef: queue-scorer, weight: .nan}"), format!("{path}.weight"), "finite"),
-        (two.into(), "schedulingProfiles[0]".into(), "already have a picker 'max-score-picker'"),
+        (two.into(), "plugins".into(), "already have a picker 'max-score-picker'"),
         (format!("{scorer}featureGates: [x]"), "featureGates[0]".into(), "flowControl"),
         ("plugins: [{type: queue-scorer}, {type: queue-scorer}]".into(), "plugins[1].name".into(),
             "duplicate"),
         ("plugins: [{type: load-aware-scorer, parameters: {threshold: 0}}]".into(),
-            "plugins[0].parameters".into(), "positive"),
+            "plugins[0].parameters.threshold".into(), "positive"),
         ("schedulingProfiles: [{plugins: []}]".into(), "schedulingProfiles[0].name".into(),
             "missing a name"),
         ("schedulingProfiles: [{name: a}, {name: b}]".into(), "schedulingProfiles".into(),
-            "multiple scheduling profiles"),
+            "no profile handler configured"),
         ("plugins: [{type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: x}}]"
-            .into(), "plugins (prefix-cache-scorer)".into(), "undefined plugin 'x'"),
+            .into(), "plugins[0].parameters".into(), "undefined plugin 'x'"),
         ("plugins: [{type: single-profile-handler}, {type: single-profile-handler, name: b}]"
-            .into(), "plugins".into(), "multiple profile handlers"),
+            .into(), "plugins[1].type".into(), "multiple profile handlers"),
     ];
     let zero = ("kvroute: {scrape_interval_ms: 0}".into(), "kvroute.scrape_interval_ms".into());
     let table = table.into_iter().chain([(zero.0, zero.1, "positive")]);
     for (yaml, path, message) in table {
-        let error = Plan::build(&parse(&yaml).unwrap()).unwrap_err();
+        let error = Plan::build(&parse(&yaml).unwrap(), Experimental::Allowed).unwrap_err();
         assert_eq!(error.path, path, "{yaml}");
         assert!(error.message.contains(message), "{yaml}\n{error}");
     }

@@ -315,6 +315,8 @@ fn report(engine: &Engine, mut findings: Vec<Finding>) -> EndpointReport {
 
 #[cfg(test)]
 mod tests {
+    use kvroute_core::plan::Experimental;
+
     use super::*;
 
     #[test]
@@ -341,7 +343,7 @@ mod tests {
                     - type: prefix-cache-scorer\n    parameters: \
                     {prefixMatchInfoProducerName: p}\n";
         let config = kvroute_wire::config::parse(text, "c.yaml").unwrap();
-        let plan = crate::config::load_text(text, "c.yaml").unwrap();
+        let plan = crate::config::load_text(text, "c.yaml", Experimental::Allowed).unwrap();
         let mut expected = Expected::default();
         expected.add("c.yaml", &config, &plan);
         assert!(expected.reads_events && expected.wants_tokens);

@@ -89,7 +89,10 @@ impl World {
         let decisions: u64 = counters.decisions.iter().sum();
         let rejected = counters.rejected_no_endpoints
             + counters.rejected_saturated
-            + counters.rejected_in_flight;
+            + counters.rejected_in_flight
+            + counters.rejected_shed
+            + counters.rejected_not_admitted
+            + counters.rejected_no_profile;
         for (name, counted, called) in [
             ("decisions and rejections", decisions + rejected, calls.decided),
             ("rejections", rejected, calls.rejected),

@@ -206,6 +206,10 @@ impl World {
             Reject::NoEndpoints { .. } => "rejected: no endpoints",
             Reject::Saturated { .. } => "rejected: saturated",
             Reject::TooManyInFlight { .. } => "rejected: in flight",
+            Reject::Screened { .. } => "rejected: screened",
+            Reject::Shed => "rejected: shed",
+            Reject::NotAdmitted { .. } => "rejected: not admitted",
+            Reject::NoProfile { .. } => "rejected: no profile",
         });
         self.ended(no, "rejected")
     }

@@ -3,7 +3,7 @@
 
 use kvroute_core::Rng;
 use kvroute_core::config::EndpointPickerConfig;
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use kvroute_core::settings::Settings;
 
 /// A plan and what to call it.
@@ -80,7 +80,8 @@ pub(super) fn draw(rng: &mut Rng) -> Drawn {
     if name == "precise-small" {
         small(rng, &mut config.kvroute);
     }
-    let plan = Plan::build(&config).expect("the plans of this table are valid");
+    let plan =
+        Plan::build(&config, Experimental::Allowed).expect("the plans of this table are valid");
     Drawn { name, plan }
 }
 

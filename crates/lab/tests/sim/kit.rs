@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use kvroute_core::decision::{Candidate, DecisionRecord};
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use kvroute_lab::record::{Ending, RequestRecord, RunRecord};
 use kvroute_lab::scenario::{FaultKind, FaultSpec, Scenario, StageSpec};
 use kvroute_lab::sim::{self, Arm, Policy, Watch};
@@ -56,7 +56,8 @@ pub fn fault(kind: FaultKind, engine: u16, at_s: f64, for_s: f64) -> FaultSpec {
 }
 
 pub fn plan(text: &str) -> Plan {
-    Plan::build(&kvroute_wire::config::parse(text, "test.yaml").unwrap()).unwrap()
+    Plan::build(&kvroute_wire::config::parse(text, "test.yaml").unwrap(), Experimental::Allowed)
+        .unwrap()
 }
 
 pub fn preset(name: &str) -> Plan {

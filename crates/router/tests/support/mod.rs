@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use kvroute_core::config::EndpointPickerConfig;
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use kvroute_core::settings::Settings;
 use kvroute_router::{EventsSource, RouterConfig, RouterHandle, Tokenizers};
 use parking_lot::Mutex;
@@ -323,8 +323,8 @@ pub fn settings() -> Settings {
 }
 
 pub fn plan(settings: Settings) -> Plan {
-    Plan::build(&EndpointPickerConfig { kvroute: settings, ..EndpointPickerConfig::precise() })
-        .unwrap()
+    let config = EndpointPickerConfig { kvroute: settings, ..EndpointPickerConfig::precise() };
+    Plan::build(&config, Experimental::Refused).unwrap()
 }
 
 /// A router for these endpoints.

@@ -8,7 +8,7 @@ use crate::index::IndexUsage;
 
 fn plan(yaml: &str) -> Plan {
     let config: EndpointPickerConfig = serde_saphyr::from_str(yaml).unwrap();
-    Plan::build(&config).unwrap()
+    Plan::build(&config, crate::plan::Experimental::Allowed).unwrap()
 }
 
 #[test]

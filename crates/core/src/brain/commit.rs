@@ -1,0 +1,348 @@
+//! What a decision says, and what comes of it: record, reservations, history, expectations.
+
+use super::decide::Considered;
+use super::handle::{Other, Ran, Step};
+use super::{Alternative, Brain, InFlight};
+use crate::Time;
+use crate::blocks::{BlockKey, Chain, TokenSpace};
+use crate::decision::{
+    Candidate, DATA_PARALLEL_HEADER, Decision, DecisionRecord, ENCODERS_HEADER, LoadRecord, Mode,
+    PREFILLER_HEADER, ProfileRecord, Reason, RemovedRecord, Request, RequestHeader,
+};
+use crate::fleet::{EndpointId, Name};
+use crate::index::SpeculationId;
+use crate::ledger::Expectation;
+use crate::load::Charge;
+use crate::plan::ProducerKind;
+use crate::stage::{Picked, ResponseHeader, Row};
+use crate::stream::StreamState;
+
+impl Brain {
+    /// Why the request goes where it goes.
+    pub(super) fn record(
+        &self,
+        now: Time,
+        request: &Request<'_>,
+        considered: &Considered,
+    ) -> DecisionRecord {
+        let Considered { rows, course, seed, .. } = considered;
+        let Ran { profile, survivors, outcome } = &course.primary;
+        let chosen = self.row_of(rows, course.primary.chosen());
+        let known = self.known(chosen);
+        let candidates = || rows.iter().map(|row| self.known(row));
+        let degraded = candidates().filter(|k| k.reason.mode() != Mode::Precise).count() as u32;
+        let wants_precise = self.plan.reads_events();
+        DecisionRecord {
+            request_id: request.id.to_owned(),
+            at_s: now.as_secs_f64(),
+            model: request.model.to_owned(),
+            profile: self.plan.profiles[*profile].name.clone(),
+            endpoint: self.name(chosen.id),
+            mode: known.reason.mode(),
+            reason: known.reason,
+            candidates_degraded: if wants_precise { degraded } else { 0 },
+            prompt_tokens: request.prompt_tokens,
+            available_tokens: candidates().map(|k| k.hit.predicted_tokens).max().unwrap_or(0),
+            chosen_tokens: known.hit.predicted_tokens,
+            seed: *seed,
+            tied: outcome.tied,
+            margin: outcome.margin,
+            filters: survivors.filters.clone(),
+            candidates: rows
+                .iter()
+                .map(|row| {
+                    let removed_by = survivors.removed_by.get(row.at as usize);
+                    self.candidate(now, row, removed_by.cloned().flatten())
+                })
+                .collect(),
+            scores: outcome.scores.clone(),
+            others: course.others.iter().map(|other| self.profile_record(rows, other)).collect(),
+            request_headers: self.request_headers(considered),
+        }
+    }
+
+    fn profile_record(&self, rows: &[Row], other: &Other) -> ProfileRecord {
+        let (survivors, outcome, failed) = match &other.ran {
+            Ok(ran) => (&ran.survivors, Some(&ran.outcome), None),
+            Err((survivors, reject)) => (survivors, None, Some(reject.to_string())),
+        };
+        let removed = |row: &Row| {
+            let by = survivors.removed_by.get(row.at as usize)?.clone()?;
+            Some(RemovedRecord { endpoint: self.name(row.id), by })
+        };
+        ProfileRecord {
+            profile: self.plan.profiles[other.profile].name.clone(),
+            step: other.step.as_str(),
+            endpoint: other.chosen().map(|id| self.name(id)),
+            failed,
+            tied: outcome.map_or(0, |outcome| outcome.tied),
+            margin: outcome.and_then(|outcome| outcome.margin),
+            filters: survivors.filters.clone(),
+            removed: rows.iter().filter_map(removed).collect(),
+            scores: outcome.map(|outcome| outcome.scores.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// What the chosen endpoint must be told: who prefills and who encodes.
+    fn request_headers(&self, considered: &Considered) -> Vec<RequestHeader> {
+        let course = &considered.course;
+        let mut headers = Vec::new();
+        for other in &course.others {
+            let Ok(ran) = &other.ran else { continue };
+            let name = match other.step {
+                Step::Encode => ENCODERS_HEADER,
+                Step::Prefill => PREFILLER_HEADER,
+            };
+            let offered = self.pipelines[ran.profile].endpoints_max();
+            let addresses = ran.outcome.order.iter().take(offered).map(|id| self.address(*id));
+            headers.push(RequestHeader { name, value: addresses.collect::<Vec<_>>().join(",") });
+        }
+        if course.primary_port.is_some() {
+            let value = self.address(course.primary.chosen()).to_owned();
+            headers.push(RequestHeader { name: DATA_PARALLEL_HEADER, value });
+        }
+        headers
+    }
+
+    fn candidate(&self, now: Time, row: &Row, removed_by: Option<Name>) -> Candidate {
+        let known = self.known(row);
+        let age = self.fleet.get(row.id).and_then(|endpoint| endpoint.metrics_age(now));
+        Candidate {
+            endpoint: self.name(row.id),
+            removed_by,
+            reason: known.reason,
+            stream: self.stream_state(row.id).unwrap_or(StreamState::Initial),
+            hit: known.hit,
+            load: LoadRecord {
+                inflight_requests: row.inflight.requests,
+                inflight_tokens: row.inflight.tokens,
+                uncached_tokens: row.uncached_tokens,
+                waiting: row.signals.map(|signals| signals.waiting),
+                running: row.signals.map(|signals| signals.running),
+                kv_usage: row.signals.map(|signals| signals.kv_usage),
+                metrics_age_s: age.map(|age| age.as_secs_f64()),
+            },
+        }
+    }
+
+    fn name(&self, id: EndpointId) -> Name {
+        self.fleet.get(id).map_or_else(|| Name::from(""), |endpoint| endpoint.name.clone())
+    }
+
+    fn address(&self, id: EndpointId) -> &str {
+        self.fleet.get(id).map_or("", |endpoint| endpoint.address.as_str())
+    }
+
+    /// The row of an endpoint; there is at least one row, and it is one of them.
+    fn row_of<'r>(&self, rows: &'r [Row], id: EndpointId) -> &'r Row {
+        rows.iter().find(|row| row.id == id).unwrap_or(&rows[0])
+    }
+
+    /// Makes the decision true: reservations, history, ledger, plugin state.
+    pub(super) fn commit(
+        &mut self,
+        now: Time,
+        request: &Request<'_>,
+        considered: Considered,
+    ) -> Decision {
+        let record = self.record(now, request, &considered);
+        let Considered { rows, course, sessions, .. } = considered;
+        let available_tokens = record.available_tokens;
+        let prefill = course.others.iter().find(|other| other.step == Step::Prefill);
+        let prefilled = prefill.is_some_and(|other| other.chosen().is_some());
+        let mut options: Vec<Alternative> = self
+            .offered(&course.primary, &rows)
+            .into_iter()
+            .map(|row| Alternative {
+                endpoint: row.id,
+                expectation: self.expectation(request, available_tokens, row, prefilled),
+                uncached_tokens: row.uncached_tokens,
+            })
+            .collect();
+        let row = *self.row_of(&rows, course.primary.chosen());
+        let promised = self.promised(request, &row, &options);
+        let chosen = options.remove(0);
+        self.ledger.decided(chosen.endpoint, &chosen.expectation);
+        let mut told = vec![(course.primary.profile, chosen.endpoint, true)];
+        told.extend(course.others.iter().filter_map(|o| Some((o.profile, o.chosen()?, false))));
+        let response_headers = self.tell_plugins(now, request, &sessions, &told);
+        self.remember(request, &row);
+        let mut speculations = self.speculate(now, request, &row);
+        if let Some(id) = prefill.and_then(Other::chosen) {
+            let row = self.row_of(&rows, id);
+            self.remember(request, row);
+            speculations.extend(self.speculate(now, request, row));
+        }
+        let output_tokens =
+            self.plan.load.producer.output_tokens(request.prompt_tokens, request.max_tokens);
+        let charge = Charge {
+            endpoint: chosen.endpoint,
+            prompt_tokens: chosen.uncached_tokens,
+            output_tokens,
+        };
+        let helpers = self.charge_helpers(&course.others, &rows);
+        let fallback = options.iter().map(|option| option.endpoint).collect();
+        let costed = self.costs.begin(now, &row, request, self.known(&row).spec, prefilled);
+        let inflight = InFlight {
+            costed,
+            promised,
+            expectation: chosen.expectation,
+            alternatives: options,
+            speculations,
+            helpers,
+            answered: false,
+            reported: false,
+        };
+        let ticket = self.reservations.reserve(now, charge, inflight);
+        Decision {
+            ticket,
+            endpoint: chosen.endpoint,
+            fallback,
+            response_headers,
+            request_headers: record.request_headers.clone(),
+            primary_port: course.primary_port,
+            record,
+        }
+    }
+
+    /// The chosen endpoint and the next best ones, as many as may be tried. When everything
+    /// better fails, an endpoint that failed before is still worth a try.
+    fn offered<'r>(&self, primary: &Ran, rows: &'r [Row]) -> Vec<&'r Row> {
+        let retries_max = self.plan.settings.retries_max as usize;
+        let pipeline = &self.pipelines[primary.profile];
+        let offered = 1 + retries_max.max(pipeline.endpoints_max() - 1);
+        let failing = rows.iter().filter(|row| {
+            let removed_by = primary.survivors.removed_by.get(row.at as usize);
+            removed_by.is_some_and(|by| by.as_ref() == Some(&self.builtin.failing))
+        });
+        let order = primary.outcome.order.iter();
+        let ordered = order.filter_map(|id| rows.iter().find(|row| row.id == *id));
+        ordered.chain(failing).take(offered).collect()
+    }
+
+    /// Those who work before the answer are charged until it starts: a prefill endpoint with the
+    /// tokens that it has to compute.
+    fn charge_helpers(&mut self, others: &[Other], rows: &[Row]) -> Vec<Charge> {
+        let charge = |other: &Other| {
+            let endpoint = other.chosen()?;
+            let prompt_tokens = match other.step {
+                Step::Prefill => self.row_of(rows, endpoint).uncached_tokens,
+                Step::Encode => 0,
+            };
+            Some(Charge { endpoint, prompt_tokens, output_tokens: 0 })
+        };
+        let charges: Vec<Charge> = others.iter().filter_map(charge).collect();
+        charges.iter().for_each(|charge| self.reservations.charge(charge));
+        charges
+    }
+
+    fn expectation(
+        &self,
+        request: &Request<'_>,
+        available_tokens: u32,
+        row: &Row,
+        prefilled: bool,
+    ) -> Expectation {
+        let known = self.known(row);
+        Expectation {
+            prompt_tokens: request.prompt_tokens,
+            available_tokens,
+            chosen_tokens: known.hit.predicted_tokens,
+            // Engines report the cached tokens of the last prompt only, and read nothing from
+            // the cache where they need every position's logits. Behind a prefill elsewhere they
+            // report what that endpoint had.
+            promised_tokens: known
+                .promised_tokens
+                .filter(|_| request.prompts.len() == 1 && !request.skips_cache && !prefilled),
+            block_size: known.hit.block_size,
+            removals: self.index.removals(row.id),
+            incomplete: known.reason == Reason::StreamSuspect,
+            concurrent: row.inflight.requests > 0 || row.signals.is_some_and(|s| s.waiting > 0),
+        }
+    }
+
+    /// The blocks of the prompt that any of the options promises: to tell an eviction from a lie.
+    /// Of options whose blocks differ in size, those of the chosen one's size.
+    fn promised(
+        &self,
+        request: &Request<'_>,
+        chosen: &Row,
+        options: &[Alternative],
+    ) -> Box<[BlockKey]> {
+        let spec = self.known(chosen).spec;
+        let (Some(spec), [prompt]) = (spec, request.prompts) else { return Box::default() };
+        let tokens = options.iter().filter_map(|option| option.expectation.promised_tokens).max();
+        let blocks = (tokens.unwrap_or(0) / spec.block_size.max(1)) as usize;
+        let keys = prompt.get(spec).map_or(&[][..], |chain| &chain.keys);
+        keys[..blocks.min(keys.len())].into()
+    }
+
+    /// Tells the stages of each profile whom it chose.
+    fn tell_plugins(
+        &mut self,
+        now: Time,
+        request: &Request<'_>,
+        sessions: &[(Name, String)],
+        told: &[(usize, EndpointId, bool)],
+    ) -> Vec<ResponseHeader> {
+        let mut headers = Vec::new();
+        for (profile, id, primary) in told {
+            let Some(endpoint) = self.fleet.get(*id) else { continue };
+            let name = self.plan.profiles[*profile].name.as_str();
+            let primary = *primary;
+            let picked = Picked { now, endpoint, request, sessions, profile: name, primary };
+            headers.extend(self.pipelines[*profile].picked(&picked));
+        }
+        headers
+    }
+
+    /// Routing history, for every chain that a producer looked up on the chosen endpoint: what
+    /// remains when events fail.
+    fn remember(&mut self, request: &Request<'_>, chosen: &Row) {
+        for (at, column) in self.knowledge.columns.iter().enumerate() {
+            let spec_of = |column: &crate::knowledge::Column| {
+                column.known.get(chosen.at as usize).and_then(|known| known.spec)
+            };
+            let Some(spec) = spec_of(column) else { continue };
+            let mut earlier = self.knowledge.columns[..at].iter();
+            if earlier.any(|column| spec_of(column) == Some(spec)) {
+                continue;
+            }
+            let blocks_max = match self.plan.producers.get(at).map(|producer| &producer.kind) {
+                Some(ProducerKind::Approx(approx)) => approx.blocks_max(spec.block_size) as usize,
+                _ => usize::MAX,
+            };
+            for chain in request.prompts.iter().filter_map(|prompt| prompt.get(spec)) {
+                self.index.record(chosen.id, &chain.keys[..chain.keys.len().min(blocks_max)]);
+            }
+        }
+    }
+
+    /// Speculative residency: the next request with this prefix finds it here, although the engine
+    /// has not said so yet. Not for prompts that are resident already, nor without events, which
+    /// would have to confirm it.
+    fn speculate(&mut self, now: Time, request: &Request<'_>, chosen: &Row) -> Vec<SpeculationId> {
+        let known = self.known(chosen);
+        let Some(spec) = known.spec else { return Vec::new() };
+        let confirmed = matches!(
+            known.reason,
+            Reason::EventsLive
+                | Reason::StreamInitial
+                | Reason::StreamReplaying
+                | Reason::StreamSuspect
+        );
+        let resident = known.hit.resident >= known.hit.blocks;
+        if !self.speculative || !confirmed || resident || spec.space != TokenSpace::Exact {
+            return Vec::new();
+        }
+        let until = now + self.speculative_ttl;
+        let chains = request.prompts.iter().filter_map(|prompt| prompt.get(spec));
+        let index = &mut self.index;
+        let ids: Vec<SpeculationId> = chains
+            .filter(|chain: &&Chain| !chain.keys.is_empty())
+            .map(|chain| index.speculate(chosen.id, chain, until))
+            .collect();
+        self.counters.speculations += ids.len() as u64;
+        ids
+    }
+}

@@ -1,0 +1,189 @@
+//! Which profiles run, and what does each conclude?
+
+use super::Brain;
+use super::decide::Asked;
+use crate::Rng;
+use crate::decision::{Reject, Request};
+use crate::fleet::EndpointId;
+use crate::handle::StageOrder;
+use crate::pipeline::{Outcome, Survivors};
+use crate::plan::{DisaggPlan, HandlerPlan};
+use crate::produce::uncached_tokens;
+use crate::stage::PrefixMatch;
+
+/// What the profile handler concluded.
+pub(super) struct Course {
+    /// Who answers.
+    pub primary: Ran,
+    /// Who works for the request before, in order.
+    pub others: Vec<Other>,
+    /// Where the request goes on the chosen host, when not to the endpoint's own port.
+    pub primary_port: Option<u16>,
+}
+
+/// A profile that chose.
+pub(super) struct Ran {
+    /// Position in `Plan::profiles`.
+    pub profile: usize,
+    pub survivors: Survivors,
+    pub outcome: Outcome,
+}
+
+/// A part of the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Encode,
+    Prefill,
+}
+
+impl Step {
+    /// Its name in records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Step::Encode => "encode",
+            Step::Prefill => "prefill",
+        }
+    }
+}
+
+/// A profile beside the primary one. Where it finds nobody, the primary endpoint does the work.
+pub(super) struct Other {
+    pub step: Step,
+    pub profile: usize,
+    pub ran: Result<Ran, (Survivors, Reject)>,
+}
+
+impl Other {
+    /// Whom it chose.
+    pub fn chosen(&self) -> Option<EndpointId> {
+        self.ran.as_ref().ok().map(Ran::chosen)
+    }
+}
+
+impl Ran {
+    /// The chosen endpoint; a picker orders at least one.
+    pub fn chosen(&self) -> EndpointId {
+        self.outcome.order.first().copied().unwrap_or(self.survivors.rows[0].id)
+    }
+}
+
+impl Course {
+    fn of(primary: Ran) -> Course {
+        Course { primary, others: Vec::new(), primary_port: None }
+    }
+}
+
+impl Brain {
+    /// Runs the profiles of a request as the plan's handler says.
+    pub(super) fn run_handler(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: Survivors,
+    ) -> Result<Course, Reject> {
+        match self.plan.handler.clone() {
+            HandlerPlan::Single => self.primary(asked, rng, base, 0, None).map(Course::of),
+            HandlerPlan::DataParallel { primary_port } => {
+                let course = Course::of(self.primary(asked, rng, base, 0, None)?);
+                Ok(Course { primary_port: Some(primary_port), ..course })
+            }
+            HandlerPlan::Header { header, default } => {
+                let profile = self.profile_named(asked.request, &header, &default)?;
+                self.primary(asked, rng, base, profile, None).map(Course::of)
+            }
+            HandlerPlan::Disagg(disagg) => self.disaggregate(asked, rng, base, &disagg),
+        }
+    }
+
+    fn profile_named(
+        &self,
+        request: &Request<'_>,
+        header: &str,
+        default: &str,
+    ) -> Result<usize, Reject> {
+        let name = request.headers.get(header).filter(|name| !name.is_empty()).unwrap_or(default);
+        let mut profiles = self.plan.profiles.iter();
+        profiles.position(|profile| profile.name.as_str() == name).ok_or_else(|| {
+            let names = self.plan.profiles.iter().map(|profile| profile.name.as_str());
+            let names = names.collect::<Vec<_>>().join(", ");
+            Reject::NoProfile { name: name.to_owned(), header: header.to_owned(), names }
+        })
+    }
+
+    fn disaggregate(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: Survivors,
+        plan: &DisaggPlan,
+    ) -> Result<Course, Reject> {
+        let mut others = Vec::new();
+        let mut peer = None;
+        if let (StageOrder::PrefillFirst, Some((profile, _))) = (plan.order, plan.prefill) {
+            let prefill = self.other(asked, rng, &base, (Step::Prefill, profile), None);
+            peer = prefill.chosen();
+            others.push(prefill);
+        }
+        let primary = self.primary(asked, rng, base.clone(), plan.decode, peer)?;
+        let decode = primary.chosen();
+        if let Some((profile, decider)) = plan.encode {
+            let uncached = self.uncached_on(asked.request, asked, &primary);
+            if decider.decide(asked.request.prompt_tokens, uncached, asked.request.media.len()) {
+                others.push(self.other(asked, rng, &base, (Step::Encode, profile), Some(decode)));
+            }
+        }
+        if let (StageOrder::DecodeFirst, Some((profile, decider))) = (plan.order, plan.prefill) {
+            let uncached = self.uncached_on(asked.request, asked, &primary);
+            let (tokens, media) = (asked.request.prompt_tokens, asked.request.media.len());
+            if decider.is_none_or(|decider| decider.decide(tokens, uncached, media)) {
+                others.push(self.other(asked, rng, &base, (Step::Prefill, profile), Some(decode)));
+            }
+        }
+        Ok(Course { primary, others, primary_port: plan.primary_port })
+    }
+
+    /// Prompt tokens that the chosen endpoint has not cached, as the plan's main producer sees it.
+    fn uncached_on(&self, request: &Request<'_>, asked: &Asked<'_>, ran: &Ran) -> u32 {
+        let chosen = ran.chosen();
+        let row = ran.survivors.rows.iter().find(|row| row.id == chosen);
+        let column = self.plan.producer_main.and_then(|at| asked.columns.get(at));
+        let found = row.zip(column).and_then(|(row, column)| column.prefix.get(row.at as usize));
+        uncached_tokens(request.prompt_tokens, found.copied().unwrap_or(PrefixMatch::default()))
+    }
+
+    fn primary(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: Survivors,
+        profile: usize,
+        peer: Option<EndpointId>,
+    ) -> Result<Ran, Reject> {
+        self.run_profile(asked, rng, base, profile, peer).map_err(|(_, reject)| reject)
+    }
+
+    fn other(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: &Survivors,
+        (step, profile): (Step, usize),
+        peer: Option<EndpointId>,
+    ) -> Other {
+        let ran = self.run_profile(asked, rng, base.clone(), profile, peer);
+        Other { step, profile, ran }
+    }
+
+    fn run_profile(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: Survivors,
+        profile: usize,
+        peer: Option<EndpointId>,
+    ) -> Result<Ran, (Survivors, Reject)> {
+        let inputs = asked.inputs(&self.fleet, peer);
+        let (survivors, outcome) = self.pipelines[profile].run(&inputs, rng, base)?;
+        Ok(Ran { profile, survivors, outcome })
+    }
+}

@@ -1,0 +1,376 @@
+//! From a configuration to a plan, in llm-d's order: plugins, references, defaults, profiles,
+//! producers.
+
+use super::{
+    Experimental, HandlerPlan, LoadPlan, Note, NoteKind, Plan, PlanError, ProducerKind,
+    ProducerPlan, ProfilePlan, StagePlan, TokensNeed,
+};
+use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
+use crate::fleet::Name;
+use crate::plugin::{PluginKind, PluginSpec, Role, Stability, nearest_first};
+use crate::stage::{LOAD_DEFAULT, PREFIX_DEFAULT};
+
+/// Checks and completes a configuration.
+pub(super) fn build(
+    config: &EndpointPickerConfig,
+    experimental: Experimental,
+) -> Result<Plan, PlanError> {
+    let mut builder = Builder::new(config, experimental)?;
+    builder.check_references()?;
+    builder.check_gates()?;
+    let entries = builder.profile_entries()?;
+    let mut profiles = Vec::new();
+    for (at, entry) in entries.iter().enumerate() {
+        profiles.push(builder.profile(at, entry)?);
+    }
+    let handler = builder.handler(&profiles)?;
+    let detector = builder.sections()?;
+    let mut around = builder.around_profiles(detector);
+    builder.resolve(&mut profiles, &mut around)?;
+    builder.finish(handler, profiles, around)
+}
+
+/// An error at a place of the configuration.
+pub(super) fn error(path: impl Into<String>, message: impl Into<String>) -> PlanError {
+    PlanError { path: path.into(), message: message.into() }
+}
+
+/// Plugins by name while a plan is made: configured ones, and those that are added.
+pub(super) struct Builder<'a> {
+    pub config: &'a EndpointPickerConfig,
+    pub plugins: Vec<(Name, PluginSpec)>,
+    pub notes: Vec<Note>,
+}
+
+/// The stages that run before any profile.
+#[derive(Default)]
+pub(super) struct Around {
+    pub screeners: Vec<StagePlan>,
+    pub admitters: Vec<StagePlan>,
+    pub detector: Option<StagePlan>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(
+        config: &'a EndpointPickerConfig,
+        experimental: Experimental,
+    ) -> Result<Builder<'a>, PlanError> {
+        if let Some(field) = config.kvroute.zero() {
+            return Err(error(format!("kvroute.{field}"), "must be positive"));
+        }
+        let mut builder = Builder { config, plugins: Vec::new(), notes: Vec::new() };
+        if config.api_version == Some(ApiVersion::Inference) {
+            let text = "apiVersion: this group is deprecated; write llm-d.ai/v1alpha1";
+            builder.note(NoteKind::Warning, text);
+        }
+        for (at, entry) in config.plugins.iter().enumerate() {
+            let (name, kind) = (Name::from(entry.name()), entry.spec.kind());
+            if builder.spec(entry.name()).is_some() {
+                let message = format!("duplicate plugin name '{name}'; give one of them a `name`");
+                return Err(error(format!("plugins[{at}].name"), message));
+            }
+            if kind.stability() == Stability::Alpha && experimental == Experimental::Refused {
+                let message = format!(
+                    "plugin '{name}' (type: '{}') has Alpha stability level: start with \
+                     --allow-experimental-plugins, or leave it out",
+                    entry.written()
+                );
+                return Err(error(format!("plugins[{at}].type"), message));
+            }
+            entry.spec.plugin().check().map_err(|text| fault_of_parameters(at, text))?;
+            if let Some(old) = kind.deprecation(entry.written()) {
+                let text = format!(
+                    "{name}: type {} is deprecated since llm-d {}; write {}",
+                    entry.written(),
+                    old.since,
+                    old.instead
+                );
+                builder.note(NoteKind::Warning, text);
+            }
+            builder.plugins.push((name, entry.spec.clone()));
+        }
+        Ok(builder)
+    }
+
+    pub fn spec(&self, name: &str) -> Option<&PluginSpec> {
+        self.plugins.iter().find(|(n, _)| n.as_str() == name).map(|(_, spec)| spec)
+    }
+
+    pub fn note(&mut self, kind: NoteKind, text: impl Into<String>) {
+        self.notes.push(Note { kind, text: text.into() });
+    }
+
+    pub fn add(&mut self, spec: PluginSpec, why: &str) -> Name {
+        let name = Name::from(spec.kind().name());
+        self.note(NoteKind::Added, format!("{name}: {why}"));
+        self.plugins.push((name.clone(), spec));
+        name
+    }
+
+    /// The plugin of a name, where a reference may also name a type that is not listed: then it is
+    /// added with its defaults.
+    pub fn find_or_add(
+        &mut self,
+        path: &str,
+        name: &str,
+        role: Role,
+        why: &str,
+    ) -> Result<(Name, PluginSpec), PlanError> {
+        if self.spec(name).is_none()
+            && let Some(spec) = default_spec(name).filter(|spec| spec.kind().is(role))
+        {
+            self.add(spec, why);
+        }
+        let Some(spec) = self.spec(name).cloned() else {
+            return Err(self.undefined(path, name));
+        };
+        if !spec.kind().is(role) {
+            return Err(not_of_role(path, name, &spec, role));
+        }
+        Ok((Name::from(name), spec))
+    }
+
+    pub fn undefined(&self, path: impl Into<String>, name: &str) -> PlanError {
+        let names = nearest_first(name, self.plugins.iter().map(|(n, _)| n.as_str()));
+        let names = if names.is_empty() { "none".into() } else { names.join(", ") };
+        error(path, format!("references undefined plugin '{name}'; defined: {names}"))
+    }
+
+    /// Where a plugin's parameters stand; an added one has no place.
+    pub fn path_of(&self, name: &str) -> String {
+        let at = self.config.plugins.iter().position(|entry| entry.name() == name);
+        at.map_or("plugins".to_owned(), |at| format!("plugins[{at}].parameters"))
+    }
+
+    /// All of a role, in order.
+    pub fn of_role(&self, role: Role) -> impl Iterator<Item = &(Name, PluginSpec)> {
+        self.plugins.iter().filter(move |(_, spec)| spec.kind().is(role))
+    }
+
+    /// Parameters that name other plugins name ones that exist, fit, and do not name them back.
+    fn check_references(&self) -> Result<(), PlanError> {
+        for (at, entry) in self.config.plugins.iter().enumerate() {
+            for reference in entry.spec.plugin().references() {
+                let path = format!("plugins[{at}].parameters.{}", reference.path);
+                let Some(spec) = self.spec(reference.name) else {
+                    return Err(self.undefined(path, reference.name));
+                };
+                let mut chain = vec![entry.name()];
+                self.find_loop(&mut chain, reference.name, &path)?;
+                if !spec.kind().is(reference.role) {
+                    return Err(not_of_role(&path, reference.name, spec, reference.role));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn find_loop<'c>(
+        &'c self,
+        chain: &mut Vec<&'c str>,
+        name: &'c str,
+        path: &str,
+    ) -> Result<(), PlanError> {
+        let again = chain.contains(&name);
+        chain.push(name);
+        if again {
+            let message = format!("plugins refer to each other in a loop: {}", chain.join(" -> "));
+            return Err(error(path, message));
+        }
+        if let Some(spec) = self.spec(name) {
+            for reference in spec.plugin().references() {
+                self.find_loop(chain, reference.name, path)?;
+            }
+        }
+        chain.pop();
+        Ok(())
+    }
+
+    /// Screeners, admitters and the detector run for every request, without being named in a
+    /// profile.
+    fn around_profiles(&self, detector: Option<StagePlan>) -> Around {
+        let stages = |role| {
+            self.of_role(role).map(|(name, spec)| StagePlan::new(name.clone(), spec.clone()))
+        };
+        Around {
+            screeners: stages(Role::Screener).collect(),
+            admitters: stages(Role::Admitter).collect(),
+            detector,
+        }
+    }
+
+    fn finish(
+        mut self,
+        handler: HandlerPlan,
+        profiles: Vec<ProfilePlan>,
+        around: Around,
+    ) -> Result<Plan, PlanError> {
+        let producers = self.producers();
+        let precise = producers.iter().position(|p| matches!(p.kind, ProducerKind::Precise(_)));
+        let main = precise.or(if producers.is_empty() { None } else { Some(0) });
+        let load = self.load(&producers, main)?;
+        let tokens = self.tokens(!producers.is_empty(), precise.is_some());
+        self.warn(&profiles, &producers);
+        let mut headers: Vec<String> =
+            self.plugins.iter().flat_map(|(_, spec)| spec.plugin().headers()).collect();
+        headers.sort_unstable();
+        headers.dedup();
+        let Around { screeners, admitters, detector } = around;
+        Ok(Plan {
+            settings: self.config.kvroute.clone(),
+            handler,
+            profiles,
+            screeners,
+            admitters,
+            detector,
+            producers,
+            producer_main: main,
+            load,
+            others: self.others(),
+            tokens,
+            headers,
+            notes: self.notes,
+        })
+    }
+
+    fn producers(&self) -> Vec<ProducerPlan> {
+        let plan = |(name, spec): &(Name, PluginSpec)| {
+            let kind = ProducerKind::of(spec)?;
+            Some(ProducerPlan { name: name.clone(), kind })
+        };
+        self.plugins.iter().filter_map(plan).collect()
+    }
+
+    /// Producers of something else than prefix matches, load and tokens.
+    pub fn others(&self) -> Vec<(Name, PluginSpec)> {
+        let other = |(_, spec): &&(Name, PluginSpec)| {
+            ProducerKind::of(spec).is_none()
+                && !matches!(
+                    spec,
+                    PluginSpec::InflightLoadProducer(_) | PluginSpec::TokenProducer(_)
+                )
+        };
+        self.of_role(Role::Producer).filter(other).cloned().collect()
+    }
+
+    /// Load is always charged. It subtracts the matches of the named producer, else of the default
+    /// one where it runs, else of the main one.
+    fn load(&self, producers: &[ProducerPlan], main: Option<usize>) -> Result<LoadPlan, PlanError> {
+        let configured = self.plugins.iter().find_map(|(_, spec)| match spec {
+            PluginSpec::InflightLoadProducer(producer) => Some(producer.clone()),
+            _ => None,
+        });
+        let producer = configured.unwrap_or_default();
+        let position = |name: &str| producers.iter().position(|p| p.name.as_str() == name);
+        let prefix = match producer.prefix_match_info_producer_name.as_deref() {
+            Some(name) if !name.is_empty() => match position(name) {
+                Some(at) => Some(at),
+                None => {
+                    let path = self.path_of(LOAD_DEFAULT);
+                    return Err(self.undefined(path, name));
+                }
+            },
+            _ => position(PREFIX_DEFAULT).or(main),
+        };
+        Ok(LoadPlan { producer, prefix })
+    }
+
+    fn tokens(&mut self, prefix: bool, precise: bool) -> TokensNeed {
+        let configured = self.plugins.iter().find_map(|(_, spec)| match spec {
+            PluginSpec::TokenProducer(tokens) => Some(tokens),
+            _ => None,
+        });
+        let exact = precise || configured.is_some_and(|tokens| tokens.vllm.is_some());
+        let reads = |(_, spec): &(Name, PluginSpec)| spec.plugin().inputs().tokens;
+        let needed = prefix || self.plugins.iter().any(reads);
+        if needed && configured.is_none() {
+            let why = if prefix { "prefix matching needs tokens" } else { "tokens are counted" };
+            self.add(PluginSpec::TokenProducer(Default::default()), why);
+        }
+        match (needed, exact) {
+            (false, _) => TokensNeed::None,
+            (true, false) => TokensNeed::Estimated,
+            (true, true) => TokensNeed::Exact,
+        }
+    }
+
+    fn warn(&mut self, profiles: &[ProfilePlan], producers: &[ProducerPlan]) {
+        let stages = || profiles.iter().flat_map(|p| p.filters.iter().chain(&p.scorers));
+        for stage in stages() {
+            if let PluginSpec::PrefixScorer(scorer) = &stage.spec
+                && scorer.older_form().is_some()
+            {
+                let text = format!(
+                    "{}: parameters of llm-d's releases of 2025; it matches and scores as those did",
+                    stage.name
+                );
+                self.note(NoteKind::Warning, text);
+            }
+        }
+        for (at, producer) in producers.iter().enumerate() {
+            if !stages().any(|stage| stage.prefix == Some(at)) {
+                let text = format!("{}: nothing in a profile reads it", producer.name);
+                self.note(NoteKind::Warning, text);
+            }
+        }
+        let inert = |(name, spec): &(Name, PluginSpec)| {
+            let texts = spec.plugin().inert();
+            texts.into_iter().map(|text| format!("{name}.{text}")).collect::<Vec<String>>()
+        };
+        let inert: Vec<String> = self.plugins.iter().flat_map(inert).collect();
+        inert.into_iter().for_each(|text| self.note(NoteKind::Inert, text));
+        let in_profile = |name: &Name| {
+            stages().any(|s| s.name == *name) || profiles.iter().any(|p| p.picker.name == *name)
+        };
+        let unused: Vec<String> = self
+            .plugins
+            .iter()
+            .filter(|(name, spec)| is_stage_only(spec) && !in_profile(name))
+            .map(|(name, _)| format!("{name}: in no profile"))
+            .collect();
+        unused.into_iter().for_each(|text| self.note(NoteKind::Inert, text));
+    }
+}
+
+impl ProducerKind {
+    /// The prefix knowledge that a plugin produces, if it does.
+    pub(super) fn of(spec: &PluginSpec) -> Option<ProducerKind> {
+        match spec {
+            PluginSpec::ApproxPrefixProducer(p) => Some(ProducerKind::Approx(p.clone())),
+            PluginSpec::PrecisePrefixProducer(p) => {
+                Some(ProducerKind::Precise(Box::new(p.clone())))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A type with its default parameters, by its name.
+pub(super) fn default_spec(type_name: &str) -> Option<PluginSpec> {
+    let none = Buffered::Null.into_deserializer::<serde::de::value::Error>();
+    PluginKind::of_name(type_name)?.read(none).ok()
+}
+
+/// Whether a plugin runs in profiles.
+pub(super) fn is_stage(spec: &PluginSpec) -> bool {
+    [Role::Filter, Role::Scorer, Role::Picker].into_iter().any(|role| spec.kind().is(role))
+}
+
+/// Whether it runs nowhere else.
+fn is_stage_only(spec: &PluginSpec) -> bool {
+    is_stage(spec) && !spec.kind().is(Role::Detector)
+}
+
+/// A check names the field that is wrong with its first word.
+fn fault_of_parameters(at: usize, text: String) -> PlanError {
+    let word = text.split([' ', ':']).next().unwrap_or_default();
+    let is_field = word.starts_with(|c: char| c.is_ascii_lowercase())
+        && word.chars().all(|c| c.is_ascii_alphanumeric() || ".[]".contains(c));
+    let field = if is_field { format!(".{word}") } else { String::new() };
+    error(format!("plugins[{at}].parameters{field}"), text)
+}
+
+fn not_of_role(path: &str, name: &str, spec: &PluginSpec, role: Role) -> PlanError {
+    let (is, wanted) = (spec.kind().name(), role.as_str());
+    error(path, format!("plugin '{name}' (type: '{is}') is not a {wanted}"))
+}

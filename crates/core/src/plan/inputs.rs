@@ -1,0 +1,128 @@
+//! Producers: who reads what, and what must be added so that it is there.
+
+use super::build::{Around, Builder, default_spec, error};
+use super::{PlanError, ProducerKind, ProfilePlan, StagePlan};
+use crate::fleet::Name;
+use crate::plugin::{PluginKind, PluginSpec, Role};
+use crate::produce::{ApproxPrefix, PrecisePrefix};
+use crate::stage::{PREFIX_DEFAULT, ProducerRef};
+
+impl Builder<'_> {
+    /// Finds the producers of every plugin that runs, adds those that are missing, and those that
+    /// added ones need.
+    pub fn resolve(
+        &mut self,
+        profiles: &mut [ProfilePlan],
+        around: &mut Around,
+    ) -> Result<(), PlanError> {
+        let in_profiles =
+            profiles.iter_mut().flat_map(|p| p.filters.iter_mut().chain(&mut p.scorers));
+        let Around { screeners, admitters, detector } = around;
+        let outside = screeners.iter_mut().chain(admitters).chain(detector);
+        let stages: Vec<&mut StagePlan> = in_profiles.chain(outside).collect();
+        for stage in &stages {
+            self.add_missing(&stage.name, &stage.spec)?;
+        }
+        self.add_for_others()?;
+        for stage in stages {
+            let inputs = stage.spec.plugin().inputs();
+            if let Some(wanted) = inputs.prefix {
+                let name = self.prefix_producer(wanted);
+                let mut producers =
+                    self.plugins.iter().filter(|(_, spec)| ProducerKind::of(spec).is_some());
+                stage.prefix = producers.position(|(n, _)| *n == name);
+            }
+            if let Some(wanted) = inputs.media {
+                let others = self.others();
+                stage.media = others.iter().position(|(n, _)| n.as_str() == wanted.name());
+            }
+        }
+        Ok(())
+    }
+
+    /// Producers read each other; deciders read prefixes, whoever produces them.
+    fn add_for_others(&mut self) -> Result<(), PlanError> {
+        let mut at = 0;
+        while let Some((name, spec)) = self.plugins.get(at).cloned() {
+            let kind = spec.kind();
+            if kind.is(Role::Producer) {
+                self.add_missing(&name, &spec)?;
+            }
+            let any = self.plugins.iter().any(|(_, spec)| ProducerKind::of(spec).is_some());
+            if kind.is(Role::Decider) && !any {
+                self.add_missing(&name, &spec)?;
+            }
+            at += 1;
+        }
+        Ok(())
+    }
+
+    /// `precise-prefix-cache-scorer` reads any precise producer, others the one of that name.
+    fn prefix_producer(&self, wanted: ProducerRef<'_>) -> Name {
+        let precise =
+            |(_, spec): &&(Name, PluginSpec)| matches!(spec, PluginSpec::PrecisePrefixProducer(_));
+        match wanted {
+            ProducerRef::Default(name) if name != PREFIX_DEFAULT => {
+                let configured = self.plugins.iter().find(precise);
+                configured.map_or(Name::from(name), |(name, _)| name.clone())
+            }
+            wanted => Name::from(wanted.name()),
+        }
+    }
+
+    fn add_missing(&mut self, reader: &Name, spec: &PluginSpec) -> Result<(), PlanError> {
+        let why = format!("{reader} reads it");
+        let path = || self.path_of(reader.as_str());
+        let inputs = spec.plugin().inputs();
+        if let Some(wanted) = inputs.prefix {
+            let name = self.prefix_producer(wanted);
+            match self.spec(name.as_str()) {
+                Some(spec) if ProducerKind::of(spec).is_none() => {
+                    let message = format!("'{name}' does not produce prefix matches");
+                    return Err(error(path(), message));
+                }
+                Some(_) => {}
+                None => {
+                    let spec = self.prefix_producer_to_add(reader, spec, name.as_str())?;
+                    self.add(spec, &why);
+                }
+            }
+        }
+        let others = [inputs.load, inputs.latency, inputs.media, inputs.session];
+        for wanted in others.into_iter().flatten() {
+            let path = self.path_of(reader.as_str());
+            self.find_or_add(&path, wanted.name(), Role::Producer, &why)?;
+        }
+        Ok(())
+    }
+
+    fn prefix_producer_to_add(
+        &self,
+        reader: &Name,
+        spec: &PluginSpec,
+        name: &str,
+    ) -> Result<PluginSpec, PlanError> {
+        match (PluginKind::of_name(name), spec) {
+            (Some(PluginKind::PrecisePrefixProducer), PluginSpec::PrecisePrefixScorer(scorer)) => {
+                Ok(PluginSpec::PrecisePrefixProducer(scorer.producer()))
+            }
+            (Some(PluginKind::PrecisePrefixProducer), PluginSpec::PrefixScorer(scorer)) => {
+                Ok(PluginSpec::PrecisePrefixProducer(scorer.older_tracking()))
+            }
+            (Some(PluginKind::ApproxPrefixProducer), PluginSpec::PrefixScorer(scorer))
+                if scorer.older_form().is_some() =>
+            {
+                Ok(PluginSpec::ApproxPrefixProducer(scorer.older_history()))
+            }
+            (Some(PluginKind::PrecisePrefixProducer), _) => {
+                Ok(PluginSpec::PrecisePrefixProducer(PrecisePrefix::default()))
+            }
+            (Some(PluginKind::ApproxPrefixProducer), _) => {
+                Ok(PluginSpec::ApproxPrefixProducer(ApproxPrefix::default()))
+            }
+            _ => default_spec(name)
+                .filter(|spec| ProducerKind::of(spec).is_some())
+                .ok_or_else(|| self.undefined(self.path_of(reader.as_str()), name)),
+        }
+    }
+}
