@@ -8,7 +8,7 @@ use crate::blocks::{Chain, ChainSpec};
 use crate::committed::{Commitment, Committed, Work};
 use crate::decision::Request;
 use crate::fleet::{Endpoint, EndpointId};
-use crate::learn::{Circumstances, Learner, OUTPUT_TOKENS_MIN, Speed};
+use crate::learn::{Circumstances, Learned, Learner, OUTPUT_TOKENS_MIN, Speed};
 use crate::stage::Row;
 
 /// What a request would meet on one endpoint.
@@ -27,8 +27,62 @@ pub struct Costing {
     pub recent_tokens: f64,
     /// How fast it is.
     pub speed: Speed,
+    /// What of that is more than a first guess.
+    pub learned: Learned,
     /// Tokens that the answer is expected to have.
     pub output_tokens: f64,
+}
+
+/// How long an endpoint is expected to take, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Estimate {
+    /// Until the KV cache has room for the request.
+    pub wait_s: f64,
+    /// Until the first token, from then on: what is ahead and the request's own prompt.
+    pub prefill_s: f64,
+    /// Each further token.
+    pub step_s: f64,
+}
+
+impl Costing {
+    /// Seconds of a decoding step while a request with this prompt is in the batch.
+    pub fn step_s(&self, prompt_tokens: u32) -> f64 {
+        let own_context = f64::from(prompt_tokens) + self.output_tokens / 2.0;
+        let context = self.work.context as f64 + own_context;
+        self.speed.step_base_s + self.speed.step_per_token_s * context
+    }
+
+    /// KV tokens that the requests in flight and this one need beyond `room_tokens`; none where
+    /// no metrics tell the room.
+    pub fn overflow_tokens(&self, room_tokens: Option<u64>) -> u64 {
+        let needed = self.committed_tokens.saturating_add(self.added_tokens);
+        room_tokens.map_or(0, |room| needed.saturating_sub(room))
+    }
+
+    /// What a request of `prompt_tokens`, of which `uncached_tokens` must be computed, is expected
+    /// to meet, behind `foreign_tokens` of prompts that others than this router have queued there.
+    ///
+    /// Prefill is the line that was learned, at all tokens that must be computed until then. A
+    /// full cache drains as answers end: as a whole in the time of one answer, so its share that
+    /// is missing in the same share of that time.
+    pub fn estimate(
+        &self,
+        prompt_tokens: u32,
+        uncached_tokens: u32,
+        foreign_tokens: u64,
+    ) -> Estimate {
+        let step_s = self.step_s(prompt_tokens);
+        let room = self.capacity_tokens.map_or(1.0, |room| room.max(1) as f64);
+        let missing = self.overflow_tokens(self.capacity_tokens) as f64 / room;
+        let ahead = self.work.prefill as f64 + foreign_tokens as f64;
+        let prefill_tokens = ahead + f64::from(uncached_tokens);
+        Estimate {
+            wait_s: missing * self.speed.output_tokens * step_s,
+            prefill_s: self.speed.first_token_base_s
+                + self.speed.prefill_per_token_s * prefill_tokens,
+            step_s,
+        }
+    }
 }
 
 /// What is remembered of a request in flight.
@@ -105,6 +159,7 @@ impl Costs {
             work: self.committed.work(id),
             recent_tokens: self.recent(now, id),
             speed: self.learner.speed(now, id),
+            learned: self.learner.learned(),
             output_tokens,
         }
     }
@@ -319,6 +374,40 @@ mod tests {
         fn speed(&self) -> Speed {
             self.costs.speed(self.now, self.id)
         }
+    }
+
+    #[test]
+    fn an_estimate_counts_what_is_ahead_and_what_does_not_fit() {
+        let speed = Speed {
+            first_token_base_s: 0.1,
+            prefill_per_token_s: 0.001,
+            step_base_s: 0.01,
+            step_per_token_s: 1e-6,
+            output_tokens: 100.0,
+        };
+        let idle = Costing {
+            added_tokens: 1_000,
+            capacity_tokens: Some(10_000),
+            speed,
+            output_tokens: 50.0,
+            ..Costing::default()
+        };
+        let close = |estimate: Estimate, expected: [f64; 3]| {
+            let is = [estimate.wait_s, estimate.prefill_s, estimate.step_s];
+            let same = is.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-9);
+            assert!(same, "{is:?} is not {expected:?}");
+        };
+        // Own context: 900 tokens, and half of an answer of 50.
+        let step = 0.01 + 1e-6 * 925.0;
+        close(idle.estimate(900, 400, 0), [0.0, 0.5, step]);
+        let work = Work { prefill: 2_000, context: 50_000 };
+        close(Costing { work, ..idle }.estimate(900, 400, 600), [0.0, 3.1, step + 0.05]);
+        // 14,000 tokens where 10,000 fit: two fifths of an answer of 100 tokens.
+        let full = Costing { committed_tokens: 13_000, ..idle };
+        close(full.estimate(900, 400, 0), [0.4 * 100.0 * step, 0.5, step]);
+        close(Costing { capacity_tokens: None, ..full }.estimate(900, 400, 0), [0.0, 0.5, step]);
+        assert_eq!(full.overflow_tokens(Some(20_000)), 0);
+        assert_eq!(Costing { committed_tokens: u64::MAX, ..idle }.overflow_tokens(None), 0);
     }
 
     #[test]

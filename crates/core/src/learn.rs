@@ -166,6 +166,15 @@ impl Book {
     }
 }
 
+/// Which speeds rest on what was seen more than on the prior.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Learned {
+    /// Those of first tokens.
+    pub first_token: bool,
+    /// Those of decoding steps.
+    pub step: bool,
+}
+
 /// The circumstances of one request, noted while it is in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Circumstances {
@@ -198,6 +207,13 @@ impl Learner {
     /// What is believed about an endpoint that nobody has seen.
     pub fn fleet(&self) -> Speed {
         self.fleet
+    }
+
+    /// What is known of the fleet. An endpoint that nobody has seen takes after it, so this holds
+    /// for each.
+    pub fn learned(&self) -> Learned {
+        let learned = |sums: &Sums| sums.weight >= PRIOR_WEIGHT;
+        Learned { first_token: learned(&self.seen.prefill), step: learned(&self.seen.step) }
     }
 
     /// A first token came after so many seconds.
@@ -338,6 +354,22 @@ mod tests {
         assert!(learner.speed(NOW, id(1)).step_base_s > 0.1);
         learner.forget(id(0));
         assert!(learner.fleet().step_base_s > 0.1);
+    }
+
+    #[test]
+    fn learned_is_what_was_seen_often_enough() {
+        let mut learner = Learner::default();
+        let seen = Circumstances { prefill_tokens: Some(500.0), context_tokens: 0.0 };
+        (0..8).for_each(|_| learner.first_token(NOW, id(0), &seen, 0.2));
+        assert_eq!(learner.learned(), Learned::default());
+        learner.first_token(NOW, id(1), &seen, 0.2);
+        assert_eq!(learner.learned(), Learned { first_token: true, step: false });
+        (0..9).for_each(|_| learner.steps(NOW, id(0), 1_000.0, 1.0, 50));
+        assert_eq!(learner.learned(), Learned { first_token: true, step: true });
+        let queued = Circumstances { prefill_tokens: None, context_tokens: 0.0 };
+        let mut learner = Learner::default();
+        (0..50).for_each(|_| learner.first_token(NOW, id(0), &queued, 9.0));
+        assert_eq!(learner.learned(), Learned::default());
     }
 
     #[test]

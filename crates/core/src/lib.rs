@@ -4,6 +4,7 @@
 //! [`Time`] passed in, randomness a seeded [`Rng`]. The live router, the simulation and `explain`
 //! run this same code.
 
+pub mod admit;
 pub mod blocks;
 pub mod brain;
 pub mod collect;
@@ -12,6 +13,7 @@ pub mod config;
 mod config_buffer;
 pub mod cost;
 pub mod decision;
+pub mod detect;
 pub mod event;
 pub mod filter;
 #[cfg(test)]

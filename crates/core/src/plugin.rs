@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, Visitor};
 
 use crate::stage::{Admitter, Detector, Filter, Picker, Plugin, Scorer};
-use crate::{filter, handle, pick, produce, score};
+use crate::{admit, detect, filter, handle, pick, produce, score};
 
 /// What a plugin does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -341,6 +341,29 @@ plugins! {
     InflightLoadProducer(produce::InflightLoad) Beta ["inflight-load-producer"] => [Producer];
     /// The prompt's tokens.
     TokenProducer(produce::Tokens) Beta ["token-producer", "tokenizer"] => [Producer];
+
+    // Predicted latency: producer, filter, scorer.
+    /// How fast each endpoint is expected to answer, by what kvroute has learned of it.
+    PredictedLatencyProducer(produce::PredictedLatency) Beta
+        ["predicted-latency-producer"] => [Producer];
+    /// Keeps endpoints that are expected to answer within the client's latency limits.
+    SloHeadroomTierFilter(filter::SloHeadroomTier) Beta
+        ["slo-headroom-tier-filter"] => [Filter];
+    /// Endpoints that are expected to answer within the client's latency limits are better.
+    LatencyScorer(score::Latency) Beta ["latency-scorer"] => [Scorer];
+
+    // Admission and saturation.
+    /// Refuses low priorities whose latency limit no endpoint is expected to keep.
+    LatencySloAdmitter(admit::LatencySlo) Beta ["latency-slo-admitter"] => [Admitter];
+    /// Refuses low priorities at random, the more the fuller the fleet is.
+    ProbabilisticAdmitter(admit::Probabilistic) Beta ["probabilistic-admitter"] => [Admitter];
+    /// How full the engines are by their metrics; as a filter it keeps those that are not.
+    UtilizationDetector(detect::Utilization) Beta
+        ["utilization-detector"] => [Detector Filter];
+    /// How full the endpoints are by what this router has in flight there; as a filter it keeps
+    /// those that are not.
+    ConcurrencyDetector(detect::Concurrency) Beta
+        ["concurrency-detector"] => [Detector Filter];
 }
 
 /// Names that llm-d deprecates: the name, since when, and what to write instead.

@@ -3,6 +3,7 @@
 mod approx_prefix;
 mod inflight_load;
 mod precise_prefix;
+mod predicted_latency;
 mod tokens;
 
 pub use approx_prefix::ApproxPrefix;
@@ -11,6 +12,7 @@ pub use precise_prefix::{
     CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
     PodDiscovery, PrecisePrefix, Redis, TokenProcessor,
 };
+pub use predicted_latency::{PredictedLatency, Slo};
 pub use tokens::{
     AUDIO_TOKENS, ImageEstimate, TokenEstimate, Tokens, VideoEstimate, VideoHints, VllmRender,
 };

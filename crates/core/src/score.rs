@@ -6,6 +6,7 @@
 mod active_request;
 mod cost;
 mod kv_usage;
+mod latency;
 mod load_aware;
 mod lora_affinity;
 mod no_hit_lru;
@@ -17,6 +18,7 @@ mod token_load;
 pub use active_request::ActiveRequest;
 pub use cost::Cost;
 pub use kv_usage::KvUsage;
+pub use latency::{HeadroomSelectionStrategy, Latency};
 pub use load_aware::LoadAware;
 pub use lora_affinity::LoraAffinity;
 pub use no_hit_lru::NoHitLru;

@@ -75,6 +75,13 @@ pub struct Latency {
     pub tpot_headroom_s: f64,
 }
 
+impl Latency {
+    /// Whether the request's limits are expected to hold.
+    pub fn is_in_time(&self) -> bool {
+        self.ttft_headroom_s >= 0.0 && self.tpot_headroom_s >= 0.0
+    }
+}
+
 /// How many of the request's multimodal items an endpoint holds encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MediaMatch {

@@ -5,7 +5,9 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
-use crate::stage::{Filter, Inputs, LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef, Row, View};
+use crate::stage::{
+    Filter, Inputs, LATENCY_DEFAULT, LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef, Row, View,
+};
 
 /// Parameters of `prefix-cache-affinity-filter`. The *sticky* set holds the candidates whose match
 /// is at least `affinityThreshold` of the prompt. It is kept alone, except when it is empty, with
@@ -29,7 +31,7 @@ pub struct PrefixAffinity {
     pub prefix_match_info_producer_name: Option<String>,
     /// Producer of in-flight load.
     pub in_flight_load_producer_name: Option<String>,
-    /// Accepted; used with `ttftSource: latencyPredictor` only.
+    /// Producer of predicted latencies, for `ttftSource: latencyPredictor`.
     pub latency_prediction_info_producer_name: Option<String>,
 }
 
@@ -39,7 +41,7 @@ pub struct PrefixAffinity {
 pub enum TtftSource {
     /// In-flight tokens over `peakPrefillThroughput`.
     PrefillThroughput,
-    /// Predicted latency.
+    /// What `predicted-latency-producer` predicts; without a prediction nothing is too late.
     LatencyPredictor,
 }
 
@@ -64,8 +66,16 @@ impl PrefixAffinity {
         prefix.total > 0 && prefix.ratio() >= self.affinity_threshold
     }
 
+    /// Infinite where nothing is predicted.
     fn ttft_ms(&self, row: &Row) -> f64 {
-        row.inflight.tokens as f64 / self.peak_prefill_throughput * 1000.0
+        match self.ttft_source {
+            TtftSource::PrefillThroughput => {
+                row.inflight.tokens as f64 / self.peak_prefill_throughput * 1000.0
+            }
+            TtftSource::LatencyPredictor => {
+                row.latency.map_or(f64::INFINITY, |latency| latency.ttft_s * 1000.0)
+            }
+        }
     }
 
     fn best_ttft_ms(&self, view: &View<'_>, sticky: bool) -> f64 {
@@ -76,9 +86,15 @@ impl PrefixAffinity {
 
 impl Plugin for PrefixAffinity {
     fn inputs(&self) -> Inputs<'_> {
+        let prefix = ProducerRef::of(&self.prefix_match_info_producer_name, PREFIX_DEFAULT);
+        let load = ProducerRef::of(&self.in_flight_load_producer_name, LOAD_DEFAULT);
+        let latency = ProducerRef::of(&self.latency_prediction_info_producer_name, LATENCY_DEFAULT);
+        let limited = self.max_ttft_penalty_ms > 0.0;
+        let predicted = self.ttft_source == TtftSource::LatencyPredictor;
         Inputs {
-            prefix: Some(ProducerRef::of(&self.prefix_match_info_producer_name, PREFIX_DEFAULT)),
-            load: Some(ProducerRef::of(&self.in_flight_load_producer_name, LOAD_DEFAULT)),
+            prefix: Some(prefix),
+            load: (limited && !predicted).then_some(load),
+            latency: (limited && predicted).then_some(latency),
             ..Inputs::default()
         }
     }
@@ -96,16 +112,28 @@ impl Plugin for PrefixAffinity {
             let ms = self.max_ttft_penalty_ms;
             return Err(format!("maxTTFTPenaltyMs {ms} must not be negative"));
         }
-        if self.peak_prefill_throughput.is_nan() || self.peak_prefill_throughput <= 0.0 {
-            let rate = self.peak_prefill_throughput;
+        let rate = self.peak_prefill_throughput;
+        let used =
+            self.max_ttft_penalty_ms > 0.0 && self.ttft_source == TtftSource::PrefillThroughput;
+        if rate.is_nan() || rate < 0.0 || (used && rate == 0.0) {
             return Err(format!("peakPrefillThroughput {rate} must be positive"));
         }
-        match self.ttft_source {
-            TtftSource::PrefillThroughput => Ok(()),
-            TtftSource::LatencyPredictor => Err("ttftSource latencyPredictor is not available in \
-                 this version; use prefillThroughput"
-                .into()),
-        }
+        Ok(())
+    }
+
+    fn inert(&self) -> Vec<String> {
+        let inputs = self.inputs();
+        let why = |source: &str| match self.max_ttft_penalty_ms > 0.0 {
+            true => format!("it is for ttftSource {source}"),
+            false => "maxTTFTPenaltyMs is 0, so nothing is estimated".to_owned(),
+        };
+        let load = self.in_flight_load_producer_name.is_some() && inputs.load.is_none();
+        let latency =
+            self.latency_prediction_info_producer_name.is_some() && inputs.latency.is_none();
+        let load = load.then(|| ("inFlightLoadProducerName", why("prefillThroughput")));
+        let latency =
+            latency.then(|| ("latencyPredictionInfoProducerName", why("latencyPredictor")));
+        load.into_iter().chain(latency).map(|(name, why)| format!("{name}: {why}")).collect()
     }
 }
 
@@ -135,6 +163,7 @@ impl Filter for PrefixAffinity {
 mod tests {
     use super::*;
     use crate::fixture::Fixture;
+    use crate::stage::Latency;
 
     fn check(filter: &PrefixAffinity, rows: &[(u32, u64)], kept: &[bool]) {
         let mut fixture = Fixture::new(rows.len());
@@ -163,14 +192,62 @@ mod tests {
     }
 
     #[test]
+    fn predictions_say_how_late_the_sticky_would_be() {
+        let mut filter =
+            PrefixAffinity { ttft_source: TtftSource::LatencyPredictor, ..Default::default() };
+        let mut kept = |ttfts_s: [Option<f64>; 3]| {
+            let mut fixture = Fixture::new(3);
+            for (at, ttft_s) in ttfts_s.into_iter().enumerate() {
+                fixture.prefix(at, if at < 2 { 9.0 } else { 0.0 }, 10, 16);
+                fixture.inflight(at, 1, u64::MAX);
+                if let Some(ttft_s) = ttft_s {
+                    fixture.latency(at, Latency { ttft_s, ..Latency::default() });
+                }
+            }
+            fixture.filter(&mut filter)
+        };
+        let (sticky, all) = ([true, true, false], [true, true, true]);
+        assert_eq!(kept([Some(60.0), Some(18.5), Some(0.5)]), sticky);
+        assert_eq!(kept([Some(60.0), Some(18.6), Some(0.5)]), all);
+        assert_eq!(kept([None, None, None]), sticky);
+        assert_eq!(kept([Some(60.0), None, None]), sticky);
+        assert_eq!(kept([None, Some(1.0), Some(0.5)]), sticky);
+        assert_eq!(kept([None, None, Some(0.5)]), all);
+    }
+
+    #[test]
+    fn what_is_read_goes_by_the_source_and_the_limit() {
+        let name = Some("p".to_owned());
+        let all = PrefixAffinity {
+            in_flight_load_producer_name: name.clone(),
+            latency_prediction_info_producer_name: name,
+            ..Default::default()
+        };
+        let source = |ttft_source| PrefixAffinity { ttft_source, ..all.clone() };
+        let rate = source(TtftSource::PrefillThroughput);
+        assert!(rate.inputs().load.is_some() && rate.inputs().latency.is_none());
+        assert_eq!(rate.inert().len(), 1);
+        let predicted = source(TtftSource::LatencyPredictor);
+        assert!(predicted.inputs().load.is_none() && predicted.inputs().latency.is_some());
+        assert!(predicted.inert()[0].starts_with("inFlightLoadProducerName"));
+        let unlimited = PrefixAffinity { max_ttft_penalty_ms: 0.0, ..all };
+        assert_eq!(
+            unlimited.inputs(),
+            Inputs { prefix: rate.inputs().prefix, ..Inputs::default() }
+        );
+        assert_eq!(unlimited.inert().len(), 2);
+    }
+
+    #[test]
     fn parameters_out_of_range_are_refused() {
         let bad = PrefixAffinity { affinity_threshold: 1.5, ..Default::default() };
         assert!(bad.check().is_err());
         let bad = PrefixAffinity { peak_prefill_throughput: 0.0, ..Default::default() };
         assert!(bad.check().is_err());
-        let bad =
-            PrefixAffinity { ttft_source: TtftSource::LatencyPredictor, ..Default::default() };
-        assert!(bad.check().is_err());
+        let unlimited = PrefixAffinity { max_ttft_penalty_ms: 0.0, ..bad.clone() };
+        assert!(unlimited.check().is_ok());
+        let predicted = PrefixAffinity { ttft_source: TtftSource::LatencyPredictor, ..bad };
+        assert!(predicted.check().is_ok());
         assert!(PrefixAffinity::default().check().is_ok());
     }
 }

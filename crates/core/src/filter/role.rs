@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
-use crate::stage::{Filter, Plugin, View};
+use crate::stage::{Filter, Plugin, Row, View};
 
 /// The label that names an endpoint's role.
 pub const ROLE_LABEL: &str = "llm-d.ai/role";
@@ -27,7 +27,7 @@ impl Plugin for Decode {}
 
 impl Filter for Decode {
     fn filter(&mut self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
-        by_role(view, keep, |role| role.is_none_or(|role| DECODE.contains(&role)));
+        by_role(view, keep, decodes);
     }
 }
 
@@ -35,14 +35,29 @@ impl Plugin for Prefill {}
 
 impl Filter for Prefill {
     fn filter(&mut self, view: &View<'_>, _rng: &mut Rng, keep: &mut [bool]) {
-        by_role(view, keep, |role| role.is_some_and(|role| PREFILL.contains(&role)));
+        by_role(view, keep, prefills);
     }
+}
+
+/// Whether an endpoint of this role decodes.
+pub(crate) fn decodes(role: Option<&str>) -> bool {
+    role.is_none_or(|role| DECODE.contains(&role))
+}
+
+/// Whether an endpoint of this role prefills for others.
+pub(crate) fn prefills(role: Option<&str>) -> bool {
+    role.is_some_and(|role| PREFILL.contains(&role))
+}
+
+/// The role that an endpoint's label names.
+pub(crate) fn role_of<'a>(view: &View<'a>, row: &Row) -> Option<&'a str> {
+    let endpoint = view.fleet.get(row.id)?;
+    endpoint.labels.get(ROLE_LABEL).map(String::as_str)
 }
 
 fn by_role(view: &View<'_>, keep: &mut [bool], passes: impl Fn(Option<&str>) -> bool) {
     for (row, keep) in view.rows.iter().zip(keep) {
-        let labels = view.endpoint(row).map(|endpoint| &endpoint.labels);
-        *keep = passes(labels.and_then(|labels| labels.get(ROLE_LABEL)).map(String::as_str));
+        *keep = passes(role_of(view, row));
     }
 }
 

@@ -95,13 +95,10 @@ impl Cost {
         let others = f64::from(row.inflight.requests);
         let needed = costing.committed_tokens + costing.added_tokens;
         let room = costing.capacity_tokens.or(least.room);
-        let overflow = room.map_or(0, |room| needed.saturating_sub(room)) as f64;
+        let overflow = costing.overflow_tokens(room) as f64;
         // Where no metrics tell the room, nothing is scarce.
         let filled = room.map_or(0.0, |room| needed as f64 / room.max(1) as f64);
         let pressure = ((filled - PRESSURE_FROM) / (1.0 - PRESSURE_FROM)).clamp(0.0, 1.0);
-        let own_context = f64::from(prompt) + costing.output_tokens / 2.0;
-        let step_s = speed.step_base_s
-            + speed.step_per_token_s * (costing.work.context as f64 + own_context);
         let cold = uncached / f64::from(prompt.max(1));
         let ahead = (costing.recent_tokens - least.recent).max(0.0);
         let prefill_tokens = uncached * (1.0 + self.interference_weight * others)
@@ -109,7 +106,7 @@ impl Cost {
             + self.overflow_weight * overflow
             + self.spread_weight * ahead * cold;
         speed.prefill_per_token_s * prefill_tokens
-            + self.decode_weight * costing.output_tokens * step_s
+            + self.decode_weight * costing.output_tokens * costing.step_s(prompt)
     }
 }
 
@@ -163,6 +160,7 @@ mod tests {
             speed: Speed::default(),
             output_tokens: 200.0,
             recent_tokens: 10_000.0,
+            ..Costing::default()
         };
         fixture.prompt_tokens(1_000);
         for at in 0..2 {
