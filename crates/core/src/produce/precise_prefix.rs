@@ -206,7 +206,8 @@ impl Plugin for PrecisePrefix {
             (own_index, "kvBlockIndexConfig: the index is bounded by kvroute.index_bytes_max"),
         ]
         .into_iter()
-        .filter_map(|(given, text)| given.then(|| text.to_owned()))
+        .filter(|(given, _)| *given)
+        .map(|(_, text)| text.to_owned())
         .collect()
     }
 }
