@@ -371,7 +371,8 @@ mod tests {
     fn everything_is_written_and_the_end_says_so() {
         let lines = written("complete", 1 << 20, 1 << 20, 100);
         assert_eq!(lines.len(), 102);
-        assert!(lines[0].starts_with("{\"recording\":{\"format\":1,"), "{}", lines[0]);
+        let head = format!("{{\"recording\":{{\"format\":{FORMAT},");
+        assert!(lines[0].starts_with(&head), "{}", lines[0]);
         assert_eq!(lines[1], r#"{"call":{"tick":{"now":0}}}"#);
         assert_eq!(lines[101], r#"{"end":{"reason":"complete","entries":100}}"#);
     }
