@@ -183,13 +183,12 @@ impl Plugin for PredictedLatency {
         let given = [
             (
                 self.context_ttl.is_some(),
-                "contextTTL: requests that never end do so after \
-                 kvroute.inflight_age_max_s",
+                "contextTTL: requests that never end do so after kvroute.inflight_age_max_s",
             ),
             (
                 self.use_encoder_cache_features || encoder,
-                "useEncoderCacheFeatures and \
-                 encoderCacheMatchInfoProducerName: images are not part of the estimate",
+                "useEncoderCacheFeatures and encoderCacheMatchInfoProducerName: images are not \
+                 part of the estimate",
             ),
             (self.sampling_mean.is_some(), "samplingMean: deprecated"),
             (
@@ -198,8 +197,7 @@ impl Plugin for PredictedLatency {
             ),
             (
                 !self.streaming_mode && self.slo_buffer_factor != 1.0,
-                "sloBufferFactor: it is for \
-                 time per token, which counts with streamingMode only",
+                "sloBufferFactor: it is for time per token, which counts with streamingMode only",
             ),
         ];
         given.into_iter().filter(|(given, _)| *given).map(|(_, text)| text.to_owned()).collect()
