@@ -91,7 +91,7 @@ impl Chaos {
             max_tokens: [None, Some(17)][self.rng.below(2)],
             skips_cache: self.rng.below(9) == 0,
             media: &[7, u64::MAX],
-            priority: -1,
+            priority: [0, 7, -1][self.rng.below(3)],
             headers: &Headers(&[("x-session-id", "s\n1")]),
             allowed: (self.rng.below(5) == 0).then_some(&allowed[..]),
         };

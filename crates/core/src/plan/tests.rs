@@ -47,6 +47,7 @@ fn a_blend_of_scorers_gets_its_producers_and_picker() {
         [
             "max-score-picker: the profile has no picker",
             "single-profile-handler: there is one profile",
+            "utilization-detector: says how full the fleet is",
             "approx-prefix-cache-producer: no-hit-lru-scorer reads it",
             "token-producer: prefix matching needs tokens",
         ]
