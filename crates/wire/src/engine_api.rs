@@ -477,9 +477,13 @@ pub struct Tokenized<'a> {
 pub struct TokensRead {
     /// Ids.
     pub tokens: Vec<u32>,
-    /// The piece of each, with `return_token_strs` (vLLM 0.8.5 and later).
-    #[serde(default)]
-    pub token_strs: Option<Vec<String>>,
+}
+
+/// What is read of an answer of `/detokenize`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct TextRead {
+    /// Text.
+    pub prompt: String,
 }
 
 /// Answer of `/detokenize`.

@@ -177,7 +177,7 @@ async fn probe(asker: &Asker<'_>, about: &About, attempt: u32) -> Probe {
         Ok(answer) if answer.status == 200 => serde_json::from_slice(&answer.body).ok(),
         _ => None,
     };
-    let tokens = tokens.map(|TokensRead { mut tokens, .. }| {
+    let tokens = tokens.map(|TokensRead { mut tokens }| {
         tokens.truncate(wanted as usize);
         tokens
     });

@@ -2,7 +2,7 @@
 
 use kvroute_tokens::{Tokenizer, TokensError};
 use kvroute_wire::api::Api;
-use kvroute_wire::engine_api::TokensRead;
+use kvroute_wire::engine_api::{TextRead, TokensRead};
 use kvroute_wire::request;
 use serde_json::{Value, json};
 
@@ -59,7 +59,7 @@ pub(super) async fn check(asker: &mut Asker<'_>, about: &About) {
     let ours = ours.clone();
     let mut equal = 0;
     for text in TEXTS {
-        let body = json!({"model": about.model, "prompt": text, "return_token_strs": true});
+        let body = json!({"model": about.model, "prompt": text});
         match compare(asker, &ours, Api::Completions, &body).await {
             Compared::Same(tokens) => equal += tokens,
             Compared::NotThere(reason) => {
@@ -148,8 +148,7 @@ fn conversations(model: &str) -> [(&'static str, Value); 2] {
     let tools = json!([{"type": "function", "function": function}]);
     let body = |tools: Option<Value>| {
         let mut body = json!({
-            "model": model, "messages": messages, "add_generation_prompt": true,
-            "return_token_strs": true
+            "model": model, "messages": messages, "add_generation_prompt": true
         });
         if let Some(tools) = tools {
             body["tools"] = tools;
@@ -177,9 +176,19 @@ async fn compare(asker: &Asker<'_>, ours: &Tokenizer, api: Api, body: &Value) ->
         Err(error) => Err((None, error.to_string())),
     };
     match (here, there) {
-        (Ok(here), Ok(there)) => match difference(ours, &here, &there) {
+        (Ok(here), Ok(TokensRead { tokens })) => match first_difference(&here, &tokens) {
             None => Compared::Same(here.len()),
-            Some(words) => Compared::Differs(words),
+            Some((at, here, there)) => {
+                let here = here.map(|id| (id, ours.decode(&[id]).ok()));
+                let there = match there {
+                    Some(id) => Some((id, piece(asker, body, id).await)),
+                    None => None,
+                };
+                let (here, there) = (in_words(here), in_words(there));
+                Compared::Differs(format!(
+                    "token {at} (from 0) is {here} here and {there} at the engine"
+                ))
+            }
         },
         (Err(error), Ok(_)) => Compared::NotHere(error.to_string()),
         // An engine without a template refuses conversations, and so does kvroute.
@@ -188,27 +197,26 @@ async fn compare(asker: &Asker<'_>, ours: &Tokenizer, api: Api, body: &Value) ->
     }
 }
 
-/// The first token that differs, with what either side has there.
-fn difference(ours: &Tokenizer, here: &[u32], there: &TokensRead) -> Option<String> {
-    let tokens = there.tokens.as_slice();
-    if here == tokens {
-        return None;
+/// Where two lists differ first, and what either has there; nothing at its end.
+fn first_difference(a: &[u32], b: &[u32]) -> Option<(usize, Option<u32>, Option<u32>)> {
+    let at = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let (a, b) = (a.get(at).copied(), b.get(at).copied());
+    (a != b).then_some((at, a, b))
+}
+
+/// The text of one token as the engine reads it.
+async fn piece(asker: &Asker<'_>, body: &Value, id: u32) -> Option<String> {
+    let body = json!({"model": body["model"], "tokens": [id]});
+    let answer = asker.post("/detokenize", &body).await.ok()?;
+    serde_json::from_slice::<TextRead>(&answer.body).ok().map(|read| read.prompt)
+}
+
+fn in_words(token: Option<(u32, Option<String>)>) -> String {
+    match token {
+        Some((id, Some(text))) => format!("{id} `{}`", text.escape_debug()),
+        Some((id, None)) => id.to_string(),
+        None => "the end".to_owned(),
     }
-    let at = here.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-    let piece = |text: Option<String>| match text {
-        Some(text) => format!(" `{}`", text.escape_debug()),
-        None => String::new(),
-    };
-    let here = match here.get(at) {
-        Some(id) => format!("{id}{}", piece(ours.decode(&[*id]).ok())),
-        None => "the end".to_owned(),
-    };
-    let strings = there.token_strs.as_ref();
-    let there = match tokens.get(at) {
-        Some(id) => format!("{id}{}", piece(strings.and_then(|all| all.get(at)).cloned())),
-        None => "the end".to_owned(),
-    };
-    Some(format!("token {at} (from 0) is {here} here and {there} at the engine"))
 }
 
 #[cfg(test)]
@@ -216,19 +224,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_difference_is_shown_with_both_pieces() {
-        let ours = Tokenizer::demo();
-        let here = ours.encode("hello world", false).unwrap();
-        let read = |tokens: Vec<u32>| TokensRead { tokens, token_strs: None };
-        assert_eq!(difference(&ours, &here, &read(here.clone())), None);
-        let longer = [&here[..], &[7]].concat();
-        let words = difference(&ours, &here, &read(longer)).unwrap();
-        assert!(words.contains("is the end here and 7 at the engine"), "{words}");
-        let mut other = here.clone();
-        other[1] = 5;
-        let strings = Some(other.iter().map(|id| format!("<{id}>")).collect());
-        let words =
-            difference(&ours, &here, &TokensRead { tokens: other, token_strs: strings }).unwrap();
-        assert!(words.starts_with("token 1 (from 0)") && words.contains("5 `<5>`"), "{words}");
+    fn the_first_difference_is_found_up_to_the_end() {
+        let table: [(&[u32], &[u32], _); 5] = [
+            (&[1, 2], &[1, 2], None),
+            (&[], &[], None),
+            (&[1, 2, 3], &[1, 4, 3], Some((1, Some(2), Some(4)))),
+            (&[1, 2], &[1, 2, 3], Some((2, None, Some(3)))),
+            (&[1], &[], Some((0, Some(1), None))),
+        ];
+        for (a, b, difference) in table {
+            assert_eq!(first_difference(a, b), difference, "{a:?} {b:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_in_words() {
+        assert_eq!(in_words(Some((7, Some("a\n".to_owned())))), "7 `a\\n`");
+        assert_eq!(in_words(Some((7, None))), "7");
+        assert_eq!(in_words(None), "the end");
     }
 }
