@@ -1,6 +1,8 @@
 //! `kvroute check --live` against simulated engines: a healthy one, and one mismatch at a time,
 //! each of which must be named in words.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod support;
 
 use std::path::{Path, PathBuf};
