@@ -76,6 +76,10 @@ impl Fixture {
         self.rows[at].id
     }
 
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
     pub fn label(&mut self, at: usize, key: &str, value: &str) {
         self.specs[at].labels.insert(key.into(), value.into());
         self.build();

@@ -3,6 +3,18 @@
 //! A parser reads the bodies of some APIs and finds the usage in their answers. The paths that
 //! each one claims are a matter of formats and stand in the wire crate.
 
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::stage::Plugin;
+
+/// Parameters of a parser: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Parser {}
+
+impl Plugin for Parser {}
+
 /// A parser, named as in llm-d.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ParserKind {
@@ -49,5 +61,16 @@ impl ParserKind {
             ParserKind::Vertex => "vertexai-parser",
             ParserKind::Passthrough => "passthrough-parser",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parsers_take_no_parameters() {
+        assert_eq!(serde_saphyr::from_str::<Parser>("{}").unwrap(), Parser {});
+        assert!(serde_saphyr::from_str::<Parser>("{model: x}").is_err());
     }
 }

@@ -1,13 +1,17 @@
 //! What must be known before candidates are filtered and rated? One file per producer.
 
 mod approx_prefix;
+pub mod burst;
 mod inflight_load;
+pub mod p2p_source;
 mod precise_prefix;
 mod predicted_latency;
 mod tokens;
 
 pub use approx_prefix::ApproxPrefix;
+pub use burst::BurstPrefix;
 pub use inflight_load::{InflightLoad, uncached_tokens};
+pub use p2p_source::P2pSource;
 pub use precise_prefix::{
     CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
     PodDiscovery, PrecisePrefix, Redis, TokenProcessor,

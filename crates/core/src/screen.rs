@@ -1,0 +1,9 @@
+//! Which endpoints must no profile see for this request? One file per screener. A screener is a
+//! [`crate::stage::Filter`] that runs once, before all profiles.
+
+mod rollout;
+mod selector;
+
+pub use rollout::{
+    GatingMode, HeaderSelector, RequireRoles, RevisionGating, Rollout, RolloutScope, SelectorMode,
+};
