@@ -11,12 +11,14 @@ mod show;
 #[cfg(test)]
 mod tests;
 
+use crate::collect::CollectPlan;
 use crate::config::EndpointPickerConfig;
 use crate::fleet::Name;
 use crate::handle::{Decider, StageOrder};
 use crate::index::IndexLimits;
+use crate::parse::ParserKind;
 use crate::plugin::{PluginKind, PluginSpec};
-use crate::produce::{ApproxPrefix, InflightLoad, PrecisePrefix};
+use crate::produce::{ApproxPrefix, InflightLoad, PrecisePrefix, PredictedLatency};
 use crate::settings::Settings;
 
 /// A checked configuration. Printing it shows what runs, what was added, and why.
@@ -43,8 +45,14 @@ pub struct Plan {
     pub load: LoadPlan,
     /// Producers of anything else, by name.
     pub others: Vec<(Name, PluginSpec)>,
+    /// What is expected of requests on each endpoint; `None`: nothing reads it.
+    pub latency: Option<LatencyPlan>,
     /// Which tokens requests must come with.
     pub tokens: TokensNeed,
+    /// Who reads bodies, in order of preference.
+    pub parsers: Vec<ParserKind>,
+    /// What is collected from endpoints.
+    pub collect: CollectPlan,
     /// Request headers that plugins read, lower case.
     pub headers: Vec<String>,
     /// What was added, is inert, or deserves a look.
@@ -149,6 +157,15 @@ pub struct LoadPlan {
     pub prefix: Option<usize>,
 }
 
+/// How latency is predicted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LatencyPlan {
+    /// Parameters.
+    pub producer: PredictedLatency,
+    /// Position in `Plan::producers` of the matches that it reads.
+    pub prefix: Option<usize>,
+}
+
 /// Which tokens a plan reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TokensNeed {
@@ -243,8 +260,11 @@ impl Plan {
         }
     }
 
-    /// Whether any scorer reads what requests cost.
+    /// Whether anything reads what requests cost.
     pub fn reads_costs(&self) -> bool {
+        if self.latency.is_some() {
+            return true;
+        }
         let stages = self.profiles.iter().flat_map(|profile| &profile.scorers);
         stages.into_iter().any(|stage| stage.spec.kind() == PluginKind::CostScorer)
     }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, Visitor};
 
 use crate::stage::{Admitter, Detector, Filter, Picker, Plugin, Scorer};
-use crate::{admit, detect, filter, handle, pick, produce, score};
+use crate::{admit, collect, detect, filter, handle, pick, produce, score};
 
 /// What a plugin does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -364,6 +364,41 @@ plugins! {
     /// those that are not.
     ConcurrencyDetector(detect::Concurrency) Beta
         ["concurrency-detector"] => [Detector Filter];
+
+    // The data layer.
+    /// The endpoints' pages of metrics.
+    MetricsDataSource(collect::MetricsDataSource) Beta ["metrics-data-source"] => [Source];
+    /// Load and KV cache of engines, and numbers of the user's choice, from their metrics.
+    CoreMetricsExtractor(collect::CoreMetricsExtractor) Beta
+        ["core-metrics-extractor"] => [Extractor];
+    /// The endpoints' lists of models.
+    ModelsDataSource(collect::ModelsDataSource) Beta ["models-data-source"] => [Source];
+    /// Models and adapters that an endpoint serves.
+    ModelsDataExtractor(collect::ModelsDataExtractor) Beta
+        ["models-data-extractor"] => [Extractor];
+    /// The metrics of NVIDIA's DCGM exporter beside each endpoint.
+    DcgmDataSource(collect::DcgmDataSource) Alpha ["dcgm-data-source"] => [Source];
+    /// How busy the GPUs of an endpoint are.
+    DcgmExtractor(collect::DcgmExtractor) Alpha ["dcgm-extractor"] => [Extractor];
+    /// Host, rack, zone and region of endpoints, from their labels.
+    TopologyExtractor(collect::TopologyExtractor) Alpha ["topology-extractor"] => [Extractor];
+    /// Tells extractors which endpoints come and go.
+    EndpointNotificationSource(collect::EndpointNotificationSource) Beta
+        ["endpoint-notification-source"] => [Source];
+    /// Tells extractors of changes of Kubernetes objects.
+    K8sNotificationSource(collect::K8sNotificationSource) Beta
+        ["k8s-notification-source"] => [Source];
+    /// Endpoints from a file, without Kubernetes.
+    FileDiscovery(collect::FileDiscovery) Beta ["file-discovery"] => [Discovery];
+    /// Clusters from a file, each an endpoint.
+    MulticlusterFileDiscovery(collect::MulticlusterFileDiscovery) Alpha
+        ["multicluster-file-discovery"] => [Discovery];
+    /// The clusters' pages of metrics.
+    MulticlusterMetricsDataSource(collect::MulticlusterMetricsDataSource) Alpha
+        ["multicluster-metrics-data-source"] => [Source];
+    /// What a cluster says about its pool as a whole.
+    MulticlusterMetricsExtractor(collect::MulticlusterMetricsExtractor) Alpha
+        ["multicluster-metrics-extractor"] => [Extractor];
 }
 
 /// Names that llm-d deprecates: the name, since when, and what to write instead.

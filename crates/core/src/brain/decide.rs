@@ -4,14 +4,16 @@ use std::borrow::Cow;
 
 use super::Brain;
 use super::handle::Course;
+use crate::admit::admit_below_saturation;
 use crate::cost::Costing;
 use crate::decision::{Decision, DecisionRecord, NoEndpoints, Reason, Reject, Request};
-use crate::fleet::{EndpointId, Name};
+use crate::detect::saturation_by_stage;
+use crate::fleet::{Endpoint, EndpointId, Name};
 use crate::journal::{Call, Entry};
 use crate::knowledge::{Known, Sources};
 use crate::pipeline::{Inputs, Survivors};
 use crate::produce::uncached_tokens;
-use crate::stage::{PrefixMatch, Row};
+use crate::stage::{Latency, PrefixMatch, Row};
 use crate::stream::StreamState;
 use crate::{Rng, Time};
 
@@ -123,13 +125,13 @@ impl Brain {
         rows: &[Row],
     ) -> Result<(), Reject> {
         let inputs = asked.inputs(&self.fleet, None);
-        if asked.request.priority < PRIORITY_KEPT
+        let priority = asked.request.priority;
+        if priority < PRIORITY_KEPT
             && let Some(detector) = &self.detector
         {
             let view = inputs.view(rows, detector.wants());
-            if detector.plugin.saturation(&view) >= 1.0 {
-                return Err(Reject::Shed);
-            }
+            let saturation = saturation_by_stage(&*detector.plugin, &view);
+            admit_below_saturation(priority, saturation).map_err(|_| Reject::Shed)?;
         }
         for admitter in &self.admitters {
             let view = inputs.view(rows, admitter.wants());
@@ -228,8 +230,16 @@ impl Brain {
             row.uncached_tokens = uncached_tokens(request.prompt_tokens, prefix);
             if let Some(endpoint) = self.fleet.get(row.id) {
                 row.costing = self.costs.costing(now, endpoint, request, self.known(row).spec);
+                row.latency = self.predict(endpoint, row, request);
             }
         }
+    }
+
+    fn predict(&self, endpoint: &Endpoint, row: &Row, request: &Request<'_>) -> Option<Latency> {
+        let latency = self.plan.latency.as_ref()?;
+        let column = latency.prefix.and_then(|at| self.knowledge.columns.get(at));
+        let prefix = column.and_then(|column| column.prefix.get(row.at as usize)).copied();
+        latency.producer.predict(endpoint, row, prefix.unwrap_or_default(), request)
     }
 
     /// What the main producer knows about a candidate.

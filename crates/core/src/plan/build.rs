@@ -1,14 +1,15 @@
 //! From a configuration to a plan, in llm-d's order: plugins, references, defaults, profiles,
 //! producers.
 
+use super::sections::Sections;
 use super::{
-    Experimental, HandlerPlan, LoadPlan, Note, NoteKind, Plan, PlanError, ProducerKind,
-    ProducerPlan, ProfilePlan, StagePlan, TokensNeed,
+    Experimental, HandlerPlan, LatencyPlan, LoadPlan, Note, NoteKind, Plan, PlanError,
+    ProducerKind, ProducerPlan, ProfilePlan, StagePlan, TokensNeed,
 };
 use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role, Stability, nearest_first};
-use crate::stage::{LOAD_DEFAULT, PREFIX_DEFAULT};
+use crate::stage::{LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef};
 
 /// Checks and completes a configuration.
 pub(super) fn build(
@@ -24,10 +25,10 @@ pub(super) fn build(
         profiles.push(builder.profile(at, entry)?);
     }
     let handler = builder.handler(&profiles)?;
-    let detector = builder.sections()?;
-    let mut around = builder.around_profiles(detector);
+    let sections = builder.sections()?;
+    let mut around = builder.around_profiles(sections.detector.clone());
     builder.resolve(&mut profiles, &mut around)?;
-    builder.finish(handler, profiles, around)
+    builder.finish(handler, profiles, around, sections)
 }
 
 /// An error at a place of the configuration.
@@ -204,11 +205,13 @@ impl<'a> Builder<'a> {
         handler: HandlerPlan,
         profiles: Vec<ProfilePlan>,
         around: Around,
+        sections: Sections,
     ) -> Result<Plan, PlanError> {
         let producers = self.producers();
         let precise = producers.iter().position(|p| matches!(p.kind, ProducerKind::Precise(_)));
         let main = precise.or(if producers.is_empty() { None } else { Some(0) });
         let load = self.load(&producers, main)?;
+        let latency = self.latency(&producers, main);
         let tokens = self.tokens(!producers.is_empty(), precise.is_some());
         self.warn(&profiles, &producers);
         let mut headers: Vec<String> =
@@ -227,7 +230,10 @@ impl<'a> Builder<'a> {
             producer_main: main,
             load,
             others: self.others(),
+            latency,
             tokens,
+            parsers: sections.parsers,
+            collect: sections.collect,
             headers,
             notes: self.notes,
         })
@@ -247,7 +253,9 @@ impl<'a> Builder<'a> {
             ProducerKind::of(spec).is_none()
                 && !matches!(
                     spec,
-                    PluginSpec::InflightLoadProducer(_) | PluginSpec::TokenProducer(_)
+                    PluginSpec::InflightLoadProducer(_)
+                        | PluginSpec::TokenProducer(_)
+                        | PluginSpec::PredictedLatencyProducer(_)
                 )
         };
         self.of_role(Role::Producer).filter(other).cloned().collect()
@@ -273,6 +281,19 @@ impl<'a> Builder<'a> {
             _ => position(PREFIX_DEFAULT).or(main),
         };
         Ok(LoadPlan { producer, prefix })
+    }
+
+    /// The first producer of predicted latencies serves all readers.
+    fn latency(&self, producers: &[ProducerPlan], main: Option<usize>) -> Option<LatencyPlan> {
+        let read = self.plugins.iter().any(|(_, spec)| spec.plugin().inputs().latency.is_some());
+        let producer = self.plugins.iter().find_map(|(_, spec)| match spec {
+            PluginSpec::PredictedLatencyProducer(producer) => Some(producer.clone()),
+            _ => None,
+        });
+        let producer = producer.filter(|_| read)?;
+        let wanted = producer.inputs().prefix.map(ProducerRef::name);
+        let named = producers.iter().position(|p| Some(p.name.as_str()) == wanted);
+        Some(LatencyPlan { producer, prefix: named.or(main) })
     }
 
     fn tokens(&mut self, prefix: bool, precise: bool) -> TokensNeed {
@@ -370,7 +391,7 @@ fn fault_of_parameters(at: usize, text: String) -> PlanError {
     error(format!("plugins[{at}].parameters{field}"), text)
 }
 
-fn not_of_role(path: &str, name: &str, spec: &PluginSpec, role: Role) -> PlanError {
+pub(super) fn not_of_role(path: &str, name: &str, spec: &PluginSpec, role: Role) -> PlanError {
     let (is, wanted) = (spec.kind().name(), role.as_str());
     error(path, format!("plugin '{name}' (type: '{is}') is not a {wanted}"))
 }

@@ -5,7 +5,7 @@ use super::{PlanError, ProducerKind, ProfilePlan, StagePlan};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role};
 use crate::produce::{ApproxPrefix, PrecisePrefix};
-use crate::stage::{PREFIX_DEFAULT, ProducerRef};
+use crate::stage::{Inputs, PREFIX_DEFAULT, ProducerRef};
 
 impl Builder<'_> {
     /// Finds the producers of every plugin that runs, adds those that are missing, and those that
@@ -40,17 +40,17 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Producers read each other; deciders read prefixes, whoever produces them.
+    /// Producers read each other. They and deciders read prefixes whoever produces them, unless
+    /// they name one.
     fn add_for_others(&mut self) -> Result<(), PlanError> {
         let mut at = 0;
         while let Some((name, spec)) = self.plugins.get(at).cloned() {
             let kind = spec.kind();
-            if kind.is(Role::Producer) {
-                self.add_missing(&name, &spec)?;
-            }
-            let any = self.plugins.iter().any(|(_, spec)| ProducerKind::of(spec).is_some());
-            if kind.is(Role::Decider) && !any {
-                self.add_missing(&name, &spec)?;
+            if kind.is(Role::Producer) || kind.is(Role::Decider) {
+                let any = self.plugins.iter().any(|(_, spec)| ProducerKind::of(spec).is_some());
+                let mut inputs = spec.plugin().inputs();
+                inputs.prefix = inputs.prefix.filter(|wanted| !any || is_named(*wanted));
+                self.add_inputs(&name, &spec, inputs)?;
             }
             at += 1;
         }
@@ -71,9 +71,17 @@ impl Builder<'_> {
     }
 
     fn add_missing(&mut self, reader: &Name, spec: &PluginSpec) -> Result<(), PlanError> {
+        self.add_inputs(reader, spec, spec.plugin().inputs())
+    }
+
+    fn add_inputs(
+        &mut self,
+        reader: &Name,
+        spec: &PluginSpec,
+        inputs: Inputs<'_>,
+    ) -> Result<(), PlanError> {
         let why = format!("{reader} reads it");
         let path = || self.path_of(reader.as_str());
-        let inputs = spec.plugin().inputs();
         if let Some(wanted) = inputs.prefix {
             let name = self.prefix_producer(wanted);
             match self.spec(name.as_str()) {
@@ -125,4 +133,8 @@ impl Builder<'_> {
                 .ok_or_else(|| self.undefined(self.path_of(reader.as_str()), name)),
         }
     }
+}
+
+fn is_named(wanted: ProducerRef<'_>) -> bool {
+    matches!(wanted, ProducerRef::Named(_))
 }

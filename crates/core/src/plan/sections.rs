@@ -1,13 +1,22 @@
 //! The sections beside plugins and profiles: feature gates, flow control, parsers, data layer.
 
-use super::build::{Builder, error};
+use super::build::{Builder, error, not_of_role};
 use super::{NoteKind, PlanError, StagePlan};
-use crate::config::{FlowControl, PriorityBand};
+use crate::collect::{CollectPlan, DiscoverySpec, ExtractorSpec, SourceEntry, SourceSpec};
+use crate::config::{DataLayer, FlowControl, PriorityBand};
 use crate::fleet::Name;
-use crate::plugin::{Role, nearest_first};
+use crate::parse::ParserKind;
+use crate::plugin::{PluginSpec, Role, nearest_first};
 
 const FLOW_CONTROL: &str = "flowControl";
 const FEATURE_GATES: [&str; 2] = [FLOW_CONTROL, "haPopulateNonLeaderDatastore"];
+
+/// What the sections say.
+pub(super) struct Sections {
+    pub parsers: Vec<ParserKind>,
+    pub collect: CollectPlan,
+    pub detector: Option<StagePlan>,
+}
 
 impl Builder<'_> {
     /// Gates that exist, with values that they can have.
@@ -42,13 +51,16 @@ impl Builder<'_> {
     }
 
     /// Checks every section; the saturation detector runs even where requests do not queue.
-    pub fn sections(&mut self) -> Result<Option<StagePlan>, PlanError> {
+    pub fn sections(&mut self) -> Result<Sections, PlanError> {
         self.flow_control()?;
-        self.data_layer()?;
-        self.detector()
+        Ok(Sections {
+            parsers: self.parsers()?,
+            collect: self.data_layer()?,
+            detector: Some(self.detector()?),
+        })
     }
 
-    fn detector(&mut self) -> Result<Option<StagePlan>, PlanError> {
+    fn detector(&mut self) -> Result<StagePlan, PlanError> {
         let config = self.config;
         let current = config.flow_control.as_ref().and_then(|flow| {
             let detector = flow.saturation_detector.as_ref()?;
@@ -64,12 +76,9 @@ impl Builder<'_> {
             Some((path, detector)) => (format!("{path}.pluginRef"), detector.plugin_ref.as_str()),
             None => ("plugins".to_owned(), "utilization-detector"),
         };
-        if given.is_none() && super::build::default_spec(name).is_none() {
-            return Ok(None);
-        }
         let why = "says how full the fleet is";
         let (name, spec) = self.find_or_add(&path, name, Role::Detector, why)?;
-        Ok(Some(StagePlan::new(name, spec)))
+        Ok(StagePlan::new(name, spec))
     }
 
     fn flow_control(&mut self) -> Result<(), PlanError> {
@@ -135,22 +144,83 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn data_layer(&mut self) -> Result<(), PlanError> {
-        let Some(data_layer) = &self.config.data_layer else { return Ok(()) };
+    fn data_layer(&mut self) -> Result<CollectPlan, PlanError> {
+        let Some(data_layer) = &self.config.data_layer else { return Ok(CollectPlan::default()) };
+        let mut sources = Vec::new();
         for (at, source) in data_layer.sources.iter().enumerate() {
             let path = format!("dataLayer.sources[{at}]");
-            let extractors = source.extractors.iter().map(|e| &e.plugin_ref);
-            for name in std::iter::once(&source.plugin_ref).chain(extractors) {
-                if self.spec(name).is_none() {
-                    return Err(self.undefined(path, name));
+            let (name, spec) =
+                self.of_ref(&format!("{path}.pluginRef"), &source.plugin_ref, Role::Source)?;
+            let spec = SourceSpec::of(&spec).ok_or_else(|| error(&path, "is no data source"))?;
+            let mut extractors = Vec::new();
+            for (at, extractor) in source.extractors.iter().enumerate() {
+                let path = format!("{path}.extractors[{at}].pluginRef");
+                let name = extractor.plugin_ref.as_str();
+                // llm-d has its producers hear of endpoints in this way; here all of them do.
+                let spec = self.spec(name).ok_or_else(|| self.undefined(&path, name))?;
+                if spec.kind().is(Role::Producer) {
+                    continue;
                 }
+                let spec = ExtractorSpec::of(spec).ok_or_else(|| {
+                    let message = format!("plugin '{name}' is not an extractor");
+                    error(&path, message)
+                })?;
+                extractors.push((Name::from(name), spec));
             }
+            sources.push(SourceEntry { name, spec, extractors });
+        }
+        let discovery = match &data_layer.discovery {
+            Some(discovery) => {
+                let path = "dataLayer.discovery.pluginRef";
+                let (_, spec) = self.of_ref(path, &discovery.plugin_ref, Role::Discovery)?;
+                DiscoverySpec::of(&spec)
+            }
+            None => None,
+        };
+        self.replicas(data_layer)?;
+        let inject = data_layer.inject_defaults.unwrap_or(true);
+        let plan = CollectPlan::build(&sources, inject, discovery.as_ref()).map_err(|fault| {
+            let path = match (fault.source_at, fault.extractor_at) {
+                (Some(source), Some(at)) => {
+                    format!("dataLayer.sources[{source}].extractors[{at}].pluginRef")
+                }
+                (Some(source), None) => format!("dataLayer.sources[{source}].pluginRef"),
+                (None, _) => "dataLayer.discovery.pluginRef".to_owned(),
+            };
+            error(path, fault.message)
+        })?;
+        plan.notes.iter().for_each(|text| self.note(NoteKind::Inert, text.as_str()));
+        Ok(plan)
+    }
+
+    /// llm-d has the places, and no plugin for them.
+    fn replicas(&self, data_layer: &DataLayer) -> Result<(), PlanError> {
+        let peers = data_layer.peer_discovery.as_ref().map(|peer| peer.plugin_ref.as_str());
+        let syncer = data_layer.cross_replica_syncer_plugin_ref.as_deref();
+        for (path, name, what) in [
+            ("dataLayer.peerDiscovery.pluginRef", peers, "peer discovery"),
+            ("dataLayer.crossReplicaSyncerPluginRef", syncer, "cross-replica syncer"),
+        ] {
+            let Some(name) = name.filter(|name| !name.is_empty()) else { continue };
+            if self.spec(name).is_none() {
+                return Err(self.undefined(path, name));
+            }
+            let message = format!("plugin '{name}' is not a {what}; there is none, leave it out");
+            return Err(error(path, message));
         }
         Ok(())
     }
 
+    fn of_ref(&self, path: &str, name: &str, role: Role) -> Result<(Name, PluginSpec), PlanError> {
+        let spec = self.spec(name).ok_or_else(|| self.undefined(path, name))?;
+        if !spec.kind().is(role) {
+            return Err(not_of_role(path, name, spec, role));
+        }
+        Ok((Name::from(name), spec.clone()))
+    }
+
     /// The parsers, in order; those of llm-d's default list when none is named.
-    pub fn parsers(&mut self) -> Result<Vec<Name>, PlanError> {
+    fn parsers(&mut self) -> Result<Vec<ParserKind>, PlanError> {
         let config = self.config;
         let current = config.request_handler.iter().flat_map(|handler| &handler.parsers);
         let mut refs: Vec<(String, &str)> = current
@@ -165,12 +235,60 @@ impl Builder<'_> {
                 refs.push(("parser.pluginRef".into(), parser.plugin_ref.as_str()));
             }
         }
-        let mut names = Vec::new();
+        let mut parsers = Vec::new();
         for (path, name) in refs {
-            let (name, _) =
-                self.find_or_add(&path, name, Role::Parser, "requestHandler names it")?;
-            names.push(name);
+            let why = "requestHandler names it";
+            let (_, spec) = self.find_or_add(&path, name, Role::Parser, why)?;
+            let of_type = |kind: &&ParserKind| kind.plugin_type() == spec.kind().name();
+            parsers.extend(ParserKind::ALL.iter().find(of_type));
         }
-        Ok(names)
+        Ok(if parsers.is_empty() { ParserKind::DEFAULTS.to_vec() } else { parsers })
+    }
+}
+
+impl SourceSpec {
+    fn of(spec: &PluginSpec) -> Option<SourceSpec> {
+        Some(match spec {
+            PluginSpec::MetricsDataSource(source) => SourceSpec::Metrics(source.clone()),
+            PluginSpec::ModelsDataSource(source) => SourceSpec::Models(source.clone()),
+            PluginSpec::DcgmDataSource(source) => SourceSpec::Dcgm(source.clone()),
+            PluginSpec::MulticlusterMetricsDataSource(source) => {
+                SourceSpec::MulticlusterMetrics(source.clone())
+            }
+            PluginSpec::K8sNotificationSource(source) => {
+                SourceSpec::K8sNotification(source.clone())
+            }
+            PluginSpec::EndpointNotificationSource(source) => {
+                SourceSpec::EndpointNotification(source.clone())
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl ExtractorSpec {
+    fn of(spec: &PluginSpec) -> Option<ExtractorSpec> {
+        Some(match spec {
+            PluginSpec::CoreMetricsExtractor(core) => ExtractorSpec::CoreMetrics(core.clone()),
+            PluginSpec::ModelsDataExtractor(models) => ExtractorSpec::Models(models.clone()),
+            PluginSpec::DcgmExtractor(dcgm) => ExtractorSpec::Dcgm(dcgm.clone()),
+            PluginSpec::TopologyExtractor(topology) => ExtractorSpec::Topology(topology.clone()),
+            PluginSpec::MulticlusterMetricsExtractor(cluster) => {
+                ExtractorSpec::MulticlusterMetrics(cluster.clone())
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl DiscoverySpec {
+    fn of(spec: &PluginSpec) -> Option<DiscoverySpec> {
+        match spec {
+            PluginSpec::FileDiscovery(file) => Some(DiscoverySpec::File(file.clone())),
+            PluginSpec::MulticlusterFileDiscovery(file) => {
+                Some(DiscoverySpec::MulticlusterFile(file.clone()))
+            }
+            _ => None,
+        }
     }
 }

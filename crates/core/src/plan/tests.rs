@@ -136,7 +136,7 @@ flowControl:
   maxRequests: 5000
   defaultRequestTTL: 1m30s
   priorityBands: [{priority: -1, maxBytes: 1G}]
-requestHandler: {parsers: [{pluginRef: openai-parser}]}
+
 kvroute: {body_bytes_max: 1000, speculative: false}
 ",
     )
