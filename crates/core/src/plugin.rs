@@ -11,7 +11,10 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, Visitor};
 
 use crate::stage::{Admitter, Detector, Filter, Picker, Plugin, Scorer};
-use crate::{admit, collect, detect, filter, handle, pick, produce, score};
+use crate::{
+    admit, collect, detect, filter, flow, handle, identity, parse, pick, produce, report, score,
+    screen,
+};
 
 /// What a plugin does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -399,6 +402,76 @@ plugins! {
     /// What a cluster says about its pool as a whole.
     MulticlusterMetricsExtractor(collect::MulticlusterMetricsExtractor) Alpha
         ["multicluster-metrics-extractor"] => [Extractor];
+
+    // Bursts and peers.
+    /// Holds requests that come at once for a moment, and sends those that share a prompt to the
+    /// same endpoint.
+    BurstPrefixProducer(produce::BurstPrefix) Alpha
+        ["burst-prefix-cache-producer"] => [Producer];
+    /// Names a peer from which the chosen endpoint can fetch the prefix that it lacks.
+    P2pSourceProducer(produce::P2pSource) Alpha ["p2p-source-producer"] => [Producer];
+
+    // Screeners.
+    /// During a rollout of prefill and decode: one revision per request, and only a complete one.
+    RolloutScreener(screen::Rollout) Alpha
+        ["disaggregatedset-rollout-screener"] => [Screener];
+
+    // Request headers and reports.
+    /// Makes the requests of an agent's session one flow, by the headers that agents send.
+    AgentIdentity(identity::AgentIdentity) Alpha ["agent-identity"] => [RequestHeader];
+    /// Tells the proxy a number computed from the request's usage.
+    AttributeReporter(report::AttributeReporter) Beta
+        ["request-attribute-reporter"] => [Reporter];
+    /// Tells the Gateway API's conformance tests which endpoint served the request.
+    ServedVerifier(report::ServedVerifier) Beta
+        ["destination-endpoint-served-verifier"] => [Reporter];
+
+    // Parsers.
+    /// OpenAI's APIs over HTTP.
+    OpenaiParser(parse::Parser) Beta ["openai-parser"] => [Parser];
+    /// Anthropic's messages API.
+    AnthropicParser(parse::Parser) Beta ["anthropic-parser"] => [Parser];
+    /// vLLM's own generate API.
+    VllmHttpParser(parse::Parser) Beta ["vllmhttp-parser"] => [Parser];
+    /// SGLang's own generate API.
+    SglangHttpParser(parse::Parser) Beta ["sglanghttp-parser"] => [Parser];
+    /// vLLM's gRPC API.
+    VllmGrpcParser(parse::Parser) Beta ["vllmgrpc-parser"] => [Parser];
+    /// Vertex AI's prediction service (gRPC).
+    VertexParser(parse::Parser) Beta ["vertexai-parser"] => [Parser];
+    /// Claims no path and takes what no other parser does; bodies stay unread.
+    PassthroughParser(parse::Parser) Beta ["passthrough-parser"] => [Parser];
+
+    // Flow control.
+    /// The first of all requests, whichever flow it is from.
+    GlobalStrictFairness(flow::GlobalStrict) Beta
+        ["global-strict-fairness-policy"] => [Fairness];
+    /// Flow after flow.
+    RoundRobinFairness(flow::RoundRobinFlows) Beta
+        ["round-robin-fairness-policy"] => [Fairness];
+    /// The flow that has got the least tokens of late.
+    ProgramAwareFairness(flow::ProgramAware) Beta ["program-aware-fairness"] => [Fairness];
+    /// First come, first served.
+    FcfsOrdering(flow::Fcfs) Beta ["fcfs-ordering-policy"] => [Ordering];
+    /// The request whose time in the queue ends first.
+    EdfOrdering(flow::Edf) Beta ["edf-ordering-policy"] => [Ordering];
+    /// The request whose first token is due first, by its header `x-llm-d-slo-ttft-ms`.
+    SloDeadlineOrdering(flow::SloDeadline) Beta
+        ["slo-deadline-ordering-policy"] => [Ordering];
+    /// The same ceiling for every priority.
+    StaticUsageLimit(flow::StaticLimit) Beta ["static-usage-limit-policy"] => [UsageLimit];
+    /// Lower priorities stop earlier, which keeps room for higher ones.
+    PriorityHoldback(flow::PriorityHoldback) Alpha
+        ["priority-holdback-policy"] => [UsageLimit];
+    /// The fuller the fleet, the fewer requests of lower priorities go.
+    SoftReflectiveCeiling(flow::SoftReflective) Alpha
+        ["soft-reflective-ceiling-policy"] => [UsageLimit];
+    /// Requests below priority 0 may be stopped for others.
+    SheddableEviction(flow::Sheddable) Alpha
+        ["sheddable-eviction-filter"] => [EvictionFilter];
+    /// The lowest priority is stopped first, and the youngest of it.
+    PriorityThenTimeEviction(flow::PriorityThenTime) Alpha
+        ["priority-then-time-eviction-order-policy"] => [EvictionOrder];
 }
 
 /// Names that llm-d deprecates: the name, since when, and what to write instead.
