@@ -34,7 +34,7 @@ impl Default for P2pSource {
 
 /// What one endpoint holds of the request's prompts, in blocks without a hole from their start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct Holding {
     /// The endpoint.
     pub id: EndpointId,
     /// In any tier: what it need not fetch.
@@ -47,7 +47,7 @@ pub struct Held {
     pub waiting: Option<u32>,
 }
 
-impl Held {
+impl Holding {
     /// Tokens that a peer can fetch.
     fn servable(&self) -> u64 {
         u64::from(self.cpu_blocks.unwrap_or(self.blocks)) * u64::from(self.block_size)
@@ -71,17 +71,17 @@ impl P2pSource {
         &self,
         request_id: &str,
         computing: EndpointId,
-        held: &[Held],
+        held: &[Holding],
     ) -> Option<EndpointId> {
         let own = held.iter().find(|held| held.id == computing);
         let own = own.map_or(0, |held| u64::from(held.blocks) * u64::from(held.block_size));
         let enough = own + u64::from(self.min_cached_token_delta.max(1));
         let peers = || held.iter().filter(|h| h.id != computing && h.servable() >= enough);
-        let most = peers().map(Held::servable).max()?;
+        let most = peers().map(Holding::servable).max()?;
         let near = || peers().filter(|held| held.servable() + u64::from(held.block_size) >= most);
         // Missing metrics count as the longest queue that is known: silence wins nothing.
         let longest = near().filter_map(|held| held.waiting).max().unwrap_or(0);
-        let weight = |held: &Held| 1.0 / (1.0 + f64::from(held.waiting.unwrap_or(longest)));
+        let weight = |held: &Holding| 1.0 / (1.0 + f64::from(held.waiting.unwrap_or(longest)));
         let total: f64 = near().map(weight).sum();
         let mut left = f64::from(fnv1a_32(request_id.as_bytes())) / 2f64.powi(32) * total;
         let drawn = near().find(|held| {
@@ -119,8 +119,8 @@ mod tests {
         EndpointId { slot, generation: 0 }
     }
 
-    fn held(slot: u16, blocks: u32, cpu_blocks: Option<u32>, waiting: u32) -> Held {
-        Held { id: id(slot), blocks, cpu_blocks, block_size: 16, waiting: Some(waiting) }
+    fn held(slot: u16, blocks: u32, cpu_blocks: Option<u32>, waiting: u32) -> Holding {
+        Holding { id: id(slot), blocks, cpu_blocks, block_size: 16, waiting: Some(waiting) }
     }
 
     #[test]
@@ -145,8 +145,8 @@ mod tests {
     #[test]
     fn the_peer_holds_more_than_the_endpoint_that_computes() {
         let source = P2pSource::default();
-        let of = |held: &[Held]| source.source("request", id(0), held).map(|id| id.slot);
-        let table: [(&[Held], _); 9] = [
+        let of = |held: &[Holding]| source.source("request", id(0), held).map(|id| id.slot);
+        let table: [(&[Holding], _); 9] = [
             (&[], None),
             (&[held(0, 9, None, 0)], None),
             (&[held(0, 0, None, 0), held(1, 0, None, 0)], None),
@@ -173,7 +173,7 @@ mod tests {
         let source = P2pSource::default();
         let mut all = vec![held(0, 0, None, 0), held(1, 10, None, 0), held(2, 9, None, 1)];
         all.extend([held(3, 10, None, 3), held(4, 8, None, 0)]);
-        all.push(Held { waiting: None, ..held(5, 10, None, 0) });
+        all.push(Holding { waiting: None, ..held(5, 10, None, 0) });
         let mut drawn = [0u32; 6];
         for request in 0..10_000 {
             let to = source.source(&format!("request-{request}"), id(0), &all).unwrap();

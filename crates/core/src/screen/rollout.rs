@@ -341,6 +341,9 @@ revisionGating: {{mode: {mode}, requireRoles: {{values: [prefill, decode]}}}}"
             let mut drawn = [0; 2];
             for seed in 0..1_000 {
                 let keep = fixture.filter_seeded(&mut rollout(mode), seed);
+                let mut turned = fixture.reversed().filter_seeded(&mut rollout(mode), seed);
+                turned.reverse();
+                assert_eq!(keep, turned, "the order of endpoints decides nothing");
                 assert!(keep == a || keep == b, "{keep:?}");
                 drawn[usize::from(keep == b)] += 1;
             }
