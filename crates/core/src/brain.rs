@@ -30,6 +30,7 @@ use crate::ledger::{Conclusion, Expectation, Ledger};
 use crate::load::{Charge, Load, Reservations, Ticket};
 use crate::pipeline::{Guard, Pipeline};
 use crate::plan::Plan;
+use crate::produce::Burst;
 use crate::settings::ms;
 use crate::stage::{Admitter, Detector, Filter};
 use crate::stream::{
@@ -57,6 +58,7 @@ pub struct Brain {
     screeners: Vec<Guard<dyn Filter>>,
     admitters: Vec<Guard<dyn Admitter>>,
     detector: Option<Guard<dyn Detector>>,
+    burst: Option<Burst>,
     knowledge: Knowledge,
     specs: ChainSpecs,
     rng: Rng,
@@ -141,6 +143,8 @@ pub struct BrainCounters {
     pub rejected_saturated: u64,
     /// The router's own limit.
     pub rejected_in_flight: u64,
+    /// Requests that waited for others.
+    pub held: u64,
     /// Requests of negative priority while the fleet was full.
     pub rejected_shed: u64,
     /// Refused by an admitter.
@@ -198,6 +202,7 @@ impl Brain {
             screeners: screeners.collect(),
             admitters: admitters.collect(),
             detector,
+            burst: plan.burst().map(|(_, parameters)| Burst::new(parameters.clone())),
             knowledge: Knowledge::default(),
             specs: ChainSpecs::default(),
             rng: Rng::seeded(seed),
@@ -352,6 +357,9 @@ impl Brain {
         self.reservations.forget(id);
         self.costs.forget(id);
         self.streams[usize::from(id.slot)] = None;
+        if let Some(burst) = &mut self.burst {
+            burst.forget(id);
+        }
         self.pipelines.iter_mut().for_each(|pipeline| pipeline.forget(id));
         self.screeners.iter_mut().for_each(|screener| screener.plugin.forget(id));
         self.orders.retain(|(of, _)| *of != id);

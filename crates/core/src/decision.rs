@@ -8,6 +8,7 @@ use crate::blocks::{Chain, ChainSpec};
 use crate::event::Tier;
 use crate::fleet::{EndpointId, Name};
 use crate::load::Ticket;
+use crate::produce::HeldId;
 use crate::stage::ResponseHeader;
 use crate::stream::StreamState;
 
@@ -87,6 +88,8 @@ pub struct Request<'a> {
     pub max_tokens: Option<u32>,
     /// The engine computes the whole prompt whatever it has cached (`prompt_logprobs`).
     pub skips_cache: bool,
+    /// As [`crate::brain::Brain::hold`] named it, once its wait is over.
+    pub held: Option<HeldId>,
     /// Multimodal items, in order: one key for each content.
     pub media: &'a [u64],
     /// Below 0: the request may be refused when the fleet is full.
@@ -156,6 +159,8 @@ pub enum Reason {
     /// The engine counts other prompt tokens than the router: its tokenizer or chat template is
     /// not the one that the router was given.
     PromptDiffers,
+    /// The configuration places requests that arrive together, whatever is cached.
+    BurstPlaced,
     /// The configuration has no prefix scoring.
     NotConfigured,
     /// The request has no prompt.
@@ -172,7 +177,7 @@ pub enum Reason {
 
 impl Reason {
     /// All, in the order of `index()`.
-    pub const ALL: [Reason; 15] = [
+    pub const ALL: [Reason; 16] = [
         Reason::EventsLive,
         Reason::HistoryConfigured,
         Reason::TokensEstimated,
@@ -182,6 +187,7 @@ impl Reason {
         Reason::StreamSuspect,
         Reason::Drift,
         Reason::PromptDiffers,
+        Reason::BurstPlaced,
         Reason::NotConfigured,
         Reason::NoPrompt,
         Reason::NoTokenizer,
@@ -206,7 +212,8 @@ impl Reason {
             | Reason::StreamReplaying
             | Reason::StreamSuspect
             | Reason::Drift
-            | Reason::PromptDiffers => Mode::Approximate,
+            | Reason::PromptDiffers
+            | Reason::BurstPlaced => Mode::Approximate,
             Reason::NotConfigured
             | Reason::NoPrompt
             | Reason::NoTokenizer
@@ -228,6 +235,7 @@ impl Reason {
             Reason::StreamSuspect => "stream-suspect",
             Reason::Drift => "drift",
             Reason::PromptDiffers => "prompt-differs",
+            Reason::BurstPlaced => "burst-placed",
             Reason::NotConfigured => "not-configured",
             Reason::NoPrompt => "no-prompt",
             Reason::NoTokenizer => "no-tokenizer",

@@ -180,6 +180,7 @@ impl Fixture {
             tokens_known: TokensKnown::None(NoTokens::NoPrompt),
             max_tokens: None,
             skips_cache: false,
+            held: None,
             media: &self.media_keys,
             priority: self.priority,
             headers: &headers,

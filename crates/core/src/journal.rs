@@ -27,6 +27,7 @@ use crate::decision::{ResponseEvent, TokensKnown};
 use crate::event::{EventBatch, Extra, KvEvent};
 use crate::fleet::{EndpointId, EndpointSpec, EngineMetrics, ServedModel};
 use crate::load::Ticket;
+use crate::produce::HeldId;
 use crate::stream::StreamInput;
 
 /// Version of what is written. A change of any recorded type raises it.
@@ -175,6 +176,13 @@ pub enum Call<'a> {
         now: Time,
         request: Asked<'a>,
     },
+    Hold {
+        now: Time,
+        request: Asked<'a>,
+    },
+    Leave {
+        id: HeldId,
+    },
 }
 
 /// A [`Request`] that can be kept: everything that decides, and the id that is shown.
@@ -189,6 +197,7 @@ pub struct Asked<'a> {
     pub tokens_known: TokensKnown,
     pub max_tokens: Option<u32>,
     pub skips_cache: bool,
+    pub held: Option<HeldId>,
     pub media: Cow<'a, [u64]>,
     pub priority: i32,
     pub headers: Vec<(Cow<'a, str>, Cow<'a, str>)>,
@@ -206,6 +215,7 @@ impl<'a> From<&Request<'a>> for Asked<'a> {
             tokens_known: request.tokens_known,
             max_tokens: request.max_tokens,
             skips_cache: request.skips_cache,
+            held: request.held,
             media: request.media.into(),
             priority: request.priority,
             headers: request.headers.0.iter().map(header).collect(),
@@ -227,6 +237,7 @@ impl Asked<'_> {
             tokens_known: self.tokens_known,
             max_tokens: self.max_tokens,
             skips_cache: self.skips_cache,
+            held: self.held,
             media: Cow::Owned(self.media.into_owned()),
             priority: self.priority,
         }
@@ -262,6 +273,8 @@ impl Brain {
                 return Answer::Added(self.add_endpoint(now, spec.into_owned()).ok());
             }
             Call::Decide { now, request } => return self.decide_again(now, &request),
+            Call::Hold { now, request } => self.hold_again(now, &request),
+            Call::Leave { id } => self.leave(id),
             Call::RemoveEndpoint { now, id } => self.remove_endpoint(now, id),
             Call::OnMetrics { now, id, metrics } => self.on_metrics(now, id, &metrics),
             Call::OnAttributes { now, id, producer, values, valid_for } => {
@@ -284,6 +297,18 @@ impl Brain {
     }
 
     fn decide_again(&mut self, now: Time, asked: &Asked<'_>) -> Answer {
+        Answer::Decided(Box::new(asked.with(|request| self.decide(now, request))))
+    }
+
+    fn hold_again(&mut self, now: Time, asked: &Asked<'_>) {
+        let _ = asked.with(|request| self.hold(now, request));
+    }
+}
+
+impl Asked<'_> {
+    /// The request as the brain takes it.
+    fn with<R>(&self, run: impl FnOnce(&Request<'_>) -> R) -> R {
+        let asked = self;
         let headers: Vec<(&str, &str)> =
             asked.headers.iter().map(|(name, value)| (name.as_ref(), value.as_ref())).collect();
         let request = Request {
@@ -294,16 +319,22 @@ impl Brain {
             tokens_known: asked.tokens_known,
             max_tokens: asked.max_tokens,
             skips_cache: asked.skips_cache,
+            held: asked.held,
             media: &asked.media,
             priority: asked.priority,
             headers: &Headers(&headers),
             allowed: asked.allowed.as_deref(),
         };
-        Answer::Decided(Box::new(self.decide(now, &request)))
+        run(&request)
     }
 }
 
 impl<'a> Call<'a> {
+    /// A request that may have to wait.
+    pub(crate) fn hold(now: Time, request: &Request<'a>) -> Call<'a> {
+        Call::Hold { now, request: Asked::from(request) }
+    }
+
     /// A request for a decision.
     pub(crate) fn decide(now: Time, request: &Request<'a>) -> Call<'a> {
         Call::Decide { now, request: Asked::from(request) }
@@ -321,11 +352,14 @@ impl<'a> Call<'a> {
             | Call::OnCacheReset { id, .. }
             | Call::OnStream { id, .. }
             | Call::Redirect { to: id, .. } => name(id),
-            Call::Decide { request, .. } => {
+            Call::Decide { request, .. } | Call::Hold { request, .. } => {
                 let allowed = request.allowed.iter_mut();
                 allowed.for_each(|ids| ids.to_mut().iter_mut().for_each(&mut name));
             }
-            Call::AddEndpoint { .. } | Call::OnResponse { .. } | Call::Tick { .. } => {}
+            Call::AddEndpoint { .. }
+            | Call::OnResponse { .. }
+            | Call::Leave { .. }
+            | Call::Tick { .. } => {}
         }
     }
 
@@ -350,6 +384,8 @@ impl<'a> Call<'a> {
                 Call::OnStream { now, id, input: Cow::Owned(input.into_owned()) }
             }
             Call::Decide { now, request } => Call::Decide { now, request: request.into_owned() },
+            Call::Hold { now, request } => Call::Hold { now, request: request.into_owned() },
+            Call::Leave { id } => Call::Leave { id },
             Call::RemoveEndpoint { now, id } => Call::RemoveEndpoint { now, id },
             Call::OnScrapeFailed { now, id } => Call::OnScrapeFailed { now, id },
             Call::OnEndpointFailed { now, id } => Call::OnEndpointFailed { now, id },
@@ -385,7 +421,7 @@ impl<'a> Call<'a> {
                 }
                 _ => 0,
             },
-            Call::Decide { request, .. } => request.bytes(),
+            Call::Decide { request, .. } | Call::Hold { request, .. } => request.bytes(),
             _ => 0,
         }
     }

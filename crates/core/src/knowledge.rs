@@ -6,7 +6,7 @@ use crate::decision::{HitRecord, PromptChains, Reason, Request, TokensKnown};
 use crate::fleet::Fleet;
 use crate::index::{Hit, Hits, Index, TierWeights};
 use crate::plan::{Plan, ProducerKind, ProducerPlan};
-use crate::produce::{ApproxPrefix, PrecisePrefix};
+use crate::produce::{ApproxPrefix, Assigned, PrecisePrefix};
 use crate::stage::{PrefixMatch, Row};
 use crate::stream::{StreamState, SuspectReason};
 
@@ -82,6 +82,10 @@ impl ChainSpecs {
                     }
                     specs.estimated.push(estimated_spec(engines));
                 }
+                ProducerKind::Burst(burst) => {
+                    specs.exact.push(burst.chain_spec(TokenSpace::Exact));
+                    specs.estimated.push(burst.chain_spec(TokenSpace::Estimated));
+                }
             }
         }
         specs
@@ -132,6 +136,8 @@ pub(crate) struct Sources<'a> {
     /// The endpoint counts other prompt tokens than the router.
     pub differs: &'a dyn Fn(EndpointId) -> bool,
     pub speculative: bool,
+    /// Where the request belongs by its window.
+    pub assigned: Option<Assigned>,
 }
 
 /// Memory that is used again by each request.
@@ -151,6 +157,7 @@ impl Knowledge {
             column.known.extend(rows.iter().map(|row| match &producer.kind {
                 ProducerKind::Approx(approx) => approximate(approx, engines, sources),
                 ProducerKind::Precise(precise) => precisely(precise, engines, sources, row.id),
+                ProducerKind::Burst(_) => placed(sources, row.id),
             }));
             look_up(&mut self.hits, column, producer, sources, rows);
             column.prefix.clear();
@@ -180,6 +187,21 @@ impl Known {
     pub fn nothing(reason: Reason) -> Known {
         Known::new(reason, None)
     }
+}
+
+/// What the requests of one window promise each other: nothing of it is in a cache yet.
+fn placed(sources: &Sources<'_>, id: EndpointId) -> Known {
+    let known = Known::nothing(Reason::BurstPlaced);
+    let Some(assigned) = sources.assigned else { return known };
+    let PrefixMatch { weighted, blocks, total, block_size } = assigned.on(id);
+    let hit = HitRecord {
+        block_size,
+        blocks: total,
+        matched: blocks,
+        matched_weighted: weighted,
+        ..HitRecord::default()
+    };
+    Known { hit, ..known }
 }
 
 fn approximate(approx: &ApproxPrefix, engines: Option<u32>, sources: &Sources<'_>) -> Known {
@@ -242,6 +264,7 @@ fn look_up(
     let (weights, approx) = match &producer.kind {
         ProducerKind::Precise(precise) => (precise.tier_weights(), None),
         ProducerKind::Approx(approx) => (TierWeights::default(), Some(approx)),
+        ProducerKind::Burst(_) => return,
     };
     for spec in specs.as_slice() {
         let blocks_max = approx.map_or(u32::MAX, |approx| approx.blocks_max(spec.block_size));

@@ -18,7 +18,9 @@ use crate::handle::{Decider, StageOrder};
 use crate::index::IndexLimits;
 use crate::parse::ParserKind;
 use crate::plugin::{PluginKind, PluginSpec};
-use crate::produce::{ApproxPrefix, InflightLoad, PrecisePrefix, PredictedLatency};
+use crate::produce::{
+    ApproxPrefix, BurstPrefix, InflightLoad, P2pSource, PrecisePrefix, PredictedLatency,
+};
 use crate::settings::Settings;
 
 /// A checked configuration. Printing it shows what runs, what was added, and why.
@@ -47,6 +49,8 @@ pub struct Plan {
     pub others: Vec<(Name, PluginSpec)>,
     /// What is expected of requests on each endpoint; `None`: nothing reads it.
     pub latency: Option<LatencyPlan>,
+    /// From whom endpoints fetch cached blocks; `None`: from nobody.
+    pub peers: Option<PeersPlan>,
     /// Which tokens requests must come with.
     pub tokens: TokensNeed,
     /// Who reads bodies, in order of preference.
@@ -146,6 +150,8 @@ pub enum ProducerKind {
     Approx(ApproxPrefix),
     /// From events.
     Precise(Box<PrecisePrefix>),
+    /// From where the requests of one window are placed.
+    Burst(BurstPrefix),
 }
 
 /// How load is charged.
@@ -162,6 +168,15 @@ pub struct LoadPlan {
 pub struct LatencyPlan {
     /// Parameters.
     pub producer: PredictedLatency,
+    /// Position in `Plan::producers` of the matches that it reads.
+    pub prefix: Option<usize>,
+}
+
+/// How a source of cached blocks is chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PeersPlan {
+    /// Parameters.
+    pub producer: P2pSource,
     /// Position in `Plan::producers` of the matches that it reads.
     pub prefix: Option<usize>,
 }
@@ -239,7 +254,7 @@ impl Plan {
     pub fn index_limits(&self) -> IndexLimits {
         let history = self.producers.iter().map(|producer| match &producer.kind {
             ProducerKind::Approx(approx) => approx.lru_capacity_per_server,
-            ProducerKind::Precise(_) => 0,
+            ProducerKind::Precise(_) | ProducerKind::Burst(_) => 0,
         });
         let history = history.max().unwrap_or(0);
         let settings = &self.settings;
@@ -269,6 +284,14 @@ impl Plan {
         stages.into_iter().any(|stage| stage.spec.kind() == PluginKind::CostScorer)
     }
 
+    /// The producer that holds requests until their window closes, and its position.
+    pub fn burst(&self) -> Option<(usize, &BurstPrefix)> {
+        self.producers.iter().enumerate().find_map(|(at, producer)| match &producer.kind {
+            ProducerKind::Burst(burst) => Some((at, burst)),
+            ProducerKind::Approx(_) | ProducerKind::Precise(_) => None,
+        })
+    }
+
     /// Whether any producer reads events: without one, hosts need not subscribe.
     pub fn reads_events(&self) -> bool {
         self.producers.iter().any(|p| matches!(p.kind, ProducerKind::Precise(_)))
@@ -278,7 +301,7 @@ impl Plan {
     pub fn precise_producer(&self) -> Option<&PrecisePrefix> {
         self.producers.iter().find_map(|producer| match &producer.kind {
             ProducerKind::Precise(precise) => Some(precise.as_ref()),
-            ProducerKind::Approx(_) => None,
+            ProducerKind::Approx(_) | ProducerKind::Burst(_) => None,
         })
     }
 }

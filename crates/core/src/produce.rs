@@ -9,9 +9,9 @@ mod predicted_latency;
 mod tokens;
 
 pub use approx_prefix::ApproxPrefix;
-pub use burst::BurstPrefix;
+pub use burst::{Assigned, BalanceBy, Burst, BurstPrefix, Held, HeldId, NotHeld};
 pub use inflight_load::{InflightLoad, uncached_tokens};
-pub use p2p_source::P2pSource;
+pub use p2p_source::{Holding, P2pSource};
 pub use precise_prefix::{
     CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
     PodDiscovery, PrecisePrefix, Redis, TokenProcessor,

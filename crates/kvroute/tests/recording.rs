@@ -220,6 +220,7 @@ fn scripted(requests: u32) -> Vec<String> {
             tokens_known: TokensKnown::Exact,
             max_tokens: None,
             skips_cache: false,
+            held: None,
             media: &[],
             priority: 0,
             headers: Headers::NONE,

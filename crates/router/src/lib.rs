@@ -142,6 +142,7 @@ fn share(
         clock,
         wants_events: brain.plan().reads_events(),
         tokens: brain.plan().tokens,
+        holds: brain.plan().burst().is_some(),
         primary_port: brain.plan().primary_port(),
         scheduling_headers: brain.plan().headers.clone(),
         brain: Mutex::new(brain),

@@ -16,6 +16,7 @@ use kvroute_core::decision::{
     DATA_PARALLEL_HEADER, Decision, DecisionRecord, Headers, Mode, Reason, RequestHeader,
 };
 use kvroute_core::fleet::Name;
+use kvroute_core::produce::HeldId;
 use kvroute_wire::api::Api;
 use kvroute_wire::usage::UsageScanner;
 use tracing::{debug, info, warn};
@@ -97,7 +98,9 @@ async fn route(
         Payload::Whole(bytes) if routed => tokenize::read(shared, way.api, bytes).await?,
         _ => Asked::nothing(),
     };
-    let chosen = choose(shared, &way.request_id, &asked, &parts.headers)?;
+    let held = hold(shared, &way.request_id, &asked, &parts.headers).await;
+    let held = held.as_ref().map(|held| held.id);
+    let chosen = choose(shared, &way.request_id, &asked, &parts.headers, held)?;
     chosen.tell_endpoint(&mut parts.headers);
     let mut outgoing = Outgoing {
         request_id: way.request_id.clone(),
@@ -208,17 +211,16 @@ impl Chosen {
     }
 }
 
-/// Decides where a request goes, and notes the decision. Dropping the result gives back what was
-/// reserved.
-pub(crate) fn choose(
-    shared: &Arc<Shared>,
-    request_id: &str,
-    asked: &Asked,
+/// A request as the brain sees it.
+fn scheduled<'a>(
+    shared: &Shared,
+    request_id: &'a str,
+    asked: &'a Asked,
     headers: &HeaderMap,
-) -> Result<Chosen, RouteError> {
-    let started = Instant::now();
-    let seen = scheduling_headers(shared, headers, asked);
-    let request = kvroute_core::decision::Request {
+    seen: &'a Headers<'a>,
+    held: Option<HeldId>,
+) -> kvroute_core::decision::Request<'a> {
+    kvroute_core::decision::Request {
         id: request_id,
         model: &asked.model,
         prompts: &asked.prompts,
@@ -226,11 +228,61 @@ pub(crate) fn choose(
         tokens_known: asked.known,
         max_tokens: asked.max_tokens,
         skips_cache: asked.skips_cache,
+        held,
         media: &[],
         priority: priority(shared, headers),
-        headers: &Headers(&seen),
+        headers: seen,
         allowed: None,
+    }
+}
+
+/// A place in a window; given up when the client goes before its end.
+struct HeldPlace<'a> {
+    shared: &'a Shared,
+    id: HeldId,
+}
+
+impl Drop for HeldPlace<'_> {
+    fn drop(&mut self) {
+        self.shared.brain.lock().leave(self.id);
+    }
+}
+
+/// Waits until the window of requests that arrive together closes, where the plan has windows.
+async fn hold<'a>(
+    shared: &'a Shared,
+    request_id: &str,
+    asked: &Asked,
+    headers: &HeaderMap,
+) -> Option<HeldPlace<'a>> {
+    if !shared.holds {
+        return None;
+    }
+    let now = shared.clock.now();
+    let held = {
+        let seen = scheduling_headers(shared, headers, asked);
+        let seen = Headers(&seen);
+        let request = scheduled(shared, request_id, asked, headers, &seen, None);
+        shared.brain.lock().hold(now, &request)?
     };
+    let place = HeldPlace { shared, id: held.id };
+    tokio::time::sleep(held.until.since(now)).await;
+    Some(place)
+}
+
+/// Decides where a request goes, and notes the decision. Dropping the result gives back what was
+/// reserved.
+pub(crate) fn choose(
+    shared: &Arc<Shared>,
+    request_id: &str,
+    asked: &Asked,
+    headers: &HeaderMap,
+    held: Option<HeldId>,
+) -> Result<Chosen, RouteError> {
+    let started = Instant::now();
+    let seen = scheduling_headers(shared, headers, asked);
+    let seen = Headers(&seen);
+    let request = scheduled(shared, request_id, asked, headers, &seen, held);
     let decided = shared.brain.lock().decide(shared.clock.now(), &request);
     let decision = decided.map_err(RouteError::Rejected)?;
     let Decision { ticket, endpoint, fallback, response_headers, request_headers, record, .. } =

@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     pub wants_events: bool,
     /// Which tokens the plan reads.
     pub tokens: TokensNeed,
+    /// The plan has windows in which requests wait for others.
+    pub holds: bool,
     /// Where requests go on each host, when not to the endpoint's own port.
     pub primary_port: Option<u16>,
     /// Request headers that the plan's plugins read, lower case.

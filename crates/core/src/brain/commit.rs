@@ -6,14 +6,17 @@ use super::{Alternative, Brain, InFlight};
 use crate::Time;
 use crate::blocks::{BlockKey, Chain, TokenSpace};
 use crate::decision::{
-    Candidate, DATA_PARALLEL_HEADER, Decision, DecisionRecord, ENCODERS_HEADER, LoadRecord, Mode,
-    PREFILLER_HEADER, ProfileRecord, Reason, RemovedRecord, Request, RequestHeader,
+    Candidate, DATA_PARALLEL_HEADER, Decision, DecisionRecord, ENCODERS_HEADER, KV_SOURCE_HEADER,
+    LoadRecord, Mode, PREFILLER_HEADER, ProfileRecord, Reason, RemovedRecord, Request,
+    RequestHeader,
 };
+use crate::event::Tier;
 use crate::fleet::{EndpointId, Name};
 use crate::index::SpeculationId;
 use crate::ledger::Expectation;
 use crate::load::Charge;
 use crate::plan::ProducerKind;
+use crate::produce::Holding;
 use crate::stage::{Picked, ResponseHeader, Row};
 use crate::stream::StreamState;
 
@@ -57,7 +60,7 @@ impl Brain {
                 .collect(),
             scores: outcome.scores.clone(),
             others: course.others.iter().map(|other| self.profile_record(rows, other)).collect(),
-            request_headers: self.request_headers(considered),
+            request_headers: self.request_headers(request, considered),
         }
     }
 
@@ -84,7 +87,11 @@ impl Brain {
     }
 
     /// What the chosen endpoint must be told: who prefills and who encodes.
-    fn request_headers(&self, considered: &Considered) -> Vec<RequestHeader> {
+    fn request_headers(
+        &self,
+        request: &Request<'_>,
+        considered: &Considered,
+    ) -> Vec<RequestHeader> {
         let course = &considered.course;
         let mut headers = Vec::new();
         for other in &course.others {
@@ -97,11 +104,40 @@ impl Brain {
             let addresses = ran.outcome.order.iter().take(offered).map(|id| self.address(*id));
             headers.push(RequestHeader { name, value: addresses.collect::<Vec<_>>().join(",") });
         }
+        if let Some(source) = self.kv_source(request, considered) {
+            let value = self.address(source).to_owned();
+            headers.push(RequestHeader { name: KV_SOURCE_HEADER, value });
+        }
         if course.primary_port.is_some() {
             let value = self.address(course.primary.chosen()).to_owned();
             headers.push(RequestHeader { name: DATA_PARALLEL_HEADER, value });
         }
         headers
+    }
+
+    /// From whom the endpoint that computes the prompt takes cached blocks.
+    fn kv_source(&self, request: &Request<'_>, considered: &Considered) -> Option<EndpointId> {
+        let peers = self.plan.peers.as_ref()?;
+        let Considered { rows, course, .. } = considered;
+        let prefills = course.others.iter().filter(|other| {
+            let name = self.plan.profiles[other.profile].name.as_str();
+            other.step == Step::Prefill && name == peers.producer.prefill_profile()
+        });
+        let prefill = prefills.filter_map(Other::chosen).next();
+        let computing = prefill.unwrap_or(course.primary.chosen());
+        let column = self.knowledge.columns.get(peers.prefix?)?;
+        let held = rows.iter().zip(&column.known).map(|(row, known)| {
+            let hit = &known.hit;
+            let tiers = known.reason.mode() == Mode::Precise;
+            Holding {
+                id: row.id,
+                blocks: hit.matched,
+                cpu_blocks: tiers.then(|| hit.by_tier[Tier::Cpu.index()]),
+                block_size: hit.block_size,
+                waiting: row.signals.map(|signals| signals.waiting),
+            }
+        });
+        peers.producer.source(request.id, computing, &held.collect::<Vec<_>>())
     }
 
     fn candidate(&self, now: Time, row: &Row, removed_by: Option<Name>) -> Candidate {

@@ -5,14 +5,17 @@ use std::borrow::Cow;
 use super::Brain;
 use super::handle::Course;
 use crate::admit::admit_below_saturation;
+use crate::blocks::TokenSpace;
 use crate::cost::Costing;
-use crate::decision::{Decision, DecisionRecord, NoEndpoints, Reason, Reject, Request};
+use crate::decision::{
+    Decision, DecisionRecord, NoEndpoints, Reason, Reject, Request, TokensKnown,
+};
 use crate::detect::saturation_by_stage;
 use crate::fleet::{Endpoint, EndpointId, Name};
 use crate::journal::{Call, Entry};
 use crate::knowledge::{Known, Sources};
 use crate::pipeline::{Inputs, Survivors};
-use crate::produce::uncached_tokens;
+use crate::produce::{Held, HeldId, uncached_tokens};
 use crate::stage::{Latency, PrefixMatch, Row};
 use crate::stream::StreamState;
 use crate::{Rng, Time};
@@ -63,6 +66,31 @@ impl Brain {
         considered.map(|considered| self.record(now, request, &considered))
     }
 
+    /// Whether a request must wait for others before it is decided, and until when. The host then
+    /// decides with `Request::held`, or says [`Brain::leave`] when the client has gone.
+    pub fn hold(&mut self, now: Time, request: &Request<'_>) -> Option<Held> {
+        let (_, parameters) = self.plan.burst()?;
+        let space = match request.tokens_known {
+            TokensKnown::Exact => TokenSpace::Exact,
+            TokensKnown::Estimated => TokenSpace::Estimated,
+            TokensKnown::None(_) => return None,
+        };
+        let spec = parameters.chain_spec(space);
+        self.note(|| Entry::Call(Call::hold(now, request)));
+        let chains = request.prompts.iter().filter_map(|prompt| prompt.get(spec));
+        let joined = self.burst.as_mut()?.join(now, chains.map(|chain| &chain.keys[..]));
+        self.counters.held += u64::from(joined.is_ok());
+        joined.ok()
+    }
+
+    /// A held request is gone before it was decided.
+    pub fn leave(&mut self, id: HeldId) {
+        self.note(|| Entry::Call(Call::Leave { id }));
+        if let Some(burst) = &mut self.burst {
+            burst.leave(id);
+        }
+    }
+
     fn count(&mut self, decided: &Result<Decision, Reject>) {
         let counters = &mut self.counters;
         match decided {
@@ -88,7 +116,7 @@ impl Brain {
         let mut rng = Rng::seeded(seed);
         let mut base = self.collect_rows(now, request)?;
         let sessions = self.sessions(request);
-        self.fill_knowledge(request, &base.rows);
+        self.fill_knowledge(now, request, &base.rows);
         self.charge_rows(now, request, &mut base.rows);
         let rows = base.rows.clone();
         let columns = std::mem::take(&mut self.knowledge.columns);
@@ -202,7 +230,8 @@ impl Brain {
         Err(Reject::NoEndpoints { why })
     }
 
-    fn fill_knowledge(&mut self, request: &Request<'_>, rows: &[Row]) {
+    fn fill_knowledge(&mut self, now: Time, request: &Request<'_>, rows: &[Row]) {
+        let assigned = request.held.and_then(|id| self.burst.as_mut()?.assignment(now, id, rows));
         let (streams, ledger) = (&self.streams, &self.ledger);
         let state_of = |id: EndpointId| {
             let entry = streams.get(usize::from(id.slot)).and_then(Option::as_ref);
@@ -215,6 +244,7 @@ impl Brain {
             state_of: &state_of,
             differs: &|id| ledger.prompt_differs(id),
             speculative: self.speculative,
+            assigned,
         };
         self.knowledge.fill(&self.plan.producers, &sources, rows);
         for row in rows {

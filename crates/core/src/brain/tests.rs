@@ -136,6 +136,7 @@ impl Host {
             tokens_known: TokensKnown::Exact,
             max_tokens: None,
             skips_cache: false,
+            held: None,
             media: &[],
             priority: 0,
             headers: Headers::NONE,

@@ -3,7 +3,7 @@
 
 use super::sections::Sections;
 use super::{
-    Experimental, HandlerPlan, LatencyPlan, LoadPlan, Note, NoteKind, Plan, PlanError,
+    Experimental, HandlerPlan, LatencyPlan, LoadPlan, Note, NoteKind, PeersPlan, Plan, PlanError,
     ProducerKind, ProducerPlan, ProfilePlan, StagePlan, TokensNeed,
 };
 use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
@@ -212,6 +212,7 @@ impl<'a> Builder<'a> {
         let main = precise.or(if producers.is_empty() { None } else { Some(0) });
         let load = self.load(&producers, main)?;
         let latency = self.latency(&producers, main);
+        let peers = self.peers(&producers, main);
         let tokens = self.tokens(!producers.is_empty(), precise.is_some());
         self.warn(&profiles, &producers);
         let mut headers: Vec<String> =
@@ -231,6 +232,7 @@ impl<'a> Builder<'a> {
             load,
             others: self.others(),
             latency,
+            peers,
             tokens,
             parsers: sections.parsers,
             collect: sections.collect,
@@ -256,6 +258,7 @@ impl<'a> Builder<'a> {
                     PluginSpec::InflightLoadProducer(_)
                         | PluginSpec::TokenProducer(_)
                         | PluginSpec::PredictedLatencyProducer(_)
+                        | PluginSpec::P2pSourceProducer(_)
                 )
         };
         self.of_role(Role::Producer).filter(other).cloned().collect()
@@ -294,6 +297,16 @@ impl<'a> Builder<'a> {
         let wanted = producer.inputs().prefix.map(ProducerRef::name);
         let named = producers.iter().position(|p| Some(p.name.as_str()) == wanted);
         Some(LatencyPlan { producer, prefix: named.or(main) })
+    }
+
+    fn peers(&self, producers: &[ProducerPlan], main: Option<usize>) -> Option<PeersPlan> {
+        let producer = self.plugins.iter().find_map(|(_, spec)| match spec {
+            PluginSpec::P2pSourceProducer(producer) => Some(producer.clone()),
+            _ => None,
+        })?;
+        let wanted = producer.inputs().prefix.map(ProducerRef::name);
+        let named = producers.iter().position(|p| Some(p.name.as_str()) == wanted);
+        Some(PeersPlan { producer, prefix: named.or(main) })
     }
 
     fn tokens(&mut self, prefix: bool, precise: bool) -> TokensNeed {
@@ -361,6 +374,7 @@ impl ProducerKind {
             PluginSpec::PrecisePrefixProducer(p) => {
                 Some(ProducerKind::Precise(Box::new(p.clone())))
             }
+            PluginSpec::BurstPrefixProducer(p) => Some(ProducerKind::Burst(p.clone())),
             _ => None,
         }
     }

@@ -32,6 +32,7 @@ impl fmt::Display for Plan {
             let kind = match producer.kind {
                 ProducerKind::Approx(_) => "approximate, from routing history",
                 ProducerKind::Precise(_) => "precise, from engine events",
+                ProducerKind::Burst(_) => "of the requests that arrive together",
             };
             writeln!(f, "prefix knowledge {}: {kind}", producer.name)?;
         }

@@ -247,6 +247,7 @@ mod tests {
             tokens_known: TokensKnown::None(NoTokens::NoPrompt),
             max_tokens: None,
             skips_cache: false,
+            held: None,
             media: &[],
             priority: 0,
             headers,

@@ -176,6 +176,7 @@ impl World {
             tokens_known: flight.known,
             max_tokens: (!no.is_multiple_of(3)).then_some(flight.max_tokens),
             skips_cache: no.is_multiple_of(17),
+            held: None,
             media: &[],
             priority: 0,
             headers: Headers::NONE,

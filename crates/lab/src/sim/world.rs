@@ -345,6 +345,7 @@ impl<'a> World<'a> {
             tokens_known: self.known,
             max_tokens: flight.call.max_tokens,
             skips_cache: false,
+            held: None,
             media: &[],
             priority: 0,
             headers: &Headers(headers.as_ref().map_or(&[], |headers| headers)),
