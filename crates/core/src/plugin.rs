@@ -599,11 +599,17 @@ impl<'de> DeserializeSeed<'de> for ParametersSeed {
     }
 }
 
+/// Names that a message about an unknown type lists.
+const NEAREST_SHOWN: usize = 8;
+
 fn unknown_type(name: &str) -> String {
     let names = PluginKind::ALL.iter().flat_map(|kind| kind.names().iter().copied());
+    let names = nearest_first(name, names);
     format!(
-        "plugin type `{name}` is not registered; valid types, nearest first: {}",
-        nearest_first(name, names).join(", ")
+        "plugin type `{name}` is not registered; valid types, nearest first: {}, ... (all {} are \
+         in docs/plugins.md)",
+        names[..names.len().min(NEAREST_SHOWN)].join(", "),
+        names.len()
     )
 }
 

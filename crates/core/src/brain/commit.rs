@@ -16,6 +16,7 @@ use crate::index::SpeculationId;
 use crate::ledger::Expectation;
 use crate::load::Charge;
 use crate::plan::ProducerKind;
+use crate::plugin::PluginSpec;
 use crate::produce::Holding;
 use crate::stage::{Picked, ResponseHeader, Row};
 use crate::stream::StreamState;
@@ -328,6 +329,11 @@ impl Brain {
             let primary = *primary;
             let picked = Picked { now, endpoint, request, sessions, profile: name, primary };
             headers.extend(self.pipelines[*profile].picked(&picked));
+            for screener in self.plan.screeners.iter().filter(|_| primary) {
+                if let PluginSpec::RolloutScreener(rollout) = &screener.spec {
+                    headers.extend(rollout.response_headers(endpoint));
+                }
+            }
         }
         headers
     }

@@ -1,5 +1,6 @@
 //! The brain end to end: events in, decisions out, responses back.
 
+mod handlers;
 mod log;
 mod rules;
 
