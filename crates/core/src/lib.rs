@@ -5,6 +5,7 @@
 //! run this same code.
 
 pub mod admit;
+mod attribute;
 pub mod blocks;
 pub mod brain;
 pub mod collect;

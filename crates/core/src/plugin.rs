@@ -292,6 +292,27 @@ plugins! {
     DecodeFilter(filter::Decode) Beta ["decode-filter"] => [Filter];
     /// Keeps endpoints that prefill, by their label `llm-d.ai/role`.
     PrefillFilter(filter::Prefill) Beta ["prefill-filter"] => [Filter];
+    /// Keeps endpoints that encode images, audio and video, by their label `llm-d.ai/role`.
+    EncodeFilter(filter::Encode) Beta ["encode-filter"] => [Filter];
+    /// Keeps endpoints whose label has one of some values: the older form of
+    /// `label-selector-filter`.
+    ByLabelFilter(filter::ByLabel) Beta ["by-label"] => [Filter];
+    /// Keeps endpoints that are less busy than some limits.
+    UtilizationFilter(filter::Utilization) Alpha ["utilization-filter"] => [Filter];
+    /// Keeps endpoints by a number that an extractor tells about them.
+    EndpointAttributeFilter(filter::EndpointAttribute) Alpha
+        ["endpoint-attribute-filter"] => [Filter];
+    /// Keeps endpoints near the one that an earlier profile chose: prefill near decode.
+    TopologyAffinityFilter(filter::TopologyAffinity) Alpha
+        ["topology-affinity-filter"] => [Filter];
+    /// Keeps the endpoint that served the session before, while it is a candidate.
+    SessionAffinityFilter(score::SessionAffinity) Alpha ["session-affinity-filter"] => [Filter];
+    /// Keeps the cluster that served the session before, while it is a candidate.
+    MulticlusterSessionAffinityFilter(score::SessionAffinity) Alpha
+        ["multicluster-session-affinity-filter"] => [Filter];
+    /// Keeps the endpoints that a request header lists; for conformance tests.
+    HeaderTestingFilter(filter::HeaderTesting) Beta
+        ["header-based-testing-filter"] => [Filter];
     /// Keeps endpoints that hold most of the prompt, until they are too busy.
     PrefixAffinityFilter(filter::PrefixAffinity) Beta
         ["prefix-cache-affinity-filter"] => [Filter];
@@ -320,6 +341,27 @@ plugins! {
     SessionAffinityScorer(score::SessionAffinity) Alpha ["session-affinity-scorer"] => [Scorer];
     /// Endpoints that have the request's adapter loaded, or room for it, are better.
     LoraAffinityScorer(score::LoraAffinity) Beta ["lora-affinity-scorer"] => [Scorer];
+    /// Endpoints that are meant for prompts of this length are better, by a label; removes the
+    /// others where told to.
+    ContextLength(score::ContextLength) Beta ["context-length-aware"] => [Filter Scorer];
+    /// Endpoints that have encoded the request's images before are better.
+    EncoderCacheScorer(score::EncoderCache) Beta ["mm-embeddings-cache-scorer"] => [Scorer];
+    /// Endpoints whose label is what a request header says are better.
+    HeaderLabelScorer(score::HeaderLabel) Alpha ["header-label-affinity-scorer"] => [Scorer];
+    /// A number that an extractor tells about the endpoints, as a score.
+    EndpointAttributeScorer(score::EndpointAttribute) Alpha
+        ["endpoint-attribute-scorer"] => [Scorer];
+    /// The nearer to the endpoint that an earlier profile chose, the better.
+    TopologyAffinityScorer(score::TopologyAffinity) Alpha
+        ["topology-affinity-scorer"] => [Scorer];
+    /// Clusters with shorter queues are better, between the least and the most of the candidates.
+    MulticlusterQueueScorer(score::ClusterQueue) Alpha ["multicluster-queue-scorer"] => [Scorer];
+    /// The free share of the clusters' KV caches.
+    MulticlusterKvUsageScorer(score::ClusterKvUsage) Alpha
+        ["multicluster-kv-cache-utilization-scorer"] => [Scorer];
+    /// Clusters that were sent more of the prompt before are better.
+    MulticlusterPrefixScorer(score::ClusterPrefix) Alpha
+        ["multicluster-prefix-cache-scorer"] => [Scorer];
     /// Where the request does the least harm, in seconds: to itself and to others.
     CostScorer(score::Cost) Own ["kvroute-cost-scorer"] => [Scorer];
 
@@ -337,6 +379,14 @@ plugins! {
     /// Which endpoints were sent the prompt's prefix before.
     ApproxPrefixProducer(produce::ApproxPrefix) Beta
         ["approx-prefix-cache-producer"] => [Producer];
+    /// Which clusters were sent the prompt's prefix before.
+    MulticlusterApproxPrefixProducer(produce::ApproxPrefix) Alpha
+        ["multicluster-approx-prefix-cache-producer"] => [Producer];
+    /// Which endpoints were sent the request's images, audio and video before.
+    EncoderCacheProducer(produce::EncoderCache) Beta
+        ["mm-embeddings-cache-producer"] => [Producer];
+    /// Which session a request belongs to, by a header or a cookie.
+    SessionIdProducer(produce::SessionId) Beta ["session-id-producer"] => [Producer];
     /// Which endpoints hold the prompt's prefix, by the engines' own events.
     PrecisePrefixProducer(produce::PrecisePrefix) Beta
         ["precise-prefix-cache-producer"] => [Producer];

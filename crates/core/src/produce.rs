@@ -2,14 +2,17 @@
 
 mod approx_prefix;
 pub mod burst;
+mod encoder_cache;
 mod inflight_load;
 pub mod p2p_source;
 mod precise_prefix;
 mod predicted_latency;
+mod session_id;
 mod tokens;
 
 pub use approx_prefix::ApproxPrefix;
 pub use burst::{Assigned, BalanceBy, Burst, BurstPrefix, Held, HeldId, NotHeld};
+pub use encoder_cache::{EncoderCache, EncoderCaches};
 pub use inflight_load::{InflightLoad, uncached_tokens};
 pub use p2p_source::{Holding, P2pSource};
 pub use precise_prefix::{
@@ -17,6 +20,8 @@ pub use precise_prefix::{
     PodDiscovery, PrecisePrefix, Redis, TokenProcessor,
 };
 pub use predicted_latency::{PredictedLatency, Slo};
+pub use session_id::SessionId;
+pub(crate) use session_id::filled;
 pub use tokens::{
     AUDIO_TOKENS, ImageEstimate, TokenEstimate, Tokens, VideoEstimate, VideoHints, VllmRender,
 };

@@ -17,8 +17,9 @@ const BLOCK_TOKENS_MIN: u32 = 64;
 pub struct ApproxPrefix {
     /// Take the block size from the endpoints, the largest there is.
     pub auto_tune: bool,
-    /// Tokens per block when not tuned; less than 64 means 64.
-    pub block_size_tokens: u32,
+    /// Tokens per block when not tuned, or before the endpoints have told theirs. Less than 64, or
+    /// none, means 64.
+    pub block_size_tokens: Option<u32>,
     /// Deprecated: characters per block. Four make a token.
     pub block_size: Option<u32>,
     /// Tokens of a prompt that are looked at; 0: `maxPrefixBlocksToMatch` decides.
@@ -37,7 +38,7 @@ impl Default for ApproxPrefix {
     fn default() -> ApproxPrefix {
         ApproxPrefix {
             auto_tune: true,
-            block_size_tokens: 16,
+            block_size_tokens: None,
             block_size: None,
             max_prefix_tokens_to_match: 131_072,
             max_prefix_blocks_to_match: 2_048,
@@ -53,7 +54,8 @@ impl ApproxPrefix {
         if let Some(bytes) = self.block_bytes {
             return (bytes / 4).max(1);
         }
-        let configured = self.block_size.map_or(self.block_size_tokens, |chars| chars / 4);
+        let tokens = self.block_size_tokens.unwrap_or(BLOCK_TOKENS_MIN);
+        let configured = self.block_size.map_or(tokens, |chars| chars / 4);
         let wanted = if self.auto_tune { engines.unwrap_or(configured) } else { configured };
         wanted.max(BLOCK_TOKENS_MIN)
     }
@@ -74,7 +76,17 @@ impl ApproxPrefix {
     }
 }
 
-impl Plugin for ApproxPrefix {}
+impl Plugin for ApproxPrefix {
+    fn inert(&self) -> Vec<String> {
+        let small = self.block_size_tokens.filter(|tokens| *tokens < BLOCK_TOKENS_MIN);
+        let overruled = self.block_size_tokens.filter(|_| self.block_size.is_some());
+        let small = small.map(|tokens| {
+            format!("blockSizeTokens {tokens}: blocks have at least {BLOCK_TOKENS_MIN} tokens")
+        });
+        let overruled = overruled.map(|_| "blockSizeTokens: blockSize stands beside it".to_owned());
+        small.into_iter().chain(overruled).collect()
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -83,13 +95,25 @@ mod tests {
     #[test]
     fn block_size_is_learned_or_configured_and_never_below_64() {
         let tuned = ApproxPrefix::default();
-        let fixed =
-            ApproxPrefix { auto_tune: false, block_size_tokens: 128, ..ApproxPrefix::default() };
+        let fixed = ApproxPrefix {
+            auto_tune: false,
+            block_size_tokens: Some(128),
+            ..ApproxPrefix::default()
+        };
         let chars = ApproxPrefix { auto_tune: false, block_size: Some(400), ..fixed.clone() };
         let table = [(&tuned, None, 64), (&tuned, Some(16), 64), (&tuned, Some(256), 256)];
         let table = table.into_iter().chain([(&fixed, Some(256), 128), (&chars, None, 100)]);
         for (producer, engines, tokens) in table {
             assert_eq!(producer.block_tokens(engines), tokens, "{producer:?} {engines:?}");
+        }
+    }
+
+    #[test]
+    fn a_block_size_that_is_too_small_is_named() {
+        let sized = |tokens| ApproxPrefix { block_size_tokens: tokens, ..ApproxPrefix::default() };
+        for (tokens, inert) in [(None, 0), (Some(16), 1), (Some(64), 0), (Some(128), 0)] {
+            assert_eq!(sized(tokens).inert().len(), inert, "{tokens:?}");
+            assert_eq!(sized(tokens).block_tokens(None), tokens.unwrap_or(0).max(64));
         }
     }
 

@@ -9,16 +9,17 @@ use crate::stage::{Plugin, PrefixMatch};
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct InflightLoad {
-    /// Whether expected output is charged, too.
+    /// Whether the expected output is charged as well as the prompt.
     pub add_estimated_output_tokens: bool,
-    /// Expected output per prompt token.
+    /// Expected output tokens per prompt token.
     pub output_ratio: f64,
-    /// Upper end of that expectation; `max_tokens` of the request is one, too.
+    /// Upper end of that expectation, in tokens; `max_tokens` of the request is one, too.
     pub max_estimated_output_tokens: Option<u32>,
-    /// Producer of the matches that are subtracted.
+    /// Producer of the matches that are subtracted from the prompt: the name of a prefix cache
+    /// producer.
     pub prefix_match_info_producer_name: Option<String>,
     /// Accepted; replicas do not tell each other.
-    pub sync_cross_replica_state: bool,
+    pub sync_cross_replica_state: Option<bool>,
 }
 
 impl Default for InflightLoad {
@@ -28,7 +29,7 @@ impl Default for InflightLoad {
             output_ratio: 1.5,
             max_estimated_output_tokens: None,
             prefix_match_info_producer_name: None,
-            sync_cross_replica_state: true,
+            sync_cross_replica_state: None,
         }
     }
 }
@@ -54,7 +55,13 @@ pub fn uncached_tokens(prompt_tokens: u32, prefix: PrefixMatch) -> u32 {
     prompt_tokens - matched
 }
 
-impl Plugin for InflightLoad {}
+impl Plugin for InflightLoad {
+    fn inert(&self) -> Vec<String> {
+        let text = "syncCrossReplicaState: replicas do not tell each other what is in flight";
+        let given = self.sync_cross_replica_state.filter(|wanted| *wanted);
+        given.map(|_| text.to_owned()).into_iter().collect()
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -200,10 +200,19 @@ impl Plugin for PrecisePrefix {
         let own_index = index.in_memory_config.is_some()
             || index.cost_aware_memory_config.is_some()
             || index.redis_config.is_some();
+        let events = &self.kv_events_config;
+        let pods = &events.pod_discovery_config;
         let hashes = !processor.hash_seed.is_empty() || processor.hash_algorithm.is_some();
+        let selected = pods.pod_label_selector.is_some() || pods.pod_namespace.is_some();
         [
             (hashes, "hashSeed and hashAlgorithm: engine hashes are opaque, events carry tokens"),
             (own_index, "kvBlockIndexConfig: the index is bounded by kvroute.index_bytes_max"),
+            (events.concurrency.is_some(), "concurrency: every stream has a task of its own"),
+            (events.engine_type.is_some(), "engineType: the form of each event tells"),
+            (
+                selected,
+                "podLabelSelector and podNamespace: every endpoint of the fleet is subscribed to",
+            ),
         ]
         .into_iter()
         .filter(|(given, _)| *given)

@@ -10,13 +10,13 @@ use crate::stage::{Inputs, LOAD_DEFAULT, Plugin, ProducerRef, Scorer, View};
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ActiveRequest {
-    /// Accepted and without effect, as in llm-d.
+    /// Deprecated and without effect: the producer knows when requests end.
     pub request_timeout: Option<String>,
-    /// Requests up to which an endpoint counts as idle.
-    pub idle_threshold: u32,
-    /// The most that an endpoint gets that is not idle, 0 to 1.
+    /// Requests up to which an endpoint counts as idle; less than 0 means 0.
+    pub idle_threshold: i64,
+    /// The most that an endpoint gets that is not idle, 0 to 1; anything else means 1.
     pub max_busy_score: f64,
-    /// Producer of in-flight load.
+    /// Producer of in-flight load: the name of an `inflight-load-producer`.
     pub in_flight_load_producer_name: Option<String>,
 }
 
@@ -37,23 +37,37 @@ impl Plugin for ActiveRequest {
         Inputs { load: Some(load), ..Inputs::default() }
     }
 
-    fn check(&self) -> Result<(), String> {
-        if (0.0..=1.0).contains(&self.max_busy_score) {
-            return Ok(());
-        }
-        Err(format!("maxBusyScore {} is not in [0, 1]", self.max_busy_score))
+    fn inert(&self) -> Vec<String> {
+        let (idle, busy) = (self.idle_threshold, self.max_busy_score);
+        [
+            (
+                self.request_timeout.is_some(),
+                "requestTimeout: deprecated; the producer knows when requests end".to_owned(),
+            ),
+            (idle < 0, format!("idleThreshold {idle}: negative, so 0 counts")),
+            (
+                !(0.0..=1.0).contains(&busy),
+                format!("maxBusyScore {busy}: not in [0, 1], so 1 counts"),
+            ),
+        ]
+        .into_iter()
+        .filter(|(given, _)| *given)
+        .map(|(_, text)| text)
+        .collect()
     }
 }
 
 impl Scorer for ActiveRequest {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
         let max = view.rows.iter().map(|row| row.inflight.requests).max().unwrap_or(0);
+        let busy = self.max_busy_score;
+        let busy = if (0.0..=1.0).contains(&busy) { busy } else { 1.0 };
         for (row, cell) in view.rows.iter().zip(column) {
             let count = row.inflight.requests;
-            *cell = if count <= self.idle_threshold {
+            *cell = if i64::from(count) <= self.idle_threshold.max(0) {
                 1.0
             } else {
-                f64::from(max - count) / f64::from(max) * self.max_busy_score
+                f64::from(max - count) / f64::from(max) * busy
             };
         }
     }
@@ -68,12 +82,17 @@ mod tests {
     fn the_published_vectors_hold() {
         let idle = |idle_threshold| ActiveRequest { idle_threshold, ..Default::default() };
         let busy = ActiveRequest { max_busy_score: 0.5, ..Default::default() };
-        let table: [(ActiveRequest, &[u32], &[f64]); 5] = [
+        let wide = ActiveRequest { max_busy_score: 1.5, idle_threshold: -4, ..Default::default() };
+        assert_eq!(wide.inert().len(), 2);
+        let table: [(ActiveRequest, &[u32], &[f64]); 8] = [
             (idle(0), &[3, 0, 6], &[0.5, 1.0, 0.0]),
             (idle(0), &[4, 0, 1], &[0.0, 1.0, 0.75]),
             (idle(0), &[0, 0], &[1.0, 1.0]),
             (idle(2), &[2, 4], &[1.0, 0.0]),
             (busy, &[3, 0, 6], &[0.25, 1.0, 0.0]),
+            (wide, &[3, 0, 6], &[0.5, 1.0, 0.0]),
+            (idle(0), &[5], &[0.0]),
+            (idle(0), &[], &[]),
         ];
         for (mut scorer, counts, scores) in table {
             let mut fixture = Fixture::new(counts.len());

@@ -10,19 +10,24 @@ use crate::stage::{
     Inputs, PREFIX_DEFAULT, Picked, Plugin, ProducerRef, ResponseHeader, Scorer, View,
 };
 
+/// Endpoints remembered by default.
+const LRU_SIZE: i64 = 1024;
+
 /// `no-hit-lru-scorer`: 0.5 for all when any candidate has a hit. Else, of `n` candidates, the one
 /// of rank `r` gets `1 - r / (n - 1)`: first those that never had a cold request, by name, then
-/// the others, the longest unused first. Cold requests alone move the order.
+/// the others, the longest unused first. Cold requests alone move the order, by every endpoint
+/// that a profile chose for them: who answers as well as who computed the prompt before.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct NoHitLru {
-    /// Endpoints remembered.
-    pub lru_size: usize,
-    /// Producer of prefix matches.
+    /// Endpoints remembered; 0 and less mean 1024.
+    pub lru_size: i64,
+    /// Producer of prefix matches: the name of a prefix cache producer;
+    /// `approx-prefix-cache-producer` when left out.
     pub prefix_match_info_producer_name: Option<String>,
     /// Deprecated and without effect.
     pub prefix_plugin_type: Option<String>,
-    /// Deprecated name of `prefixMatchInfoProducerName`.
+    /// Deprecated and without effect; see `prefixMatchInfoProducerName`.
     pub prefix_plugin_name: Option<String>,
     #[serde(skip)]
     used: Lru<EndpointId, ()>,
@@ -35,7 +40,7 @@ pub struct NoHitLru {
 impl Default for NoHitLru {
     fn default() -> NoHitLru {
         NoHitLru {
-            lru_size: 1024,
+            lru_size: LRU_SIZE,
             prefix_match_info_producer_name: None,
             prefix_plugin_type: None,
             prefix_plugin_name: None,
@@ -60,13 +65,28 @@ impl Plugin for NoHitLru {
         Inputs { prefix: Some(prefix), ..Inputs::default() }
     }
 
-    fn check(&self) -> Result<(), String> {
-        if self.lru_size > 0 { Ok(()) } else { Err("lruSize must be positive".into()) }
+    fn inert(&self) -> Vec<String> {
+        let size = self.lru_size;
+        [
+            (self.prefix_plugin_type.is_some(), "prefixPluginType: deprecated".to_owned()),
+            (
+                self.prefix_plugin_name.is_some(),
+                "prefixPluginName: deprecated; name the producer in prefixMatchInfoProducerName"
+                    .to_owned(),
+            ),
+            (size <= 0, format!("lruSize {size}: not positive, so {LRU_SIZE} counts")),
+        ]
+        .into_iter()
+        .filter(|(given, _)| *given)
+        .map(|(_, text)| text)
+        .collect()
     }
 
     fn picked(&mut self, picked: &Picked<'_>) -> Option<ResponseHeader> {
         if self.cold {
-            self.used.put(picked.endpoint.id, (), self.lru_size);
+            let capacity = if self.lru_size > 0 { self.lru_size } else { LRU_SIZE };
+            let capacity = usize::try_from(capacity).unwrap_or(usize::MAX);
+            self.used.put(picked.endpoint.id, (), capacity);
         }
         None
     }
@@ -115,6 +135,30 @@ mod tests {
         assert_scores(&fixture.score(&mut scorer), &[0.5, 1.0, 0.0]);
         scorer.forget(fixture.id(2));
         assert_scores(&fixture.score(&mut scorer), &[0.0, 1.0, 0.5]);
+    }
+
+    #[test]
+    fn who_computed_a_cold_prompt_has_had_its_turn_too() {
+        let fixture = Fixture::new(4);
+        let mut scorer = NoHitLru::default();
+        fixture.score(&mut scorer);
+        fixture.picked_as(&mut scorer, 0, "decode", true);
+        fixture.picked_as(&mut scorer, 1, "prefill", false);
+        let third = 1.0 / 3.0;
+        assert_scores(&fixture.score(&mut scorer), &[third, 0.0, 1.0, 2.0 * third]);
+    }
+
+    #[test]
+    fn parameters_without_effect_are_named() {
+        assert!(NoHitLru::default().inert().is_empty());
+        let deprecated = NoHitLru {
+            lru_size: -1,
+            prefix_plugin_type: Some("prefix-cache-scorer".into()),
+            prefix_plugin_name: Some("prefix-cache-scorer".into()),
+            ..NoHitLru::default()
+        };
+        assert_eq!(deprecated.inert().len(), 3);
+        assert_scores(&Fixture::new(0).score(&mut NoHitLru::default()), &[]);
     }
 
     #[test]

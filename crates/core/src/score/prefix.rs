@@ -3,8 +3,12 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::config::Ignored;
 use crate::produce::{ApproxPrefix, Indexer, KvEvents, PrecisePrefix as Producer, TokenProcessor};
 use crate::stage::{Inputs, PREFIX_DEFAULT, Plugin, PrefixMatch, ProducerRef, Scorer, View};
+
+/// Matched tokens from which the length part is full, by default.
+pub(super) const SCALE_TOKENS: f64 = 8192.0;
 
 /// Type name of the precise producer.
 const PRECISE: &str = "precise-prefix-cache-producer";
@@ -17,9 +21,10 @@ const PRECISE: &str = "precise-prefix-cache-producer";
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Prefix {
-    /// Producer of prefix matches.
+    /// Producer of prefix matches: the name of a prefix cache producer;
+    /// `approx-prefix-cache-producer` when left out.
     pub prefix_match_info_producer_name: Option<String>,
-    /// 0 to 1.
+    /// What the length of the match weighs against its share of the prompt, 0 to 1.
     pub match_length_weight: f64,
     /// Matched tokens from which the length part is full.
     pub match_length_scale_tokens: f64,
@@ -63,7 +68,7 @@ impl Default for Prefix {
         Prefix {
             prefix_match_info_producer_name: None,
             match_length_weight: 0.0,
-            match_length_scale_tokens: 8192.0,
+            match_length_scale_tokens: SCALE_TOKENS,
             mode: None,
             block_size: None,
             max_prefix_blocks_to_match: None,
@@ -129,16 +134,28 @@ impl Prefix {
             };
         }
     }
+}
 
-    fn value(&self, m: PrefixMatch) -> f64 {
-        if m.total == 0 {
-            return 0.0;
-        }
-        let tokens = m.weighted * f64::from(m.block_size);
-        let length = (tokens / self.match_length_scale_tokens).min(1.0).powi(2);
-        let w = self.match_length_weight;
-        w * length + (1.0 - w) * m.ratio()
+/// The score of a match: its length against `scale` tokens weighs `weight`, its share of the
+/// prompt the rest.
+pub(super) fn value(m: PrefixMatch, weight: f64, scale: f64) -> f64 {
+    if m.total == 0 {
+        return 0.0;
     }
+    let tokens = m.weighted * f64::from(m.block_size);
+    let length = (tokens / scale).min(1.0).powi(2);
+    weight * length + (1.0 - weight) * m.ratio()
+}
+
+/// Why the two parameters of [`value`] make no sense.
+pub(super) fn check(weight: f64, scale: f64) -> Result<(), String> {
+    if !(0.0..=1.0).contains(&weight) {
+        return Err(format!("matchLengthWeight {weight} is not in [0, 1]"));
+    }
+    if scale > 0.0 {
+        return Ok(());
+    }
+    Err(format!("matchLengthScaleTokens {scale} must be positive"))
 }
 
 impl Plugin for Prefix {
@@ -152,13 +169,7 @@ impl Plugin for Prefix {
     }
 
     fn check(&self) -> Result<(), String> {
-        if !(0.0..=1.0).contains(&self.match_length_weight) {
-            return Err(format!("matchLengthWeight {} is not in [0, 1]", self.match_length_weight));
-        }
-        if self.match_length_scale_tokens > 0.0 {
-            return Ok(());
-        }
-        Err(format!("matchLengthScaleTokens {} must be positive", self.match_length_scale_tokens))
+        check(self.match_length_weight, self.match_length_scale_tokens)
     }
 }
 
@@ -168,7 +179,8 @@ impl Scorer for Prefix {
             return self.stretch(view, column);
         }
         for (row, cell) in view.rows.iter().zip(column) {
-            *cell = self.value(view.prefix(row));
+            let (weight, scale) = (self.match_length_weight, self.match_length_scale_tokens);
+            *cell = value(view.prefix(row), weight, scale);
         }
     }
 }
@@ -189,6 +201,8 @@ pub struct PrecisePrefix {
     /// See [`Producer`].
     #[serde(rename = "speculativeTTL")]
     pub speculative_ttl: Option<crate::config::GoDuration>,
+    /// Of older releases, without effect: prompts are tokenized by the token producer.
+    pub tokenizers_pool_config: Option<Ignored>,
 }
 
 impl PrecisePrefix {
@@ -211,6 +225,12 @@ impl Plugin for PrecisePrefix {
 
     fn check(&self) -> Result<(), String> {
         self.producer().check()
+    }
+
+    fn inert(&self) -> Vec<String> {
+        let text = "tokenizersPoolConfig: prompts are tokenized by the token producer";
+        let pool = self.tokenizers_pool_config.iter().map(|_| text.to_owned());
+        self.producer().inert().into_iter().chain(pool).collect()
     }
 }
 

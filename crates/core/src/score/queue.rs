@@ -4,7 +4,8 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::stage::{Plugin, Scorer, Signals, View};
+use super::relative;
+use crate::stage::{Plugin, Scorer, View};
 
 /// `queue-scorer`: `(max - q) / (max - min)` over the engines' waiting requests; all equal: 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -20,7 +21,7 @@ impl Plugin for Queue {}
 
 impl Scorer for Queue {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
-        relative(view, column, |signals| signals.waiting);
+        relative(column, |at| Some(f64::from(view.rows[at].signals?.waiting)));
     }
 }
 
@@ -28,17 +29,7 @@ impl Plugin for Running {}
 
 impl Scorer for Running {
     fn score(&mut self, view: &View<'_>, column: &mut [f64]) {
-        relative(view, column, |signals| signals.running);
-    }
-}
-
-fn relative(view: &View<'_>, column: &mut [f64], value: impl Fn(Signals) -> u32) {
-    let known = || view.rows.iter().filter_map(|row| row.signals).map(&value);
-    let (Some(min), Some(max)) = (known().min(), known().max()) else { return };
-    for (row, cell) in view.rows.iter().zip(column) {
-        let Some(signals) = row.signals else { continue };
-        let above = f64::from(max - value(signals));
-        *cell = if max == min { 1.0 } else { above / f64::from(max - min) };
+        relative(column, |at| Some(f64::from(view.rows[at].signals?.running)));
     }
 }
 
