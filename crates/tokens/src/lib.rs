@@ -168,6 +168,7 @@ impl Tokenizer {
     pub fn tokens_of(&self, body: &RequestBody<'_>) -> Result<Vec<Vec<u32>>, TokensError> {
         match &body.prompt {
             Prompt::None(reason) => Err(TokensError::NoPrompt(*reason)),
+            Prompt::Opaque(opaque) => Err(TokensError::NoPrompt(opaque.why)),
             Prompt::TokenIds(lists) => Ok(lists.clone()),
             Prompt::Texts(texts) => {
                 texts.iter().map(|text| self.encode(text, body.add_special_tokens)).collect()

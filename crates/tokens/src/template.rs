@@ -110,7 +110,7 @@ impl Templates {
 
     /// The text of a conversation.
     pub(crate) fn render(&self, chat: &Chat<'_>) -> Result<String, TokensError> {
-        let tools = chat.tools.map(|raw| raw.get()).filter(|json| *json != "null");
+        let tools = chat.tools.as_deref().map(|raw| raw.get()).filter(|json| *json != "null");
         let own = chat.chat_template.as_deref();
         if let Some(known) = self.find(own, tools.is_some())? {
             let template = self.env.get_template(&known.name).map_err(failed)?;

@@ -3,18 +3,23 @@
 //! One function per parser, called by the fuzz targets in `fuzz/` and by `tests/corpus.rs`, so
 //! that both check the same promises. A broken promise is a panic.
 
+use kvroute_core::parse::ParserKind;
+
 use crate::api::Api;
-use crate::request::Prompt;
+use crate::parsers::Parsers;
+use crate::request::{Prompt, RequestBody};
 use crate::usage::UsageScanner;
-use crate::{config, discovery, kv_event, models, prometheus, request};
+use crate::{config, discovery, kv_event, models, prometheus, protobuf, request};
 
 /// A fuzz target by name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; the names are those of the corpus folders.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 9] = [
     ("kv_event", kv_event),
     ("request", request),
+    ("parsers", parsers),
+    ("protobuf", protobuf),
     ("usage", usage),
     ("prometheus", prometheus),
     ("config", config),
@@ -36,34 +41,14 @@ pub fn kv_event(bytes: &[u8]) {
     assert_eq!(again.rank, batch.rank);
 }
 
-/// A conversation that is handed on is a JSON array, and prompts respect their limit.
+/// A conversation that is handed on is a JSON array, media lie inside of it and in order, and
+/// prompts and items respect their limits.
 pub fn request(bytes: &[u8]) {
-    let apis = [
-        Api::Completions,
-        Api::ChatCompletions,
-        Api::Responses,
-        Api::Embeddings,
-        Api::VllmGenerate,
-        Api::Other,
-    ];
-    for api in apis {
+    for api in Api::ALL {
         match request::parse(api, bytes) {
-            Ok(body) => match body.prompt {
-                Prompt::None(_) => {}
-                Prompt::Texts(texts) => {
-                    assert!((1..=request::PROMPTS_PER_REQUEST_MAX).contains(&texts.len()));
-                }
-                Prompt::TokenIds(lists) => {
-                    assert!((1..=request::PROMPTS_PER_REQUEST_MAX).contains(&lists.len()));
-                }
-                Prompt::Chat(chat) => {
-                    let json = chat.messages.json();
-                    let parsed = serde_json::from_str::<Vec<serde::de::IgnoredAny>>(json);
-                    assert!(parsed.is_ok(), "{json}");
-                }
-            },
+            Ok(body) => check_body(&body),
             Err(error) => {
-                assert!(api != Api::Other, "bodies of other APIs are never refused");
+                assert!(api.reads_body(), "bodies of {api:?} are never refused");
                 if let request::BodyError::BadJson { at, .. } = error {
                     assert!(at <= bytes.len());
                 }
@@ -72,14 +57,81 @@ pub fn request(bytes: &[u8]) {
     }
 }
 
+fn check_body(body: &RequestBody<'_>) {
+    let json = match &body.prompt {
+        Prompt::None(_) => "",
+        Prompt::Texts(texts) => {
+            assert!((1..=request::PROMPTS_PER_REQUEST_MAX).contains(&texts.len()));
+            ""
+        }
+        Prompt::TokenIds(lists) => {
+            assert!((1..=request::PROMPTS_PER_REQUEST_MAX).contains(&lists.len()));
+            ""
+        }
+        Prompt::Chat(chat) => {
+            let json = chat.messages.json();
+            let parsed = serde_json::from_str::<Vec<serde::de::IgnoredAny>>(json);
+            assert!(parsed.is_ok(), "{json}");
+            json
+        }
+        Prompt::Opaque(opaque) => opaque.conversation.get(),
+    };
+    assert!(body.items.len() <= request::MULTIMODAL_ITEMS_MAX);
+    assert!(body.media.len() <= request::MULTIMODAL_ITEMS_MAX);
+    let mut end = 0;
+    for item in &body.media {
+        assert!(end <= item.place.start && item.place.start < item.place.end, "{json}");
+        assert!(json.get(item.place.clone()).is_some(), "{json}");
+        end = item.place.end;
+    }
+}
+
+/// The first byte lists parsers, the rest is a path. A path is claimed by an API of a listed
+/// parser, or left over, or refused.
+pub fn parsers(bytes: &[u8]) {
+    let Some((list, path)) = bytes.split_first() else { return };
+    let Ok(path) = std::str::from_utf8(path) else { return };
+    let listed = ParserKind::ALL.into_iter().enumerate().filter(|(at, _)| list >> at & 1 == 1);
+    let kinds: Vec<ParserKind> = listed.map(|(_, kind)| kind).collect();
+    let all = Parsers::new(&ParserKind::ALL).resolve(path);
+    let found = Parsers::new(&kinds).resolve(path);
+    match found {
+        Ok(Api::Other) => assert!(kinds.contains(&ParserKind::Passthrough)),
+        Ok(_) => assert!(all.is_ok_and(|api| api != Api::Other), "{path}"),
+        Err(error) => {
+            assert!(!kinds.contains(&ParserKind::Passthrough));
+            assert!(error.to_string().contains(&error.path));
+        }
+    }
+}
+
+/// The fields of a message lie in it, and reading ends.
+pub fn protobuf(bytes: &[u8]) {
+    let mut fields = 0;
+    let mut held = 0;
+    for field in protobuf::Fields::new(bytes) {
+        let Ok((number, value)) = field else { continue };
+        assert!(number > 0);
+        fields += 1;
+        held += value.bytes().len();
+        let mut ids = Vec::new();
+        if protobuf::push_uint32s(value, &mut ids).is_ok() {
+            assert!(ids.len() <= value.bytes().len().max(1));
+        }
+    }
+    assert!(2 * fields + held <= bytes.len(), "{fields} fields with {held} bytes");
+}
+
 /// Where a body is cut makes no difference.
 pub fn usage(bytes: &[u8]) {
-    let mut whole = UsageScanner::new();
-    whole.push(bytes);
     let step = 1 + bytes.first().map_or(0, |byte| usize::from(*byte % 16));
-    let mut cut = UsageScanner::new();
-    bytes.chunks(step).for_each(|chunk| cut.push(chunk));
-    assert_eq!(whole.usage(), cut.usage(), "in chunks of {step}");
+    for api in Api::ALL {
+        let Some(mut whole) = UsageScanner::of(api) else { continue };
+        let mut cut = whole.clone();
+        whole.push(bytes);
+        bytes.chunks(step).for_each(|chunk| cut.push(chunk));
+        assert_eq!(whole.usage(), cut.usage(), "{api:?} in chunks of {step}");
+    }
 }
 
 /// Shares stay shares.

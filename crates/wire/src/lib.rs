@@ -12,9 +12,12 @@ pub mod error_body;
 #[doc(hidden)]
 pub mod fuzz_entry;
 pub mod kv_event;
+pub mod media;
 pub mod models;
 pub mod msgpack;
+pub mod parsers;
 pub mod prometheus;
+pub mod protobuf;
 pub mod request;
 pub mod trace;
 pub mod usage;

@@ -5,6 +5,8 @@
 //! `max_tokens`, `n`, ...) counts as absent. A field given twice counts as its last value, as in
 //! Python's `json`.
 
+mod anthropic;
+mod grpc;
 mod loose;
 mod responses;
 #[cfg(test)]
@@ -20,6 +22,7 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 
 use crate::api::Api;
+use crate::media::{self, MediaItem};
 use loose::{Loose, LoosePrompt, Wrong};
 
 /// Most prompts of one request that are looked at. A request with more is routed by load: OpenAI
@@ -64,6 +67,18 @@ pub enum BodyError {
         /// Name of the API.
         api: &'static str,
     },
+    /// Not the gRPC message that this method takes.
+    #[error("the gRPC message cannot be read: {message}")]
+    BadGrpc {
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A gRPC message that is compressed.
+    #[error(
+        "the gRPC message is compressed, which this router does not read; send it uncompressed \
+         (no grpc-encoding, or identity)"
+    )]
+    Compressed,
 }
 
 /// Why a request has no prompt that can be turned into tokens. It is routed by load.
@@ -85,11 +100,19 @@ pub enum NoPrompt {
     /// The responses API holds an item other than a message of text (a function call and its
     /// output, reasoning, an image, ...), for which engines differ in what they make of it.
     ResponsesItem,
+    /// An Anthropic body of a form whose rendering depends on how the engine was started or on its
+    /// template: system messages inside of the conversation, `thinking` switched off, and what
+    /// vLLM's messages API does not take.
+    MessagesForm,
+    /// Images, videos or sound that only the engine's processor turns into tokens.
+    UnprocessedMedia,
+    /// The API neither reads nor fills the cache of prompts.
+    NotCached,
 }
 
 impl NoPrompt {
     /// All reasons.
-    pub const ALL: [NoPrompt; 7] = [
+    pub const ALL: [NoPrompt; 10] = [
         NoPrompt::OtherApi,
         NoPrompt::PromptEmbeds,
         NoPrompt::TooManyPrompts,
@@ -97,6 +120,9 @@ impl NoPrompt {
         NoPrompt::StoredInEngine,
         NoPrompt::ResponsesTools,
         NoPrompt::ResponsesItem,
+        NoPrompt::MessagesForm,
+        NoPrompt::UnprocessedMedia,
+        NoPrompt::NotCached,
     ];
 
     /// The name in metrics and logs.
@@ -109,6 +135,9 @@ impl NoPrompt {
             NoPrompt::StoredInEngine => "stored_in_engine",
             NoPrompt::ResponsesTools => "responses_tools",
             NoPrompt::ResponsesItem => "responses_item",
+            NoPrompt::MessagesForm => "messages_form",
+            NoPrompt::UnprocessedMedia => "unprocessed_media",
+            NoPrompt::NotCached => "not_cached",
         }
     }
 }
@@ -122,15 +151,16 @@ pub struct RequestBody<'a> {
     pub stream: bool,
     /// `stream_options.include_usage`: the stream ends with a usage object.
     pub include_usage: bool,
-    /// Most tokens to generate (`max_completion_tokens`, `max_tokens`, `max_output_tokens` or
-    /// `sampling_params.max_tokens`).
+    /// Most tokens to generate (`max_completion_tokens`, `max_tokens`, `max_output_tokens`,
+    /// `sampling_params.max_tokens` or `sampling_params.max_new_tokens`).
     pub max_tokens: Option<u32>,
     /// Answers per prompt; `None` when the body does not say (1).
     pub n: Option<u32>,
-    /// The engine needs the logits of every prompt position (`prompt_logprobs`, or `echo` with
-    /// `logprobs`), so it computes the whole prompt and reads nothing from its cache.
+    /// The engine needs the logits of every prompt position (`prompt_logprobs`, `echo` with
+    /// `logprobs`, SGLang's `logprob_start_len`), so it computes the whole prompt and reads nothing
+    /// from its cache.
     pub skips_cache: bool,
-    /// Separates the prefix caches of tenants.
+    /// Separates the prefix caches of tenants (`cache_salt`, SGLang's `extra_key`).
     pub cache_salt: Option<Cow<'a, str>>,
     /// vLLM's `session_id`.
     pub session_id: Option<Cow<'a, str>>,
@@ -140,6 +170,9 @@ pub struct RequestBody<'a> {
     pub prompt: Prompt<'a>,
     /// Multimodal items of [`Prompt::TokenIds`], by offset.
     pub items: Vec<MultimodalSpan>,
+    /// Images, videos and sounds of [`Prompt::Chat`] and [`Prompt::Opaque`], in order, with their
+    /// places in [`Messages::json`] or [`Opaque::conversation`]. At most [`MULTIMODAL_ITEMS_MAX`].
+    pub media: Vec<MediaItem>,
 }
 
 /// The prompt or prompts of a request.
@@ -153,6 +186,20 @@ pub enum Prompt<'a> {
     TokenIds(Vec<Vec<u32>>),
     /// A conversation, to be rendered by the model's template.
     Chat(Chat<'a>),
+    /// A conversation that only the engine can render. It grows at its end like any other, which
+    /// is enough for estimates.
+    Opaque(Opaque<'a>),
+}
+
+/// A conversation of which only the JSON is known.
+#[derive(Clone, Debug)]
+pub struct Opaque<'a> {
+    /// Why it has no tokens.
+    pub why: NoPrompt,
+    /// What stands before it in the prompt (instructions, tools), JSON.
+    pub head: Vec<&'a RawValue>,
+    /// Its messages or items, JSON.
+    pub conversation: &'a RawValue,
 }
 
 /// A conversation and what its template is told.
@@ -160,8 +207,8 @@ pub enum Prompt<'a> {
 pub struct Chat<'a> {
     /// The messages.
     pub messages: Messages<'a>,
-    /// `tools`, JSON.
-    pub tools: Option<&'a RawValue>,
+    /// Tools in the form of OpenAI's chat API, JSON.
+    pub tools: Option<Cow<'a, RawValue>>,
     /// `documents`, JSON.
     pub documents: Option<&'a RawValue>,
     /// A template that replaces the model's.
@@ -183,7 +230,7 @@ pub struct Chat<'a> {
 pub enum Messages<'a> {
     /// As in the body.
     Raw(&'a RawValue),
-    /// Made from the input of the responses API.
+    /// Made from the body of another API than chat.
     Built(String),
 }
 
@@ -197,19 +244,25 @@ impl Messages<'_> {
     }
 }
 
-/// Reads a request body of `api`. For [`Api::Other`] the body may be anything: nothing is refused,
-/// and a `model` is reported where there is one.
+/// Reads a request body of `api`. Where [`Api::reads_body`] says no, the body may be anything:
+/// nothing is refused, and a `model` is reported where there is one.
 ///
 /// # Errors
 /// [`BodyError`], whose text can be shown to the client as it is.
 pub fn parse(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
-    if api == Api::Other {
+    if !api.reads_body() {
         let is_object = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
         let fields =
             if is_object { read_fields(api, body).unwrap_or_default() } else { Fields::default() };
         return Ok(fields.into_passed_through());
     }
-    read_fields(api, body)?.into_body(api)
+    match api {
+        Api::GrpcGenerate => grpc::generate(body),
+        Api::GrpcEmbed => grpc::embed(body),
+        Api::VertexChat => parse(Api::ChatCompletions, grpc::http_body(body)?),
+        Api::VertexRaw | Api::VertexStreamRaw => parse(Api::Responses, grpc::http_body(body)?),
+        _ => read_fields(api, body)?.into_body(api),
+    }
 }
 
 fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
@@ -271,8 +324,16 @@ struct Fields<'a> {
     reasoning_effort: Loose<'a>,
     reasoning: Nested<'a>,
     input: Option<&'a RawValue>,
-    instructions: Loose<'a>,
+    instructions: Option<&'a RawValue>,
     stored_in_engine: [Loose<'a>; 3],
+    items: Option<&'a RawValue>,
+    system: Option<&'a RawValue>,
+    thinking: Nested<'a>,
+    output_config: Nested<'a>,
+    text: LoosePrompt<'a>,
+    return_logprob: Loose<'a>,
+    logprob_start_len: Loose<'a>,
+    media_data: Loose<'a>,
 }
 
 /// The few entries of nested objects that matter; other types of value count as empty objects.
@@ -280,8 +341,11 @@ struct Fields<'a> {
 struct Nested<'a> {
     include_usage: Loose<'a>,
     max_tokens: Loose<'a>,
+    max_new_tokens: Loose<'a>,
+    n: Loose<'a>,
     prompt_logprobs: Loose<'a>,
     effort: Loose<'a>,
+    kind: Loose<'a>,
 }
 
 struct FieldsVisitor {
@@ -313,6 +377,8 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
         let mut fields = Fields::default();
         let is_responses = self.api == Api::Responses;
+        let is_messages = self.api == Api::Messages;
+        let is_sglang = self.api == Api::SglangGenerate;
         while let Some(key) = map.next_key::<Key<'de>>()? {
             match &*key.0 {
                 "model" => fields.model = map.next_value()?,
@@ -345,10 +411,24 @@ impl<'de> Visitor<'de> for FieldsVisitor {
                 "reasoning_effort" => fields.reasoning_effort = map.next_value()?,
                 "reasoning" => fields.reasoning = map.next_value()?,
                 "input" if is_responses => fields.input = Some(map.next_value()?),
-                "instructions" => fields.instructions = map.next_value()?,
+                "instructions" if is_responses => fields.instructions = Some(map.next_value()?),
                 "previous_response_id" => fields.stored_in_engine[0] = map.next_value()?,
                 "conversation" => fields.stored_in_engine[1] = map.next_value()?,
                 "prompt" if is_responses => fields.stored_in_engine[2] = map.next_value()?,
+                "items" if self.api == Api::Conversations => fields.items = Some(map.next_value()?),
+                "system" if is_messages => fields.system = Some(map.next_value()?),
+                "thinking" if is_messages => fields.thinking = map.next_value()?,
+                "output_config" if is_messages => fields.output_config = map.next_value()?,
+                "input_ids" if is_sglang => fields.prompt = map.next_value()?,
+                "text" if is_sglang => fields.text = map.next_value()?,
+                "extra_key" if is_sglang => fields.cache_salt = map.next_value()?,
+                "input_embeds" if is_sglang => fields.prompt_embeds = map.next_value()?,
+                "return_logprob" => fields.return_logprob = map.next_value()?,
+                "logprob_start_len" => fields.logprob_start_len = map.next_value()?,
+                "image_data" | "video_data" | "audio_data" if is_sglang => {
+                    let data = map.next_value::<Loose<'de>>()?;
+                    fields.media_data = if data.is_set() { data } else { fields.media_data };
+                }
                 _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }
@@ -383,6 +463,9 @@ impl<'de> Visitor<'de> for NestedVisitor {
             match &*key.0 {
                 "include_usage" => nested.include_usage = map.next_value()?,
                 "max_tokens" => nested.max_tokens = map.next_value()?,
+                "max_new_tokens" => nested.max_new_tokens = map.next_value()?,
+                "n" => nested.n = map.next_value()?,
+                "type" => nested.kind = map.next_value()?,
                 "prompt_logprobs" => nested.prompt_logprobs = map.next_value()?,
                 "effort" => nested.effort = map.next_value()?,
                 _ => _ = map.next_value::<IgnoredAny>()?,
@@ -441,6 +524,7 @@ impl<'a> Fields<'a> {
             add_special_tokens: false,
             prompt: Prompt::None(NoPrompt::OtherApi),
             items: Vec::new(),
+            media: Vec::new(),
         }
     }
 
@@ -448,27 +532,49 @@ impl<'a> Fields<'a> {
         let max_tokens = match api {
             Api::Responses => self.max_output_tokens.count(),
             Api::VllmGenerate => self.sampling_params.max_tokens.count(),
+            Api::SglangGenerate => self.sampling_params.max_new_tokens.count(),
             _ => self.max_completion_tokens.count().or(self.max_tokens.count()),
         };
         let items = match present(self.features) {
             Some(features) if api == Api::VllmGenerate => read_items(features)?,
             _ => Vec::new(),
         };
-        Ok(RequestBody {
+        let stream = self.stream.flag().unwrap_or(false);
+        let salt_field = if api == Api::SglangGenerate { "extra_key" } else { "cache_salt" };
+        let mut body = RequestBody {
             model: text("model", std::mem::take(&mut self.model))?,
-            stream: self.stream.flag().unwrap_or(false),
-            include_usage: self.stream_options.include_usage.flag().unwrap_or(false),
+            stream,
+            // Anthropic's streams always end with one.
+            include_usage: self.stream_options.include_usage.flag().unwrap_or(false)
+                || (api == Api::Messages && stream),
             max_tokens,
-            n: self.n.count(),
-            skips_cache: self.prompt_logprobs.is_set()
-                || self.sampling_params.prompt_logprobs.is_set()
-                || (self.echo.flag() == Some(true) && self.logprobs.is_set()),
-            cache_salt: text("cache_salt", std::mem::take(&mut self.cache_salt))?,
+            n: self.n.count().or(self.sampling_params.n.count()),
+            skips_cache: self.skips_cache(api),
+            cache_salt: text(salt_field, std::mem::take(&mut self.cache_salt))?,
             session_id: hint(std::mem::take(&mut self.session_id)),
-            add_special_tokens: self.add_special_tokens.flag().unwrap_or(true),
+            add_special_tokens: api == Api::SglangGenerate
+                || self.add_special_tokens.flag().unwrap_or(true),
             prompt: self.into_prompt(api)?,
             items,
-        })
+            media: Vec::new(),
+        };
+        body.media = match &body.prompt {
+            Prompt::Chat(chat) => media::find(chat.messages.json()),
+            Prompt::Opaque(opaque) => media::find(opaque.conversation.get()),
+            Prompt::None(_) | Prompt::Texts(_) | Prompt::TokenIds(_) => Vec::new(),
+        };
+        Ok(body)
+    }
+
+    fn skips_cache(&self, api: Api) -> bool {
+        if api == Api::SglangGenerate {
+            // -1, the default, asks for the logits of what is generated only.
+            return self.return_logprob.flag() == Some(true)
+                && self.logprob_start_len.count().is_some();
+        }
+        self.prompt_logprobs.is_set()
+            || self.sampling_params.prompt_logprobs.is_set()
+            || (self.echo.flag() == Some(true) && self.logprobs.is_set())
     }
 
     fn into_prompt(mut self, api: Api) -> Result<Prompt<'a>, BodyError> {
@@ -480,14 +586,59 @@ impl<'a> Fields<'a> {
             Api::Embeddings if present(self.messages).is_some() => self.into_chat(api)?,
             Api::Embeddings => prompt_of("input", api, prompt, PROMPT_FORMS)?,
             Api::VllmGenerate => token_ids_of(prompt, api)?,
+            Api::SglangGenerate => self.into_sglang(prompt)?,
             Api::ChatCompletions => self.into_chat(api)?,
             Api::Responses => responses::into_prompt(self)?,
-            Api::Other => Prompt::None(NoPrompt::OtherApi),
+            Api::Messages => anthropic::into_prompt(self)?,
+            Api::Conversations => match present(self.items) {
+                Some(conversation) => {
+                    let (why, head) = (NoPrompt::NotCached, Vec::new());
+                    Prompt::Opaque(Opaque { why, head, conversation })
+                }
+                None => Prompt::None(NoPrompt::NotCached),
+            },
+            Api::Images | Api::Render => Prompt::None(NoPrompt::NotCached),
+            // These have no fields in JSON of their own.
+            Api::GrpcGenerate
+            | Api::GrpcEmbed
+            | Api::VertexChat
+            | Api::VertexRaw
+            | Api::VertexStreamRaw
+            | Api::CountTokens
+            | Api::Other => Prompt::None(NoPrompt::OtherApi),
         };
         Ok(if is_truncated { Prompt::None(NoPrompt::Truncated) } else { prompt })
     }
 
-    fn into_chat(self, api: Api) -> Result<Prompt<'a>, BodyError> {
+    /// SGLang takes ids before a text, which it tokenizes as it is, with special tokens.
+    fn into_sglang(self, ids: LoosePrompt<'a>) -> Result<Prompt<'a>, BodyError> {
+        const TEXT_FORMS: &str = "a string or an array of strings";
+        let api = Api::SglangGenerate;
+        if self.prompt_embeds.is_set() {
+            return Ok(Prompt::None(NoPrompt::PromptEmbeds));
+        }
+        if self.media_data.is_set() {
+            return Ok(Prompt::None(NoPrompt::UnprocessedMedia));
+        }
+        let wrong = |field, expected, found: &str| {
+            Err(BodyError::WrongType { field, expected, found: found.to_owned() })
+        };
+        match (ids, self.text) {
+            (LoosePrompt::Missing, LoosePrompt::Ids(_) | LoosePrompt::IdLists(_)) => {
+                wrong("text", TEXT_FORMS, "an array of numbers")
+            }
+            (LoosePrompt::Missing, LoosePrompt::Missing) => {
+                Err(BodyError::Missing { field: "input_ids", api: api.as_str() })
+            }
+            (LoosePrompt::Missing, text) => prompt_of("text", api, text, TEXT_FORMS),
+            (LoosePrompt::Text(_) | LoosePrompt::Texts(_), _) => {
+                wrong("input_ids", ID_FORMS, "a text")
+            }
+            (ids, _) => prompt_of("input_ids", api, ids, ID_FORMS),
+        }
+    }
+
+    fn messages_array(&self, api: Api) -> Result<&'a RawValue, BodyError> {
         let Some(messages) = present(self.messages) else {
             return Err(BodyError::Missing { field: "messages", api: api.as_str() });
         };
@@ -498,10 +649,15 @@ impl<'a> Fields<'a> {
                 found: raw_type_name(messages).to_owned(),
             });
         }
+        Ok(messages)
+    }
+
+    fn into_chat(self, api: Api) -> Result<Prompt<'a>, BodyError> {
+        let messages = self.messages_array(api)?;
         let opens_turn = api != Api::Embeddings;
         Ok(Prompt::Chat(Chat {
             messages: Messages::Raw(messages),
-            tools: present(self.tools),
+            tools: present(self.tools).map(Cow::Borrowed),
             documents: present(self.documents),
             chat_template: hint(self.chat_template),
             chat_template_kwargs: present(self.chat_template_kwargs),
@@ -515,6 +671,8 @@ impl<'a> Fields<'a> {
 
 const PROMPT_FORMS: &str = "a string, an array of strings, an array of token ids, or an array of \
                             arrays of token ids";
+
+const ID_FORMS: &str = "an array of token ids or an array of arrays of token ids";
 
 fn prompt_of<'a>(
     field: &'static str,

@@ -223,7 +223,7 @@ mod tests {
                     assert_eq!(chat.tools.is_some(), label == "chat-tools");
                     assert_eq!(chat.chat_template_kwargs.is_some(), label == "chat-no-think");
                 }
-                (_, Prompt::None(_)) => assert_eq!(api, Api::Other, "{label}"),
+                (_, Prompt::None(_) | Prompt::Opaque(_)) => assert_eq!(api, Api::Other, "{label}"),
             }
             assert_eq!(body.cache_salt.is_some(), label.contains("salt"), "{label}");
             assert_eq!(body.session_id.is_some(), label == "session-id", "{label}");

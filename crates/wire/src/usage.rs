@@ -1,24 +1,30 @@
 //! How many tokens did an engine say it used?
 //!
 //! Finds the `usage` object in a response body that arrives in chunks cut at any byte: plain JSON
-//! or server-sent events, OpenAI's names or those of the responses API. Chunks without a usage
-//! object, nearly all of them, cost one substring search. At most [`USAGE_BYTES_MAX`] bytes are
-//! kept.
+//! or server-sent events, with the names of OpenAI's APIs or of Anthropic's, or SGLang's
+//! `meta_info`. Chunks without a usage object, nearly all of them, cost one substring search. At
+//! most [`USAGE_BYTES_MAX`] bytes are kept. The answers of gRPC methods (`usage/frames.rs`) are
+//! read field by field.
 //!
 //! A usage object is the key `"usage"` followed by `{`. Inside a JSON string every quote is
 //! escaped, so the key's opening quote is genuine unless an odd number of backslashes stands
 //! before it; text that a model generates cannot look like it.
+
+mod frames;
 
 use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
 use serde::Deserialize;
 
+use crate::api::Api;
+use frames::{FrameScanner, Frames};
+
 /// Largest usage object that is read; vLLM's have about 200 bytes. A larger one is stepped over.
 pub const USAGE_BYTES_MAX: usize = 4096;
 
-const NEEDLE: &[u8; 7] = b"\"usage\"";
-static FINDER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(NEEDLE));
+static USAGE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"usage\""));
+static META_INFO: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"meta_info\""));
 
 /// Tokens of a request as its engine counted them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,8 +52,68 @@ enum State {
 }
 
 /// Reads one response body.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct UsageScanner {
+    form: Form,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
+    Json(JsonScanner),
+    Frames(FrameScanner),
+}
+
+impl Default for UsageScanner {
+    fn default() -> UsageScanner {
+        UsageScanner::new()
+    }
+}
+
+impl UsageScanner {
+    /// A scanner for a new body of OpenAI's or Anthropic's APIs.
+    pub fn new() -> UsageScanner {
+        UsageScanner { form: Form::Json(JsonScanner::new(&USAGE)) }
+    }
+
+    /// A scanner for a new body of `api`; `None` where [`Api::tells_usage`] says no.
+    pub fn of(api: Api) -> Option<UsageScanner> {
+        let form = match api {
+            _ if !api.tells_usage() => return None,
+            Api::SglangGenerate => Form::Json(JsonScanner::new(&META_INFO)),
+            Api::GrpcGenerate => Form::Frames(FrameScanner::new(Frames::Generate)),
+            Api::GrpcEmbed => Form::Frames(FrameScanner::new(Frames::Embed)),
+            Api::VertexChat | Api::VertexRaw | Api::VertexStreamRaw => {
+                let json = Box::new(JsonScanner::new(&USAGE));
+                Form::Frames(FrameScanner::new(Frames::HttpBody(json)))
+            }
+            _ => return Some(UsageScanner::new()),
+        };
+        Some(UsageScanner { form })
+    }
+
+    /// The next bytes of the body.
+    pub fn push(&mut self, chunk: &[u8]) {
+        match &mut self.form {
+            Form::Json(json) => json.push(chunk),
+            Form::Frames(frames) => frames.push(chunk),
+        }
+    }
+
+    /// What the bytes so far say: of several usage objects (a stream with continuous usage) the
+    /// last value of each number.
+    pub fn usage(&self) -> Option<Usage> {
+        match &self.form {
+            Form::Json(json) => json.found,
+            Form::Frames(frames) => frames.usage(),
+        }
+    }
+}
+
+/// Reads JSON and server-sent events.
+#[derive(Clone, Debug)]
+struct JsonScanner {
+    /// The key with its quotes. Its only border is the quote.
+    key: &'static LazyLock<Finder<'static>>,
     state: State,
     /// Bytes of the key seen at the end of the previous chunk.
     matched: usize,
@@ -57,16 +123,27 @@ pub struct UsageScanner {
     depth: u32,
     in_string: bool,
     found: Option<Usage>,
+    /// Tokens of the prompt that `input_tokens` leaves out (Anthropic), by the last object that
+    /// says so.
+    left_out: Option<u32>,
 }
 
-impl UsageScanner {
-    /// A scanner for a new body.
-    pub fn new() -> UsageScanner {
-        UsageScanner::default()
+impl JsonScanner {
+    fn new(key: &'static LazyLock<Finder<'static>>) -> JsonScanner {
+        JsonScanner {
+            key,
+            state: State::Searching,
+            matched: 0,
+            escaped: false,
+            object: Vec::new(),
+            depth: 0,
+            in_string: false,
+            found: None,
+            left_out: None,
+        }
     }
 
-    /// The next bytes of the body.
-    pub fn push(&mut self, chunk: &[u8]) {
+    fn push(&mut self, chunk: &[u8]) {
         let mut rest = chunk;
         while let Some(byte) = rest.first() {
             let used = match (self.state, byte) {
@@ -92,20 +169,15 @@ impl UsageScanner {
         }
     }
 
-    /// What the bytes so far say: of several usage objects (a stream with continuous usage) the
-    /// last value of each number.
-    pub fn usage(&self) -> Option<Usage> {
-        self.found
-    }
-
     /// Consumes bytes up to the end of the next key, or all of them.
     fn search(&mut self, bytes: &[u8]) -> usize {
         if self.matched > 0 {
             return self.continue_match(bytes[0]);
         }
-        let Some(at) = FINDER.find(bytes) else {
-            let longest = (1..NEEDLE.len()).rev().find(|len| {
-                bytes.ends_with(&NEEDLE[..*len]) && !self.is_escaped(bytes, bytes.len() - len)
+        let key = self.key.needle();
+        let Some(at) = self.key.find(bytes) else {
+            let longest = (1..key.len()).rev().find(|len| {
+                bytes.ends_with(&key[..*len]) && !self.is_escaped(bytes, bytes.len() - len)
             });
             self.escaped = self.is_escaped(bytes, bytes.len());
             self.matched = longest.unwrap_or(0);
@@ -117,15 +189,16 @@ impl UsageScanner {
             return at + 1;
         }
         self.state = State::BeforeColon;
-        at + NEEDLE.len()
+        at + key.len()
     }
 
-    /// Goes on with a key that began in an earlier chunk. Its only border is the quote.
+    /// Goes on with a key that began in an earlier chunk.
     fn continue_match(&mut self, byte: u8) -> usize {
         self.escaped = false;
-        if byte == NEEDLE[self.matched] {
+        let key = self.key.needle();
+        if byte == key[self.matched] {
             self.matched += 1;
-            if self.matched == NEEDLE.len() {
+            if self.matched == key.len() {
                 self.matched = 0;
                 self.state = State::BeforeColon;
             }
@@ -179,13 +252,16 @@ impl UsageScanner {
     /// Takes over what the complete object says; one that is no usage object says nothing.
     fn merge(&mut self) {
         let Ok(object) = serde_json::from_slice::<UsageObject>(&self.object) else { return };
-        self.found = object.merged_into(self.found);
+        self.left_out = object.left_out().or(self.left_out);
+        self.found = object.merged_into(self.found, self.left_out);
     }
 }
 
 /// Reads a usage object alone, as recordings keep it; `None` when it is none.
 pub fn parse_object(json: &[u8]) -> Option<Usage> {
-    serde_json::from_slice::<UsageObject>(json).ok()?.merged_into(None)
+    let object = serde_json::from_slice::<UsageObject>(json).ok()?;
+    let left_out = object.left_out();
+    object.merged_into(None, left_out)
 }
 
 #[derive(Deserialize)]
@@ -196,14 +272,29 @@ struct UsageObject {
     input_tokens: Option<u32>,
     output_tokens: Option<u32>,
     input_tokens_details: Option<Details>,
+    /// Anthropic: `input_tokens` counts neither these nor those below.
+    cache_read_input_tokens: Option<u32>,
+    cache_creation_input_tokens: Option<u32>,
+    /// SGLang.
+    cached_tokens: Option<u32>,
 }
 
 impl UsageObject {
-    fn merged_into(self, found: Option<Usage>) -> Option<Usage> {
-        let prompt = self.prompt_tokens.or(self.input_tokens);
+    fn left_out(&self) -> Option<u32> {
+        let (read, created) = (self.cache_read_input_tokens, self.cache_creation_input_tokens);
+        let any = read.or(created);
+        any.map(|_| read.unwrap_or(0).saturating_add(created.unwrap_or(0)))
+    }
+
+    fn merged_into(self, found: Option<Usage>, left_out: Option<u32>) -> Option<Usage> {
+        let input = self.input_tokens.map(|n| n.saturating_add(left_out.unwrap_or(0)));
+        let prompt = self.prompt_tokens.or(input);
         let completion = self.completion_tokens.or(self.output_tokens);
         let details = self.prompt_tokens_details.or(self.input_tokens_details);
-        let cached = details.and_then(|details| details.cached_tokens);
+        let cached = details
+            .and_then(|details| details.cached_tokens)
+            .or(self.cache_read_input_tokens)
+            .or(self.cached_tokens);
         if prompt.is_none() && completion.is_none() {
             return found;
         }
@@ -222,127 +313,4 @@ struct Details {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use kvroute_core::Rng;
-
-    fn scan(chunks: &[&[u8]]) -> Option<Usage> {
-        let mut scanner = UsageScanner::new();
-        chunks.iter().for_each(|chunk| scanner.push(chunk));
-        scanner.usage()
-    }
-
-    fn used(prompt_tokens: u32, completion_tokens: u32, cached: Option<u32>) -> Option<Usage> {
-        Some(Usage { prompt_tokens, completion_tokens, cached_tokens: cached })
-    }
-
-    const CHAT_STREAM: &str = concat!(
-        "data: {\"id\":\"c\",\"choices\":[{\"delta\":{\"content\":",
-        "\"say \\\"usage\\\":{\\\"prompt_tokens\\\":1} \\\\\\\\\"}}],\"usage\":null}\n\n",
-        "data: {\"choices\":[{\"delta\":{\"content\":\"he: \\\"usage\"}}]}\r\n\r\n",
-        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":394,\"total_tokens\":402,",
-        "\"completion_tokens\":8,\"prompt_tokens_details\":{\"cached_tokens\":320,",
-        "\"created_cache_tokens\":null,\"multimodal_tokens\":{}}}}\n\ndata: [DONE]\n\n"
-    );
-    const RESPONSES_STREAM: &str = concat!(
-        "event: response.completed\ndata: {\"type\":\"response.completed\",",
-        "\"response\":{\"tools\":",
-        "[{\"usage\":{\"type\":\"}\"}}],\"usage\" : {\"input_tokens\":10,\"input_tokens_details\":",
-        "{\"cached_tokens\":4},\"output_tokens\":7,\"output_tokens_details\":null}}}\n\n"
-    );
-
-    fn bodies() -> Vec<(String, Option<Usage>)> {
-        let continuous = concat!(
-            "data: {\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":1,",
-            "\"prompt_tokens_details\":{\"cached_tokens\":2}}}\n\n",
-            "data: {\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":3}}\n\n"
-        );
-        let pretty =
-            "{\n  \"usage\": {\n    \"prompt_tokens\": 3,\n    \"completion_tokens\": 0\n  }\n}";
-        let large = format!("{{\"usage\":{{\"x\":\"{}\"}}}}", "y".repeat(USAGE_BYTES_MAX));
-        let after_large = format!("{large}{pretty}");
-        let table = [
-            (CHAT_STREAM, used(394, 8, Some(320))),
-            (RESPONSES_STREAM, used(10, 7, Some(4))),
-            (continuous, used(5, 3, Some(2))),
-            (pretty, used(3, 0, None)),
-            (&after_large, used(3, 0, None)),
-            (&large, None),
-            ("{\"usage\":null}", None),
-            ("{\"usage\":{}}", None),
-            ("{\"usage\":{\"prompt_tokens\":\"5\"}}", None),
-            ("{\"usage\":{\"prompt_tokens\":5", None),
-            ("{\"usage\" {\"prompt_tokens\":5}}", None),
-            ("{\"x\\\"usage\":{\"prompt_tokens\":5}}", None),
-            ("{\"x\":\"\\\\\",\"usage\":{\"prompt_tokens\":5}}", used(5, 0, None)),
-            ("\"\"usage\":{\"prompt_tokens\":5}", used(5, 0, None)),
-            ("\"us\"usage\":{\"prompt_tokens\":5}", used(5, 0, None)),
-            ("", None),
-            ("data: [DONE]\n\n", None),
-        ];
-        table.iter().map(|(text, usage)| ((*text).to_owned(), *usage)).collect()
-    }
-
-    #[test]
-    fn bodies_say_what_they_say() {
-        for (body, usage) in bodies() {
-            assert_eq!(scan(&[body.as_bytes()]), usage, "{body}");
-        }
-    }
-
-    #[test]
-    fn every_split_says_the_same() {
-        for (body, usage) in bodies() {
-            let bytes = body.as_bytes();
-            for at in 0..=bytes.len() {
-                assert_eq!(scan(&[&bytes[..at], &bytes[at..]]), usage, "{body} cut at {at}");
-            }
-            let singles: Vec<&[u8]> = bytes.chunks(1).collect();
-            assert_eq!(scan(&singles), usage, "{body} byte by byte");
-            for seed in 0..200 {
-                let mut rng = Rng::seeded(seed);
-                let mut chunks = Vec::new();
-                let mut rest = bytes;
-                while !rest.is_empty() {
-                    let (chunk, tail) = rest.split_at(1 + rng.below(rest.len().min(40)));
-                    chunks.push(chunk);
-                    rest = tail;
-                }
-                assert_eq!(scan(&chunks), usage, "{body} seed {seed}");
-            }
-        }
-    }
-
-    #[test]
-    fn recorded_answers_at_every_split() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/data/wire/answers.jsonl");
-        let text = std::fs::read_to_string(path).unwrap();
-        let mut answers = 0;
-        for line in text.lines() {
-            let value: serde_json::Value = serde_json::from_str(line).unwrap();
-            let count = |field: &serde_json::Value| field.as_u64().map(|value| value as u32);
-            let usage = &value["usage"];
-            let expected = used(
-                count(&usage["prompt_tokens"]).unwrap(),
-                count(&usage["completion_tokens"]).unwrap(),
-                count(&usage["prompt_tokens_details"]["cached_tokens"]),
-            );
-            let bytes = line.as_bytes();
-            for at in 0..=bytes.len() {
-                assert_eq!(scan(&[&bytes[..at], &bytes[at..]]), expected, "cut at {at}: {line}");
-            }
-            answers += 1;
-        }
-        assert!(answers >= 8, "{answers} answers");
-    }
-
-    #[test]
-    fn memory_stays_bounded() {
-        let mut scanner = UsageScanner::new();
-        scanner.push(b"\"usage\":{");
-        for _ in 0..1000 {
-            scanner.push(&[b'{'; 1000]);
-        }
-        assert!(scanner.object.capacity() <= 2 * USAGE_BYTES_MAX);
-    }
-}
+mod tests;

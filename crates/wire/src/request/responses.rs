@@ -2,16 +2,16 @@
 //!
 //! vLLM turns `instructions` into a system message, a string `input` into a user message, and
 //! takes the messages of an `input` list as they are. Only this is done here. What engines treat
-//! in ways of their own (function calls and their outputs, reasoning, images, tools, and what is
-//! stored in the engine) has no conversation: such a request is routed by load, with the reason.
+//! in ways of their own (function calls and their outputs, reasoning, images, tools) stays opaque,
+//! and what is stored in the engine has no conversation at all.
 
 use std::borrow::Cow;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{BodyError, Chat, Fields, Loose, Messages, NoPrompt, Prompt};
-use super::{hint, present, raw_type_name, text};
+use super::{BodyError, Chat, Fields, Loose, Messages, NoPrompt, Opaque, Prompt};
+use super::{hint, present, raw_type_name};
 use crate::api::Api;
 
 #[derive(Deserialize)]
@@ -41,20 +41,34 @@ pub(super) fn into_prompt(fields: Fields<'_>) -> Result<Prompt<'_>, BodyError> {
     let Some(input) = present(fields.input) else {
         return Err(BodyError::Missing { field: "input", api: Api::Responses.as_str() });
     };
-    if present(fields.tools).is_some_and(|tools| !is_empty_array(tools)) {
-        return Ok(Prompt::None(NoPrompt::ResponsesTools));
+    let tools = present(fields.tools).filter(|tools| !is_empty_array(tools));
+    let instructions = present(fields.instructions);
+    let opaque = |why| {
+        let head = instructions.into_iter().chain(tools).collect();
+        Ok(Prompt::Opaque(Opaque { why, head, conversation: input }))
+    };
+    if tools.is_some() {
+        return opaque(NoPrompt::ResponsesTools);
     }
     let mut json = String::with_capacity(input.get().len() + 64);
     json.push('[');
-    if let Some(instructions) = text("instructions", fields.instructions)? {
-        push_message(&mut json, "system", &quoted(&instructions));
+    match instructions {
+        Some(text) if text.get().starts_with('"') => push_message(&mut json, "system", text.get()),
+        Some(other) => {
+            return Err(BodyError::WrongType {
+                field: "instructions",
+                expected: "a string",
+                found: raw_type_name(other).to_owned(),
+            });
+        }
+        None => {}
     }
     let mut stays_open = false;
     match input.get().as_bytes().first() {
         Some(b'"') => push_message(&mut json, "user", input.get()),
         Some(b'[') => match push_items(&mut json, input) {
             Some(is_open) => stays_open = is_open,
-            None => return Ok(Prompt::None(NoPrompt::ResponsesItem)),
+            None => return opaque(NoPrompt::ResponsesItem),
         },
         _ => {
             return Err(BodyError::WrongType {

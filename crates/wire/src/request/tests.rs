@@ -6,6 +6,10 @@ fn prompt_text(body: &RequestBody<'_>) -> String {
         Prompt::Texts(texts) => format!("texts {texts:?}"),
         Prompt::TokenIds(ids) => format!("ids {ids:?}"),
         Prompt::Chat(chat) => format!("chat {}", chat.messages.json()),
+        Prompt::Opaque(opaque) => {
+            let head: Vec<&str> = opaque.head.iter().map(|raw| raw.get()).collect();
+            format!("opaque {} {head:?} {}", opaque.why.as_str(), opaque.conversation.get())
+        }
     }
 }
 
@@ -47,15 +51,40 @@ fn prompts_of_every_form() {
                 r#"{"role":"assistant","content":"b"},{"role":"user","content":"c"}]"#
             ),
         ),
-        (Responses, r#"{"input":[{"type":"function_call","name":"f"}]}"#, "none responses_item"),
         (
             Responses,
-            r#"{"input":[{"role":"user","content":[{"type":"input_image"}]}]}"#,
-            "none responses_item",
+            r#"{"input":[{"type":"function_call","name":"f"}]}"#,
+            r#"opaque responses_item [] [{"type":"function_call","name":"f"}]"#,
         ),
-        (Responses, r#"{"input":"x","tools":[{"type":"function"}]}"#, "none responses_tools"),
+        (
+            Responses,
+            r#"{"instructions":"i","input":[{"role":"user","content":[{"type":"input_image"}]}]}"#,
+            r#"opaque responses_item ["\"i\""] [{"role":"user","content":[{"type":"input_image"}]}]"#,
+        ),
+        (
+            Responses,
+            r#"{"input":"x","tools":[{"type":"function"}]}"#,
+            r#"opaque responses_tools ["[{\"type\":\"function\"}]"] "x""#,
+        ),
         (Responses, r#"{"input":"x","previous_response_id":"r"}"#, "none stored_in_engine"),
         (Responses, r#"{"prompt":{"id":"p"}}"#, "none stored_in_engine"),
+        (SglangGenerate, r#"{"input_ids":[4,5]}"#, "ids [[4, 5]]"),
+        (SglangGenerate, r#"{"input_ids":[[4],[5]],"text":null}"#, "ids [[4], [5]]"),
+        (SglangGenerate, r#"{"text":"a"}"#, r#"texts ["a"]"#),
+        (SglangGenerate, r#"{"text":["a","b"],"input_ids":null}"#, r#"texts ["a", "b"]"#),
+        (SglangGenerate, r#"{"input_embeds":[[0.5]]}"#, "none prompt_embeds"),
+        (SglangGenerate, r#"{"text":"a","image_data":["u"]}"#, "none unprocessed_media"),
+        (SglangGenerate, r#"{"text":"a","image_data":null}"#, r#"texts ["a"]"#),
+        (
+            Conversations,
+            r#"{"items":[{"role":"user"}]}"#,
+            r#"opaque not_cached [] [{"role":"user"}]"#,
+        ),
+        (Conversations, "{}", "none not_cached"),
+        (Render, r#"{"messages":[]}"#, "none not_cached"),
+        (Images, r#"{"prompt":"a cat"}"#, "none not_cached"),
+        (CountTokens, r#"{"messages":7}"#, "none other_api"),
+        (CountTokens, "not json", "none other_api"),
         (Other, r#"{"prompt":"x","model":"m"}"#, "none other_api"),
         (Other, "not json", "none other_api"),
         (Other, r#"{"broken"#, "none other_api"),
@@ -120,6 +149,38 @@ fn bodies_that_are_refused() {
             "`input` must be a string or an array of items, found a number".into(),
         ),
         (VllmGenerate, "{}", "`token_ids` is missing; vllm_generate needs it".into()),
+        (Messages, "{}", "`messages` is missing; messages needs it".into()),
+        (
+            Messages,
+            r#"{"messages":{}}"#,
+            "`messages` must be an array of messages, found an object".into(),
+        ),
+        (
+            Responses,
+            r#"{"input":"x","instructions":[]}"#,
+            "`instructions` must be a string, found an array".into(),
+        ),
+        (Render, "[]", "the request body must be a JSON object, found an array".into()),
+        (SglangGenerate, "{}", "`input_ids` is missing; sglang_generate needs it".into()),
+        (
+            SglangGenerate,
+            r#"{"input_ids":["a"]}"#,
+            "`input_ids` must be an array of token ids or an array of arrays of token ids, found \
+             a text"
+                .into(),
+        ),
+        (
+            SglangGenerate,
+            r#"{"input_ids":[]}"#,
+            "`input_ids` must be an array of token ids or an array of arrays of token ids, found \
+             an empty array"
+                .into(),
+        ),
+        (
+            SglangGenerate,
+            r#"{"text":[1]}"#,
+            "`text` must be a string or an array of strings, found an array of numbers".into(),
+        ),
         (
             VllmGenerate,
             r#"{"token_ids":"x"}"#,
@@ -155,7 +216,7 @@ fn what_else_routing_reads() {
     assert_eq!((body.max_tokens, body.n), (Some(4), Some(2)));
     assert_eq!((body.cache_salt.as_deref(), body.session_id.as_deref()), (Some("s"), Some("i")));
     let Prompt::Chat(chat) = body.prompt else { panic!("no chat") };
-    assert_eq!(chat.tools.map(RawValue::get), Some("[1]"));
+    assert_eq!(chat.tools.as_deref().map(RawValue::get), Some("[1]"));
     assert!(chat.documents.is_none());
     assert_eq!(chat.chat_template.as_deref(), Some("{{x}}"));
     assert_eq!(chat.chat_template_kwargs.map(RawValue::get), Some(r#"{"enable_thinking":false}"#));
@@ -239,7 +300,48 @@ fn logits_of_the_prompt_bypass_the_cache() {
         (Api::Completions, r#"{"prompt":"x","echo":true}"#, false),
         (Api::Completions, r#"{"prompt":"x","logprobs":1,"prompt_logprobs":null}"#, false),
         (Api::VllmGenerate, r#"{"token_ids":[1],"sampling_params":{"prompt_logprobs":1}}"#, true),
+        (Api::SglangGenerate, r#"{"text":"x","return_logprob":true}"#, false),
+        (
+            Api::SglangGenerate,
+            r#"{"text":"x","return_logprob":true,"logprob_start_len":-1}"#,
+            false,
+        ),
+        (Api::SglangGenerate, r#"{"text":"x","return_logprob":true,"logprob_start_len":0}"#, true),
+        (Api::SglangGenerate, r#"{"text":"x","logprob_start_len":0}"#, false),
     ] {
         assert_eq!(parse(api, body.as_bytes()).unwrap().skips_cache, skips, "{body}");
     }
+}
+
+#[test]
+fn sglang_hints() {
+    let body = br#"{"input_ids":[1],"extra_key":"s","stream":true,"add_special_tokens":false,
+        "sampling_params":{"max_new_tokens":7,"n":2}}"#;
+    let body = parse(Api::SglangGenerate, body).unwrap();
+    assert_eq!((body.max_tokens, body.n), (Some(7), Some(2)));
+    assert_eq!(body.cache_salt.as_deref(), Some("s"));
+    assert!(body.stream && body.add_special_tokens && body.model.is_none());
+    let batch = parse(Api::SglangGenerate, br#"{"text":["a"],"sampling_params":[{}]}"#).unwrap();
+    assert!(batch.max_tokens.is_none());
+    let error = parse(Api::SglangGenerate, br#"{"input_ids":[1],"extra_key":["s"]}"#).unwrap_err();
+    assert_eq!(error.to_string(), "`extra_key` must be a string, found an array");
+}
+
+#[test]
+fn media_of_chats_and_of_what_stays_opaque() {
+    let part = r#"{"type":"image_url","image_url":{"url":"http://i/1"}}"#;
+    let chat = format!(r#"{{"messages":[{{"role":"user","content":[{part},{part}]}}]}}"#);
+    let body = parse(Api::ChatCompletions, chat.as_bytes()).unwrap();
+    assert_eq!(body.media.len(), 2);
+    assert_eq!(body.media[0].hash, body.media[1].hash);
+    let Prompt::Chat(chat) = &body.prompt else { panic!("{body:?}") };
+    assert_eq!(&chat.messages.json()[body.media[1].place.clone()], "http://i/1");
+    let responses = r#"{"input":[{"role":"user","content":[
+        {"type":"input_image","image_url":"http://i/1"}]}]}"#;
+    let other = parse(Api::Responses, responses.as_bytes()).unwrap();
+    assert_eq!(other.media.len(), 1);
+    assert_eq!(other.media[0].hash, body.media[0].hash);
+    let Prompt::Opaque(opaque) = &other.prompt else { panic!("{other:?}") };
+    assert_eq!(&opaque.conversation.get()[other.media[0].place.clone()], "http://i/1");
+    assert!(parse(Api::Completions, br#"{"prompt":"_url\" "}"#).unwrap().media.is_empty());
 }
