@@ -20,6 +20,7 @@ use crate::parse::ParserKind;
 use crate::plugin::{PluginKind, PluginSpec};
 use crate::produce::{
     ApproxPrefix, BurstPrefix, InflightLoad, P2pSource, PrecisePrefix, PredictedLatency,
+    TokenEstimate,
 };
 use crate::settings::Settings;
 
@@ -53,6 +54,8 @@ pub struct Plan {
     pub peers: Option<PeersPlan>,
     /// Which tokens requests must come with.
     pub tokens: TokensNeed,
+    /// How tokens are estimated where they are.
+    pub estimate: TokenEstimate,
     /// Who reads bodies, in order of preference.
     pub parsers: Vec<ParserKind>,
     /// What is collected from endpoints.

@@ -180,7 +180,7 @@ impl<'a> Replay<'a> {
         tokenizer: Option<&Tokenizer>,
     ) -> Outcome {
         let api = Api::from_path(&request.path);
-        if api == Api::Other || request.body.is_empty() {
+        if !api.tells_usage() || request.body.is_empty() {
             return Outcome::Skipped("not a routed request");
         }
         let Ok(body) = request::parse(api, &request.body) else {

@@ -7,6 +7,7 @@ use http::{HeaderValue, Response, StatusCode};
 use kvroute_core::decision::Reject;
 use kvroute_wire::api::Api;
 use kvroute_wire::error_body;
+use kvroute_wire::parsers::Unclaimed;
 use kvroute_wire::request::BodyError;
 use thiserror::Error;
 
@@ -25,6 +26,13 @@ pub(crate) const HEAD_TOO_LARGE: &str = "head_too_large";
 pub(crate) enum RouteError {
     #[error("{0}")]
     Body(#[from] BodyError),
+    #[error("{0}")]
+    Unclaimed(#[from] Unclaimed),
+    #[error(
+        "this proxy speaks HTTP/1.1 to endpoints, which gRPC does not run over; let a gateway with \
+         HTTP/2 to the endpoints forward {0}"
+    )]
+    Grpc(&'static str),
     #[error("the request names no model; set `model`, or start the router with --model")]
     NoModel,
     #[error("the request body is larger than {0} bytes (kvroute.body_bytes_max)")]
@@ -51,13 +59,14 @@ impl RouteError {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
-            RouteError::Body(_) | RouteError::NoModel | RouteError::BodyBroken => {
-                StatusCode::BAD_REQUEST
-            }
+            RouteError::Body(_)
+            | RouteError::Unclaimed(_)
+            | RouteError::NoModel
+            | RouteError::BodyBroken => StatusCode::BAD_REQUEST,
             RouteError::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             RouteError::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             RouteError::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
-            RouteError::Tunnel => StatusCode::NOT_IMPLEMENTED,
+            RouteError::Tunnel | RouteError::Grpc(_) => StatusCode::NOT_IMPLEMENTED,
             RouteError::Inflight(_) => StatusCode::TOO_MANY_REQUESTS,
             RouteError::Rejected(reject) => {
                 StatusCode::from_u16(reject.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE)
@@ -74,6 +83,8 @@ impl RouteError {
     pub fn reason(&self) -> &'static str {
         match self {
             RouteError::Body(_) => "bad_body",
+            RouteError::Unclaimed(_) => "unclaimed_path",
+            RouteError::Grpc(_) => "grpc",
             RouteError::NoModel => "no_model",
             RouteError::BodyTooLarge(_) => "body_too_large",
             RouteError::HeadTooLarge(_) => HEAD_TOO_LARGE,
@@ -100,7 +111,11 @@ impl RouteError {
     /// The answer, in the shape of `api`.
     pub fn respond(&self, api: Api) -> Response<Body> {
         let status = self.status();
-        let text = error_body::render(api, status.as_u16(), self.kind(), &self.to_string());
+        let message = self.to_string();
+        if api.is_grpc() {
+            return grpc_error(status.as_u16(), &message);
+        }
+        let text = error_body::render(api, status.as_u16(), self.kind(), &message);
         let mut response = Response::new(Body::full(Bytes::from(text)));
         *response.status_mut() = status;
         let headers = response.headers_mut();
@@ -117,6 +132,18 @@ impl RouteError {
     }
 }
 
+/// gRPC says what went wrong in headers; the HTTP status is always 200.
+fn grpc_error(status: u16, message: &str) -> Response<Body> {
+    let mut response = Response::new(Body::full(Bytes::new()));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from(u16::from(error_body::grpc_status(status))));
+    if let Ok(message) = HeaderValue::from_str(&error_body::grpc_message(message)) {
+        headers.insert("grpc-message", message);
+    }
+    response
+}
+
 /// What happened to an exchange with an endpoint, as a label.
 pub(crate) fn failure_label(error: &UpstreamError) -> &'static str {
     match error {
@@ -128,5 +155,30 @@ pub(crate) fn failure_label(error: &UpstreamError) -> &'static str {
         UpstreamError::Protocol(_) => "protocol",
         UpstreamError::FirstByteTimeout(_) => "first_byte_timeout",
         UpstreamError::IdleTimeout(_) => "idle_timeout",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_grpc_methods_stand_in_headers() {
+        let error = RouteError::Grpc(Api::GrpcGenerate.as_str());
+        let response = error.respond(Api::GrpcGenerate);
+        assert_eq!(response.status(), StatusCode::OK);
+        let header = |name: &str| response.headers()[name].to_str().unwrap().to_owned();
+        assert_eq!(header("content-type"), "application/grpc");
+        assert_eq!(header("grpc-status"), "12");
+        assert!(header("grpc-message").ends_with("forward grpc_generate"));
+        assert_eq!(error.respond(Api::Other).status(), StatusCode::NOT_IMPLEMENTED);
+    }
+
+    #[test]
+    fn a_path_that_nobody_claims_is_a_bad_request() {
+        let parsers = kvroute_wire::parsers::Parsers::new(&[]);
+        let error = RouteError::from(parsers.resolve("/v1/x").unwrap_err());
+        assert_eq!((error.status().as_u16(), error.reason()), (400, "unclaimed_path"));
+        assert_eq!(error.kind(), "invalid_request_error");
     }
 }

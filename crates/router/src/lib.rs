@@ -144,6 +144,8 @@ fn share(
         tokens: brain.plan().tokens,
         holds: brain.plan().burst().is_some(),
         primary_port: brain.plan().primary_port(),
+        estimate: brain.plan().estimate.clone(),
+        parsers: kvroute_wire::parsers::Parsers::new(&brain.plan().parsers),
         scheduling_headers: brain.plan().headers.clone(),
         brain: Mutex::new(brain),
         recorder,

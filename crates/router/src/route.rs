@@ -18,6 +18,7 @@ use kvroute_core::decision::{
 use kvroute_core::fleet::Name;
 use kvroute_core::produce::HeldId;
 use kvroute_wire::api::Api;
+use kvroute_wire::parsers::{Unclaimed, request_path};
 use kvroute_wire::usage::UsageScanner;
 use tracing::{debug, info, warn};
 
@@ -48,9 +49,14 @@ pub(crate) async fn serve(
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     let (request_id, id_value) = headers::request_id(&parts.headers);
-    let api = api_of(&parts);
+    let claimed = api_of(&shared, &parts, &body);
+    let api = claimed.as_ref().copied().unwrap_or(Api::Other);
     let way = Way { started, client, request_id, id_value: id_value.clone(), api };
-    let mut response = route(&shared, &way, parts, body).await.unwrap_or_else(|error| {
+    let answered = match claimed {
+        Ok(_) => route(&shared, &way, parts, body).await,
+        Err(unclaimed) => Err(unclaimed.into()),
+    };
+    let mut response = answered.unwrap_or_else(|error| {
         let (request_id, reason) = (&way.request_id, error.reason());
         debug!(request_id, reason, %error, "A request was answered by the router itself.");
         shared.metrics.count_reject(reason);
@@ -72,9 +78,15 @@ struct Way {
     api: Api,
 }
 
-/// Only what is posted to a known path is read.
-fn api_of(parts: &Parts) -> Api {
-    if parts.method == Method::POST { Api::from_path(parts.uri.path()) } else { Api::Other }
+/// Only what is posted to a claimed path is read. A post without a body, like other methods, asks
+/// nothing that a parser could read, so it is forwarded even where nothing takes what is left over.
+fn api_of(shared: &Shared, parts: &Parts, body: &Incoming) -> Result<Api, Unclaimed> {
+    if parts.method != Method::POST {
+        return Ok(Api::Other);
+    }
+    let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
+    let claimed = shared.parsers.resolve(request_path(parts.uri.path(), header));
+    if http_body::Body::is_end_stream(body) { claimed.or(Ok(Api::Other)) } else { claimed }
 }
 
 /// The whole request: parse, tokenize, chains, decide, forward, observe.
@@ -86,16 +98,22 @@ async fn route(
 ) -> Result<Response<Body>, RouteError> {
     let inflight = shared.admit()?;
     check_head(shared, &parts)?;
+    if way.api.is_grpc() {
+        return Err(RouteError::Grpc(way.api.as_str()));
+    }
     headers::strip_hop_by_hop(&mut parts.headers);
     headers::strip_control(&mut parts.headers);
-    let routed = way.api != Api::Other;
+    let routed = way.api.reads_body();
     let payload = if routed {
         Payload::Whole(collect(shared, &parts.headers, body).await?)
     } else {
         pass_through(shared, &parts.headers, body)?
     };
     let asked = match &payload {
-        Payload::Whole(bytes) if routed => tokenize::read(shared, way.api, bytes).await?,
+        Payload::Whole(bytes) if routed => {
+            let hints = tokenize::video_hints(&parts.headers);
+            tokenize::read(shared, way.api, bytes, hints).await?
+        }
         _ => Asked::nothing(),
     };
     let held = hold(shared, &way.request_id, &asked, &parts.headers).await;
@@ -110,7 +128,7 @@ async fn route(
         id_value: way.id_value.clone(),
         client: way.client.ip(),
         payload,
-        read_answer: routed,
+        read_answer: way.api.tells_usage(),
     };
     let Chosen { candidates, response_headers, .. } = &chosen;
     let (candidates, response_headers) = (candidates.clone(), response_headers.clone());
@@ -229,7 +247,7 @@ fn scheduled<'a>(
         max_tokens: asked.max_tokens,
         skips_cache: asked.skips_cache,
         held,
-        media: &[],
+        media: &asked.media,
         priority: priority(shared, headers),
         headers: seen,
         allowed: None,
@@ -363,7 +381,7 @@ fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
 
 /// From here on, dropping the observer is what a client that left looks like.
 fn observe(shared: &Arc<Shared>, way: &Way, chosen: Chosen, inflight: Inflight) -> Observer {
-    let routed = way.api != Api::Other;
+    let routed = way.api.reads_body();
     let outcome = Outcome { endpoint: chosen.endpoint.to_string(), ..Outcome::default() };
     Observer {
         shared: Arc::clone(shared),
@@ -373,7 +391,7 @@ fn observe(shared: &Arc<Shared>, way: &Way, chosen: Chosen, inflight: Inflight) 
         mode: if routed { chosen.mode.as_str() } else { PASS_THROUGH },
         started: way.started,
         _inflight: inflight,
-        scanner: routed.then(UsageScanner::new),
+        scanner: UsageScanner::of(way.api),
         outcome,
         touched: way.started,
         ended: false,

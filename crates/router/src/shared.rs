@@ -7,7 +7,9 @@ use std::time::Duration;
 use kvroute_core::brain::Brain;
 use kvroute_core::decision::Mode;
 use kvroute_core::plan::TokensNeed;
+use kvroute_core::produce::TokenEstimate;
 use kvroute_core::settings::Settings;
+use kvroute_wire::parsers::Parsers;
 use parking_lot::Mutex;
 use rustc_hash::FxHashSet;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -52,6 +54,10 @@ pub(crate) struct Shared {
     pub holds: bool,
     /// Where requests go on each host, when not to the endpoint's own port.
     pub primary_port: Option<u16>,
+    /// How tokens are estimated.
+    pub estimate: TokenEstimate,
+    /// Which APIs are read.
+    pub parsers: Parsers,
     /// Request headers that the plan's plugins read, lower case.
     pub scheduling_headers: Vec<String>,
     pub tokenize_room: Arc<Semaphore>,

@@ -6,19 +6,21 @@
 //! tokens stalls nobody else. How long a body takes is learned from those before it. Whatever is
 //! missing on the way lowers the knowledge, never the request.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use bytes::Bytes;
+use http::HeaderMap;
 use kvroute_core::blocks::{PromptExtras, Root, chain};
 use kvroute_core::decision::{NoTokens, PromptChains, TokensKnown};
 use kvroute_core::fleet::RootKind;
 use kvroute_core::plan::TokensNeed;
+use kvroute_core::produce::{AUDIO_TOKENS, TokenEstimate, VideoHints};
 use kvroute_tokens::{Tokenizer, TokensError};
 use kvroute_wire::api::Api;
-use kvroute_wire::request::{self, Prompt, RequestBody};
+use kvroute_wire::media::{MediaItem, MediaKind};
+use kvroute_wire::request::{self, NoPrompt, Prompt, RequestBody};
 use tracing::warn;
 
 use crate::error::RouteError;
@@ -33,6 +35,9 @@ pub(crate) const NS_PER_KIB_AT_START: u64 = 25_000;
 const LEARN_BYTES_MIN: usize = 2 << 10;
 /// Bytes of text for which a token is charged where tokens are not known.
 const BYTES_PER_TOKEN: usize = 4;
+/// Most tokens that the images, videos and sounds of one request take in an estimate: their sizes
+/// are what files and headers claim.
+const MEDIA_TOKENS_MAX: usize = 1 << 20;
 /// Longest session id that is used.
 const SESSION_ID_BYTES_MAX: usize = 256;
 
@@ -47,6 +52,8 @@ pub(crate) struct Asked {
     pub session_id: Option<String>,
     pub prompts: Vec<PromptChains>,
     pub prompt_tokens: u32,
+    /// Hashes of the images, videos and sounds, in the order in which they appear.
+    pub media: Vec<u64>,
     pub known: TokensKnown,
     /// What is not known is missing because of this request alone: it says nothing about how the
     /// model's requests are routed.
@@ -63,10 +70,16 @@ impl Asked {
             session_id: None,
             prompts: Vec::new(),
             prompt_tokens: 0,
+            media: Vec::new(),
             known: TokensKnown::None(NoTokens::NoPrompt),
             request_at_fault: false,
         }
     }
+}
+
+/// What the headers say about the videos of a request.
+pub(crate) fn video_hints(headers: &HeaderMap) -> VideoHints {
+    VideoHints::read(|name| headers.get(name)?.to_str().ok())
 }
 
 /// Reads a body of a routed API.
@@ -74,13 +87,14 @@ pub(crate) async fn read(
     shared: &Arc<Shared>,
     api: Api,
     body: &Bytes,
+    hints: VideoHints,
 ) -> Result<Asked, RouteError> {
     let started = Instant::now();
     let expected_ns = (body.len() as u64 >> 10) * shared.tokenize_ns_per_kib.load(Relaxed);
     let asked = if expected_ns <= INLINE_NS_MAX || shared.tokens == TokensNeed::None {
-        timed(shared, api, body)
+        timed(shared, api, body, &hints)
     } else {
-        read_elsewhere(shared, api, body).await
+        read_elsewhere(shared, api, body, hints).await
     };
     shared.metrics.tokenize.observe(started.elapsed().as_secs_f64());
     asked
@@ -88,9 +102,9 @@ pub(crate) async fn read(
 
 /// Reads, and learns how long it takes: a moving average over about eight bodies. Races between
 /// threads lose a sample, which does not matter.
-fn timed(shared: &Shared, api: Api, body: &[u8]) -> Result<Asked, RouteError> {
+fn timed(shared: &Shared, api: Api, body: &[u8], hints: &VideoHints) -> Result<Asked, RouteError> {
     let started = Instant::now();
-    let asked = read_now(shared, api, body);
+    let asked = read_now(shared, api, body, hints);
     if body.len() >= LEARN_BYTES_MIN {
         let ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let seen = ns.saturating_mul(1024) / body.len() as u64;
@@ -101,11 +115,16 @@ fn timed(shared: &Shared, api: Api, body: &[u8]) -> Result<Asked, RouteError> {
 }
 
 /// The permit goes with the work, which cannot be stopped once it runs, even if the client goes.
-async fn read_elsewhere(shared: &Arc<Shared>, api: Api, body: &Bytes) -> Result<Asked, RouteError> {
+async fn read_elsewhere(
+    shared: &Arc<Shared>,
+    api: Api,
+    body: &Bytes,
+    hints: VideoHints,
+) -> Result<Asked, RouteError> {
     let room = Arc::clone(&shared.tokenize_room).acquire_owned().await;
     let (there, bytes) = (Arc::clone(shared), body.clone());
     let work = tokio::task::spawn_blocking(move || {
-        let asked = timed(&there, api, &bytes);
+        let asked = timed(&there, api, &bytes, &hints);
         drop(room);
         asked
     });
@@ -114,23 +133,31 @@ async fn read_elsewhere(shared: &Arc<Shared>, api: Api, body: &Bytes) -> Result<
         // A tokenizer that panics must not take the request with it.
         Err(_) => {
             let parsed = request::parse(api, body)?;
-            let model = model_of(shared, &parsed)?;
+            let model = model_of(shared, api, &parsed)?;
             complain(shared, &model, &"it panicked");
-            Ok(without_tokens(&parsed, model, body.len(), NoTokens::TokenizerFailed))
+            let estimator = Estimator { estimate: &shared.estimate, hints };
+            Ok(without_tokens(&parsed, model, body.len(), &estimator, NoTokens::TokenizerFailed))
         }
     }
 }
 
-fn read_now(shared: &Shared, api: Api, body: &[u8]) -> Result<Asked, RouteError> {
+fn read_now(
+    shared: &Shared,
+    api: Api,
+    body: &[u8],
+    hints: &VideoHints,
+) -> Result<Asked, RouteError> {
     let parsed = request::parse(api, body)?;
-    let model = model_of(shared, &parsed)?;
+    let model = model_of(shared, api, &parsed)?;
+    let estimator = Estimator { estimate: &shared.estimate, hints: *hints };
     if shared.tokens == TokensNeed::None {
-        return Ok(without_tokens(&parsed, model, body.len(), NoTokens::NotNeeded));
+        let why = NoTokens::NotNeeded;
+        return Ok(without_tokens(&parsed, model, body.len(), &estimator, why));
     }
-    let (tokens, known) = match tokens_of(shared, &model, &parsed) {
+    let (tokens, known) = match tokens_of(shared, &model, &parsed, &estimator) {
         Ok(tokens) => tokens,
         Err(Missing { why, request_at_fault }) => {
-            let asked = without_tokens(&parsed, model, body.len(), why);
+            let asked = without_tokens(&parsed, model, body.len(), &estimator, why);
             return Ok(Asked { request_at_fault, ..asked });
         }
     };
@@ -152,9 +179,15 @@ fn read_now(shared: &Shared, api: Api, body: &[u8]) -> Result<Asked, RouteError>
     Ok(Asked { prompts, prompt_tokens, known, ..about(&parsed, model) })
 }
 
-fn model_of(shared: &Shared, parsed: &RequestBody<'_>) -> Result<String, RouteError> {
+/// Empty where the API has no place for a model and the router was not told of one: any endpoint
+/// may serve it.
+fn model_of(shared: &Shared, api: Api, parsed: &RequestBody<'_>) -> Result<String, RouteError> {
     let given = parsed.model.as_deref().filter(|m| !m.is_empty());
-    given.or(shared.default_model.as_deref()).map(str::to_owned).ok_or(RouteError::NoModel)
+    match given.or(shared.default_model.as_deref()) {
+        Some(model) => Ok(model.to_owned()),
+        None if !api.names_model() => Ok(String::new()),
+        None => Err(RouteError::NoModel),
+    }
 }
 
 fn about(parsed: &RequestBody<'_>, model: String) -> Asked {
@@ -164,6 +197,7 @@ fn about(parsed: &RequestBody<'_>, model: String) -> Asked {
         max_tokens: parsed.max_tokens,
         skips_cache: parsed.skips_cache,
         session_id: session_id.map(str::to_owned),
+        media: parsed.media.iter().map(|item| item.hash).collect(),
         ..Asked::nothing()
     }
 }
@@ -172,11 +206,17 @@ fn without_tokens(
     parsed: &RequestBody<'_>,
     model: String,
     body_bytes: usize,
+    estimator: &Estimator<'_>,
     why: NoTokens,
 ) -> Asked {
     let prompt_tokens = match &parsed.prompt {
         Prompt::TokenIds(prompts) => prompts.iter().map(Vec::len).sum(),
-        _ => body_bytes / BYTES_PER_TOKEN,
+        Prompt::None(NoPrompt::NotCached) => 0,
+        _ => {
+            let media: usize = parsed.media.iter().map(|item| item.place.len()).sum();
+            let media_tokens: usize = estimator.of_all(&parsed.media).sum();
+            body_bytes.saturating_sub(media) / BYTES_PER_TOKEN + media_tokens
+        }
     };
     Asked {
         prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
@@ -198,6 +238,7 @@ fn tokens_of(
     shared: &Shared,
     model: &str,
     parsed: &RequestBody<'_>,
+    estimator: &Estimator<'_>,
 ) -> Result<(Vec<Vec<u32>>, TokensKnown), Missing> {
     let exact = shared.tokens == TokensNeed::Exact;
     match (&parsed.prompt, tokenizer_of(shared, model).filter(|_| exact)) {
@@ -207,7 +248,7 @@ fn tokens_of(
             Ok(tokens) => Ok((tokens, TokensKnown::Exact)),
             Err(error) => Err(failure(shared, model, &error)),
         },
-        (prompt, None) => Ok((estimate(prompt), TokensKnown::Estimated)),
+        (_, None) => Ok((estimator.tokens_of(parsed), TokensKnown::Estimated)),
     }
 }
 
@@ -245,23 +286,139 @@ fn complain(shared: &Shared, model: &str, error: &dyn std::fmt::Display) {
     }
 }
 
-/// Pseudo tokens of the prompt's text. A conversation counts as the JSON of its tools and
-/// messages, which grows at its end from turn to turn like the prompt does.
-fn estimate(prompt: &Prompt<'_>) -> Vec<Vec<u32>> {
-    let texts: Vec<Cow<'_, [u8]>> = match prompt {
-        Prompt::None(_) => Vec::new(),
-        Prompt::TokenIds(prompts) => return prompts.clone(),
-        Prompt::Texts(texts) => texts.iter().map(|t| Cow::Borrowed(t.as_bytes())).collect(),
-        Prompt::Chat(chat) => {
-            let mut text = Vec::new();
-            for part in [chat.tools, chat.documents].into_iter().flatten() {
-                text.extend_from_slice(part.get().as_bytes());
+/// How many tokens a prompt has, and which, where no tokenizer says it.
+struct Estimator<'a> {
+    estimate: &'a TokenEstimate,
+    hints: VideoHints,
+}
+
+impl Estimator<'_> {
+    /// Pseudo tokens of each prompt. A conversation counts as the JSON of its tools and messages,
+    /// which grows at its end from turn to turn like the prompt does.
+    fn tokens_of(&self, parsed: &RequestBody<'_>) -> Vec<Vec<u32>> {
+        match &parsed.prompt {
+            Prompt::None(_) => Vec::new(),
+            Prompt::TokenIds(prompts) => prompts.clone(),
+            Prompt::Texts(texts) => {
+                texts.iter().map(|text| kvroute_tokens::estimate(text.as_bytes())).collect()
             }
-            // Without the closing bracket, which would differ from the next turn's comma.
-            let messages = chat.messages.json().trim_end().trim_end_matches(']');
-            text.extend_from_slice(messages.as_bytes());
-            vec![Cow::Owned(text)]
+            Prompt::Chat(chat) => {
+                let head = [chat.tools.as_deref(), chat.documents].into_iter().flatten();
+                let head = head.map(|part| part.get()).collect();
+                vec![self.conversation(head, chat.messages.json(), &parsed.media)]
+            }
+            Prompt::Opaque(opaque) => {
+                let head = opaque.head.iter().map(|part| part.get()).collect();
+                vec![self.conversation(head, opaque.conversation.get(), &parsed.media)]
+            }
         }
-    };
-    texts.iter().map(|text| kvroute_tokens::estimate(text)).collect()
+    }
+
+    /// Each item stands for its tokens instead of its URL or data: as many of one number, which
+    /// comes from its content, beginning at a token of its own (llm-d's `estimate`).
+    fn conversation(&self, head: String, json: &str, media: &[MediaItem]) -> Vec<u32> {
+        // Without the closing bracket, which would differ from the next turn's comma.
+        let json = json.trim_end().trim_end_matches(']');
+        let mut tokens = Vec::new();
+        let mut text = head;
+        let mut at = 0;
+        for (item, count) in media.iter().zip(self.of_all(media)) {
+            text.push_str(json.get(at..item.place.start).unwrap_or_default());
+            tokens.append(&mut kvroute_tokens::estimate(text.as_bytes()));
+            tokens.extend(std::iter::repeat_n(item.hash as u32, count));
+            text.clear();
+            at = item.place.end;
+        }
+        text.push_str(json.get(at..).unwrap_or_default());
+        tokens.append(&mut kvroute_tokens::estimate(text.as_bytes()));
+        tokens
+    }
+
+    /// Tokens of each item: at least one, and in sum not many more than the limit.
+    fn of_all(&self, media: &[MediaItem]) -> impl Iterator<Item = usize> {
+        let mut room = MEDIA_TOKENS_MAX;
+        media.iter().map(move |item| {
+            let tokens = match item.kind {
+                MediaKind::Image => self.estimate.image.tokens(item.pixels),
+                MediaKind::Video => self.estimate.video.tokens(&self.hints),
+                MediaKind::Audio => AUDIO_TOKENS,
+            };
+            let tokens = (tokens as usize).min(room).max(1);
+            room = room.saturating_sub(tokens);
+            tokens
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A PNG of 64 x 64 pixels, followed by what tells it from others.
+    fn picture(name: &str) -> String {
+        format!("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABA{name}")
+    }
+
+    fn image(url: &str) -> String {
+        format!(r#"{{"type":"image_url","image_url":{{"url":"{url}"}}}}"#)
+    }
+
+    fn tokens(parts: &[String], hints: VideoHints) -> Vec<u32> {
+        let json = format!(r#"{{"messages":[{{"role":"user","content":[{}]}}]}}"#, parts.join(","));
+        let body = request::parse(Api::ChatCompletions, json.as_bytes()).unwrap();
+        let estimate = TokenEstimate::default();
+        let mut prompts = Estimator { estimate: &estimate, hints }.tokens_of(&body);
+        assert_eq!(prompts.len(), 1);
+        prompts.remove(0)
+    }
+
+    #[test]
+    fn an_image_takes_the_room_of_its_pixels_at_its_place() {
+        let none = VideoHints::default();
+        let text = r#"{"type":"text","text":"what is it?"}"#.to_owned();
+        let cat = tokens(&[image(&picture("AAAA")), text.clone()], none);
+        let dog = tokens(&[image(&picture("BBBB")), text.clone()], none);
+        let linked = tokens(&[image("http://a/b"), text.clone()], none);
+        // 64 x 64 / 1024, and 640 x 360 / 1024 for one whose size is not known.
+        assert_eq!(linked.len() - cat.len(), 225 - 4);
+        assert_eq!(cat.len(), dog.len());
+        let differing: Vec<usize> = (0..cat.len()).filter(|at| cat[*at] != dog[*at]).collect();
+        assert_eq!(differing.len(), 4, "{differing:?}");
+        assert!(differing.windows(2).all(|pair| pair[1] == pair[0] + 1));
+        // Up to the image the prompts are one; a turn more leaves what was before.
+        let longer = tokens(&[image(&picture("AAAA")), text.clone(), text], none);
+        assert_eq!(longer[..cat.len() - 2], cat[..cat.len() - 2]);
+    }
+
+    #[test]
+    fn videos_follow_the_headers_and_sound_is_constant() {
+        let video = r#"{"type":"video_url","video_url":{"url":"h:v"}}"#.to_owned();
+        let sound = r#"{"type":"audio_url","audio_url":{"url":"h:v"}}"#.to_owned();
+        let none = VideoHints::default();
+        let long = VideoHints { duration_s: Some(60.0), ..none };
+        let video = [video];
+        let (short, long) = (tokens(&video, none), tokens(&video, long));
+        assert_eq!(long.len() - short.len(), 50 * 225);
+        let heard = tokens(&[sound], none);
+        assert_eq!(short.len() - heard.len(), 10 * 225 - AUDIO_TOKENS as usize);
+    }
+
+    #[test]
+    fn the_room_of_media_is_limited() {
+        // 2^31 pixels wide and high, as the file claims.
+        let huge = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUn////9/////";
+        let parts = vec![image(huge); 50];
+        let count = tokens(&parts, VideoHints::default()).len();
+        assert!((MEDIA_TOKENS_MAX..MEDIA_TOKENS_MAX + 2000).contains(&count), "{count}");
+    }
+
+    #[test]
+    fn opaque_conversations_are_estimated_with_what_stands_before_them() {
+        let body = br#"{"instructions":"be brief","tools":[{"type":"f"}],"input":"hi"}"#;
+        let body = request::parse(Api::Responses, body).unwrap();
+        let estimate = TokenEstimate::default();
+        let estimator = Estimator { estimate: &estimate, hints: VideoHints::default() };
+        let expected = kvroute_tokens::estimate(br#""be brief"[{"type":"f"}]"hi""#);
+        assert_eq!(estimator.tokens_of(&body), [expected]);
+    }
 }

@@ -127,6 +127,41 @@ async fn what_the_router_does_not_know_passes_through() {
     works(&router).await;
 }
 
+/// Anthropic's messages: read like a chat, their usage found, errors in their shape.
+#[tokio::test]
+async fn messages_are_read_and_token_counts_pass_through() {
+    let engine = Mock::start().await;
+    let router = router(&[engine.addr], settings()).await;
+    let text = "event: message_start\ndata: {\"message\":{\"usage\":{\"input_tokens\":15,\
+        \"cache_read_input_tokens\":16,\"output_tokens\":0}}}\n\n\
+        event: message_delta\ndata: {\"usage\":{\"output_tokens\":3}}\n\n";
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+    engine.script(Script::Raw(vec![head.into(), text[..80].into(), text[80..].into()]));
+    let body = r#"{"model":"m","max_tokens":5,"stream":true,"messages":[
+        {"role":"user","content":[{"type":"text","text":"hi"}]}]}"#;
+    let request = post_with("/v1/messages", "x-request-id: msg-1\r\n", body);
+    assert_eq!(send(router.http_addr(), request).await.body, text);
+    let page = admin_json(&router, "/decisions/msg-1").await;
+    assert_eq!(page["decision"]["reason"], "tokens-estimated", "{page}");
+    assert_eq!(page["outcome"]["delivered_tokens"], 16);
+    assert_eq!(page["outcome"]["prompt_tokens"], 31);
+    assert_eq!(page["outcome"]["completion_tokens"], 3);
+
+    // Whatever it holds, a body whose tokens are to be counted is not looked at.
+    engine.script(Script::Answer(200, r#"{"input_tokens":7}"#.to_owned()));
+    let got = send(router.http_addr(), post("/v1/messages/count_tokens", "{nonsense")).await;
+    assert_eq!((got.status, got.body.as_str()), (200, r#"{"input_tokens":7}"#));
+    assert_eq!(engine.seen()[1].body, b"{nonsense");
+
+    let got = send(router.http_addr(), post("/v1/messages", r#"{"model":"m"}"#)).await;
+    let error = concat!(
+        r#"{"type":"error","error":{"type":"invalid_request_error","#,
+        r#""message":"`messages` is missing; messages needs it"}}"#
+    );
+    assert_eq!((got.status, got.body.as_str()), (400, error));
+    assert_eq!(engine.seen().len(), 2);
+}
+
 #[tokio::test]
 async fn head_requests_and_empty_answers_end_where_they_should() {
     let engine = Mock::start().await;

@@ -211,7 +211,10 @@ mod tests {
     /// A picture of 2 x 3 pixels: the first bytes of a PNG.
     const PNG: &str = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAADCAYAAAA=";
 
-    fn shown(json: &str) -> Vec<(MediaKind, &str, Option<(u32, u32)>)> {
+    /// Kind, content and size.
+    type Shown<'a> = (MediaKind, &'a str, Option<(u32, u32)>);
+
+    fn shown(json: &str) -> Vec<Shown<'_>> {
         let items = find(json).into_iter();
         items.map(|item| (item.kind, &json[item.place], item.pixels)).collect()
     }
@@ -222,7 +225,7 @@ mod tests {
         let png = format!("data:image/png;base64,{PNG}");
         let size = Some((2, 3));
         let part = |part: &str| format!(r#"[{{"role":"user","content":[{part}]}}]"#);
-        let table: &[(String, Vec<(MediaKind, &str, Option<(u32, u32)>)>)] = &[
+        let table: &[(String, Vec<Shown<'_>>)] = &[
             (
                 part(r#"{"type":"image_url","image_url":{"url":"http://a/b"}}"#),
                 vec![(Image, "http://a/b", None)],

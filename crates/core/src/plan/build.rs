@@ -9,6 +9,7 @@ use super::{
 use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role, Stability, nearest_first};
+use crate::produce::{TokenEstimate, Tokens};
 use crate::stage::{LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef};
 
 /// Checks and completes a configuration.
@@ -234,6 +235,7 @@ impl<'a> Builder<'a> {
             latency,
             peers,
             tokens,
+            estimate: self.estimate(),
             parsers: sections.parsers,
             collect: sections.collect,
             headers,
@@ -309,12 +311,20 @@ impl<'a> Builder<'a> {
         Some(PeersPlan { producer, prefix: named.or(main) })
     }
 
-    fn tokens(&mut self, prefix: bool, precise: bool) -> TokensNeed {
-        let configured = self.plugins.iter().find_map(|(_, spec)| match spec {
+    fn token_producer(&self) -> Option<&Tokens> {
+        self.plugins.iter().find_map(|(_, spec)| match spec {
             PluginSpec::TokenProducer(tokens) => Some(tokens),
             _ => None,
-        });
-        let exact = precise || configured.is_some_and(|tokens| tokens.vllm.is_some());
+        })
+    }
+
+    fn estimate(&self) -> TokenEstimate {
+        self.token_producer().and_then(|tokens| tokens.estimate.clone()).unwrap_or_default()
+    }
+
+    fn tokens(&mut self, prefix: bool, precise: bool) -> TokensNeed {
+        let configured = self.token_producer();
+        let exact = precise || configured.is_some_and(Tokens::wants_exact);
         let reads = |(_, spec): &(Name, PluginSpec)| spec.plugin().inputs().tokens;
         let needed = prefix || self.plugins.iter().any(reads);
         if needed && configured.is_none() {

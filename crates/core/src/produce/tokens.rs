@@ -46,7 +46,26 @@ pub struct TokenEstimate {
     pub video: VideoEstimate,
 }
 
+impl Tokens {
+    /// Whether these parameters ask for the model's own tokens.
+    pub fn wants_exact(&self) -> bool {
+        self.vllm.is_some() || self.model_name.as_ref().is_some_and(|name| !name.is_empty())
+    }
+}
+
 impl Plugin for Tokens {
+    fn check(&self) -> Result<(), String> {
+        if self.estimate.is_some() && self.wants_exact() {
+            return Err("estimate cannot stand beside vllm or modelName: tokens are either \
+                        estimated or the model's own"
+                .to_owned());
+        }
+        if self.vllm.is_some() && self.model_name.as_ref().is_none_or(String::is_empty) {
+            return Err("vllm needs modelName, the model whose tokens are wanted".to_owned());
+        }
+        Ok(())
+    }
+
     fn inert(&self) -> Vec<String> {
         let text = "vllm: prompts are tokenized in this process, its url is not called";
         self.vllm.iter().map(|_| text.to_owned()).collect()
@@ -402,6 +421,29 @@ mod tests {
         }
         let endless = VideoHints { duration_s: Some(1e300), fps: Some(1e300), pixels: None };
         assert_eq!(estimate("{}").video.tokens(&endless), u32::MAX);
+    }
+
+    #[test]
+    fn exact_and_estimated_tokens_exclude_each_other() {
+        let table = [
+            ("{}", false, None),
+            ("estimate: {}", false, None),
+            ("modelName: m", true, None),
+            ("{modelName: m, vllm: {}}", true, None),
+            ("vllm: {}", true, Some("vllm needs modelName")),
+            ("{modelName: '', vllm: {}}", true, Some("vllm needs modelName")),
+            ("{modelName: m, estimate: {}}", true, Some("estimate cannot")),
+            ("{modelName: m, vllm: {}, estimate: {}}", true, Some("estimate cannot")),
+        ];
+        for (yaml, exact, error) in table {
+            let tokens: Tokens = serde_saphyr::from_str(yaml).unwrap();
+            assert_eq!(tokens.wants_exact(), exact, "{yaml}");
+            match (tokens.check(), error) {
+                (Ok(()), None) => {}
+                (Err(found), Some(start)) => assert!(found.starts_with(start), "{yaml}: {found}"),
+                (found, _) => panic!("{yaml}: {found:?}"),
+            }
+        }
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Recording {
         self.requests.iter().enumerate().any(|(other_at, other)| {
             other_at != at
                 && other.port == this.port
-                && Api::from_path(&other.path) != Api::Other
+                && Api::from_path(&other.path).tells_usage()
                 && other.t_start_unix_ns < this.t_end_unix_ns
                 && this.t_start_unix_ns < other.t_end_unix_ns
         })

@@ -443,7 +443,7 @@ mod tests {
             ),
             (
                 r#"[{"role":"user","content":[]},{"role":"user","content":"b"}]"#,
-                concat!(r#"[{"role":"user","content":"b"}]"#),
+                r#"[{"role":"user","content":"b"}]"#,
             ),
             (r#"[{"role":"assistant","content":[]}]"#, r#"[{"role":"assistant"}]"#),
             (
@@ -459,6 +459,15 @@ mod tests {
                     r#"{"id":"t2","type":"function","function":{"name":"g","arguments":{}}}]}]"#
                 ),
             ),
+        ];
+        for (given, expected) in table {
+            assert_eq!(of(given), expected, "{given}");
+        }
+    }
+
+    #[test]
+    fn results_of_tools_and_images() {
+        let table = [
             // Results of tools come before the rest of the turn; images follow each of them.
             (
                 r#"[{"role":"user","content":[{"type":"text","text":"and"},

@@ -68,6 +68,27 @@ fn prompts_of_every_form() {
         ),
         (Responses, r#"{"input":"x","previous_response_id":"r"}"#, "none stored_in_engine"),
         (Responses, r#"{"prompt":{"id":"p"}}"#, "none stored_in_engine"),
+        (Other, r#"{"prompt":"x","model":"m"}"#, "none other_api"),
+        (Other, "not json", "none other_api"),
+        (Other, r#"{"broken"#, "none other_api"),
+        (Other, "", "none other_api"),
+    ];
+    check_prompts(table);
+}
+
+fn check_prompts(table: &[(Api, &str, &str)]) {
+    for (api, body, expected) in table {
+        match parse(*api, body.as_bytes()) {
+            Ok(parsed) => assert_eq!(prompt_text(&parsed), *expected, "{api:?} {body}"),
+            Err(error) => panic!("{api:?} {body}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn prompts_of_sglang_and_of_apis_that_generate_nothing() {
+    use Api::*;
+    check_prompts(&[
         (SglangGenerate, r#"{"input_ids":[4,5]}"#, "ids [[4, 5]]"),
         (SglangGenerate, r#"{"input_ids":[[4],[5]],"text":null}"#, "ids [[4], [5]]"),
         (SglangGenerate, r#"{"text":"a"}"#, r#"texts ["a"]"#),
@@ -85,17 +106,7 @@ fn prompts_of_every_form() {
         (Images, r#"{"prompt":"a cat"}"#, "none not_cached"),
         (CountTokens, r#"{"messages":7}"#, "none other_api"),
         (CountTokens, "not json", "none other_api"),
-        (Other, r#"{"prompt":"x","model":"m"}"#, "none other_api"),
-        (Other, "not json", "none other_api"),
-        (Other, r#"{"broken"#, "none other_api"),
-        (Other, "", "none other_api"),
-    ];
-    for (api, body, expected) in table {
-        match parse(*api, body.as_bytes()) {
-            Ok(parsed) => assert_eq!(prompt_text(&parsed), *expected, "{api:?} {body}"),
-            Err(error) => panic!("{api:?} {body}: {error}"),
-        }
-    }
+    ]);
 }
 
 #[test]
@@ -149,6 +160,35 @@ fn bodies_that_are_refused() {
             "`input` must be a string or an array of items, found a number".into(),
         ),
         (VllmGenerate, "{}", "`token_ids` is missing; vllm_generate needs it".into()),
+        (
+            VllmGenerate,
+            r#"{"token_ids":"x"}"#,
+            "`token_ids` must be an array of token ids, found a string".into(),
+        ),
+        (
+            VllmGenerate,
+            r#"{"token_ids":[1],"features":{"mm_hashes":{"image":["h"]}}}"#,
+            "`features` must be an object with mm_hashes and mm_placeholders of equal length per \
+             modality, found 1 hashes and 0 placeholders of image (at most 4096)"
+                .into(),
+        ),
+    ];
+    check_refusals(table);
+}
+
+fn check_refusals(table: &[(Api, &str, String)]) {
+    for (api, body, expected) in table {
+        match parse(*api, body.as_bytes()) {
+            Ok(parsed) => panic!("{body} was accepted: {parsed:?}"),
+            Err(error) => assert_eq!(error.to_string(), *expected, "{body}"),
+        }
+    }
+}
+
+#[test]
+fn bodies_of_other_engines_that_are_refused() {
+    use Api::*;
+    check_refusals(&[
         (Messages, "{}", "`messages` is missing; messages needs it".into()),
         (
             Messages,
@@ -181,25 +221,7 @@ fn bodies_that_are_refused() {
             r#"{"text":[1]}"#,
             "`text` must be a string or an array of strings, found an array of numbers".into(),
         ),
-        (
-            VllmGenerate,
-            r#"{"token_ids":"x"}"#,
-            "`token_ids` must be an array of token ids, found a string".into(),
-        ),
-        (
-            VllmGenerate,
-            r#"{"token_ids":[1],"features":{"mm_hashes":{"image":["h"]}}}"#,
-            "`features` must be an object with mm_hashes and mm_placeholders of equal length per \
-             modality, found 1 hashes and 0 placeholders of image (at most 4096)"
-                .into(),
-        ),
-    ];
-    for (api, body, expected) in table {
-        match parse(*api, body.as_bytes()) {
-            Ok(parsed) => panic!("{body} was accepted: {parsed:?}"),
-            Err(error) => assert_eq!(error.to_string(), *expected, "{body}"),
-        }
-    }
+    ]);
 }
 
 #[test]
