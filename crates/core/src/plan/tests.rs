@@ -69,6 +69,16 @@ fn two_producers_of_one_type_are_told_apart_by_name() {
 }
 
 #[test]
+fn estimates_reach_the_plan() {
+    let plan = plan(
+        "plugins: [{type: tokenizer, parameters: {estimate: {image: {mode: static, static: \
+         {staticToken: 280}}}}}, {type: prefix-cache-scorer}]",
+    );
+    assert_eq!(plan.tokens, TokensNeed::Estimated);
+    assert_eq!(plan.estimate.image.tokens(None), 280);
+}
+
+#[test]
 fn a_precise_producer_asks_for_exact_tokens() {
     let plan = plan(
         "plugins: [{type: token-producer, parameters: {modelName: m, vllm: {url: 'http://r:1'}}}, \
