@@ -649,24 +649,38 @@ impl<'de> DeserializeSeed<'de> for ParametersSeed {
     }
 }
 
-/// Names that a message about an unknown type lists.
-const NEAREST_SHOWN: usize = 8;
-
 fn unknown_type(name: &str) -> String {
     let names = PluginKind::ALL.iter().flat_map(|kind| kind.names().iter().copied());
-    let names = nearest_first(name, names);
     format!(
-        "plugin type `{name}` is not registered; valid types, nearest first: {}, ... (all {} are \
-         in docs/plugins.md)",
-        names[..names.len().min(NEAREST_SHOWN)].join(", "),
-        names.len()
+        "plugin type `{name}` is not registered; nearest first: {} (docs/plugins.md has all)",
+        known_names(name, names)
     )
 }
 
-/// Orders names by how little must be typed differently to get from `wanted` to them.
+/// Names that a message lists; the others are counted.
+const NAMES_SHOWN_MAX: usize = 8;
+
+/// The valid names for a message about one that is not: the nearest first, or in their own order
+/// when nothing is wanted.
+pub fn known_names<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let names = match wanted {
+        "" => names.collect(),
+        _ => nearest_first(wanted, names),
+    };
+    match names.len().saturating_sub(NAMES_SHOWN_MAX) {
+        0 if names.is_empty() => "none".to_owned(),
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names[..NAMES_SHOWN_MAX].join(", ")),
+    }
+}
+
+/// Orders names by how little must be typed differently to get from `wanted` to them; what begins
+/// alike is nearer, because people abbreviate and forget the middle.
 pub fn nearest_first<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut names: Vec<&str> = names.collect();
-    names.sort_by_key(|name| (edit_distance(wanted, name), *name));
+    let alike = |name: &str| wanted.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
+    let far = |name: &str| edit_distance(wanted, name) + wanted.len() - alike(name);
+    names.sort_by_key(|name| (far(name), *name));
     names
 }
 

@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
+use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
 use kvroute_router::{EndpointFlag, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
-use kvroute_wire::yaml::YamlError;
-use kvroute_wire::yaml_place;
+use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
+use kvroute_wire::yaml::Tree;
 
 use crate::cli;
 
@@ -16,23 +17,29 @@ use crate::cli;
 /// # Errors
 /// What is wrong, with line and column where the file is to blame.
 pub fn load_text(text: &str, file: &str, experimental: Experimental) -> anyhow::Result<Plan> {
-    let config = kvroute_wire::config::parse(text, file).map_err(|e| anyhow!("{e}"))?;
+    let (_, plan) = read(text, file, experimental).map_err(|error| anyhow!("{error}"))?;
+    Ok(plan)
+}
+
+/// The same: what is written, and what becomes of it.
+///
+/// # Errors
+/// What is wrong, with line and column where the file is to blame.
+pub fn read(
+    text: &str,
+    file: &str,
+    experimental: Experimental,
+) -> Result<(EndpointPickerConfig, Plan), ConfigError> {
+    let tree = Tree::parse(text, file, CONFIG_BYTES_MAX)?;
+    let config: EndpointPickerConfig = tree.read()?;
     if config.plugins.is_empty() {
         let message = "no plugins: nothing would decide. Name at least one scorer under `plugins`, \
                        or leave --config out for the built-in configuration";
-        return Err(anyhow!("{}", YamlError::of_file(file, message)));
+        return Err(tree.error("plugins", message));
     }
-    Plan::build(&config, experimental).map_err(|error| {
-        let PlanError { path, message } = error;
-        let message = format!("{path}: {message}");
-        anyhow!(
-            "{}",
-            match yaml_place::place(text, &path) {
-                Some((line, column)) => YamlError::at(file, line, column, &message),
-                None => YamlError::of_file(file, &message),
-            }
-        )
-    })
+    let plan = Plan::build(&config, experimental)
+        .map_err(|PlanError { path, message }| tree.error(&path, &message))?;
+    Ok((config, plan))
 }
 
 /// Configurations that ship with the program: name and file content.

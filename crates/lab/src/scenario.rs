@@ -10,8 +10,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use kvroute_core::plugin::nearest_first;
-use kvroute_wire::yaml::YamlError;
-use kvroute_wire::yaml_place;
+use kvroute_wire::yaml::{Tree, YamlError};
 use serde::{Deserialize, Serialize};
 
 use crate::model::Profile;
@@ -418,13 +417,10 @@ impl Scenario {
     /// # Errors
     /// What is wrong and where.
     pub fn parse(text: &str, file: &str) -> Result<Scenario, YamlError> {
-        let scenario = kvroute_wire::yaml::read(text, file, SCENARIO_BYTES_MAX)?;
+        let tree = Tree::parse(text, file, SCENARIO_BYTES_MAX)?;
+        let scenario = tree.read()?;
         check::check(&scenario).map_err(|check::Fault { path, message }| {
-            let message = format!("{path} {message}");
-            match yaml_place::place(text, &path) {
-                Some((line, column)) => YamlError::at(file, line, column, &message),
-                None => YamlError::of_file(file, &message),
-            }
+            tree.error(&path, &format!("{path} {message}"))
         })?;
         Ok(scenario)
     }

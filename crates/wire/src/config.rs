@@ -80,7 +80,7 @@ error in config/edge.yaml
 1 | plugins:
 2 | - type: queue-scorer
 3 |   weigth: 3
-  |   ^ unknown field `weigth`, expected one of type, name, parameters";
+  |   ^^^^^^ unknown field `weigth`; valid: name, type, parameters";
         let error = parse(text, "config/edge.yaml").unwrap_err();
         assert_eq!(error.to_string().trim_end(), expected);
         assert_eq!((error.line, error.column), (Some(3), Some(3)));
@@ -96,19 +96,19 @@ error in config/edge.yaml
         let table: &[(&str, Option<u64>, &str)] = &[
             ("plugins:\n- type: queue-scoer\n", Some(2), "`queue-scoer`"),
             ("plugins:\n- type: queue-scoer\n", Some(2), "nearest first: queue-scorer"),
-            ("plugin: []\n", Some(1), "expected one of apiVersion, kind"),
+            ("plugin: []\n", Some(1), "valid: plugins, parser, kind, apiVersion"),
             (&unknown, Some(4), "speculativeIndexing"),
             ("plugins:\n- name: x\n", Some(2), "missing a `type`"),
             ("plugins:\n- type: queue-scorer\n  type: queue-scorer\n", Some(3), "duplicate"),
-            ("plugins: 3\n", Some(1), "expected sequence"),
+            ("plugins: 3\n", Some(1), "expected a list, found 3"),
             ("apiVersion: v2\n", Some(1), "llm-d.ai/v1alpha1"),
             ("kvroute:\n  body_bytes: 3\n", Some(2), "body_bytes_max"),
-            ("kvroute:\n  body_bytes_max: -3\n", Some(2), "invalid"),
+            ("kvroute:\n  body_bytes_max: -3\n", Some(2), "not negative, found -3"),
             ("plugins: [\n", Some(1), "unclosed bracket"),
             ("plugins:\n\t- type: x\n", Some(2), "tabs"),
-            ("{\"plugins\": [{\"type\": 3}]}", Some(1), "`3` is not registered"),
+            ("{\"plugins\": [{\"type\": 3}]}", Some(1), "the name of a plugin type, found 3"),
             ("flowControl:\n  defaultRequestTTL: 60\n", Some(2), "200ms"),
-            ("--- {}\n--- {}\n", None, ""),
+            ("--- {}\n--- {}\n", Some(2), "second document"),
             (&long, None, "more than the limit"),
             (&deep, None, ""),
         ];

@@ -9,9 +9,8 @@ use std::fmt;
 
 use serde::de::{Error as _, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
-use serde_saphyr::Spanned;
 
-use crate::yaml::{self, YamlError};
+use crate::yaml::{Tree, YamlError};
 
 /// Largest file, in bytes (llm-d's limit).
 pub const FILE_BYTES_MAX: usize = 1 << 20;
@@ -40,7 +39,7 @@ struct File {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
-    name: Spanned<String>,
+    name: String,
     #[serde(default = "default_namespace")]
     namespace: String,
     address: Address,
@@ -114,12 +113,12 @@ impl<'de> Deserialize<'de> for Port {
 /// # Errors
 /// [`YamlError`] with the place of the fault. Nothing of a faulty file is used.
 pub fn parse(text: &str, file: &str) -> Result<Vec<FileEndpoint>, YamlError> {
-    let parsed: File = yaml::read(text, file, FILE_BYTES_MAX)?;
+    let tree = Tree::parse(text, file, FILE_BYTES_MAX)?;
+    let parsed: File = tree.read()?;
     let mut names = BTreeSet::new();
     let mut endpoints = Vec::with_capacity(parsed.endpoints.len());
-    for entry in parsed.endpoints {
-        let place = entry.name.referenced;
-        let name = entry.name.value;
+    for (at, entry) in parsed.endpoints.into_iter().enumerate() {
+        let name = entry.name;
         let complaint = match () {
             () if name.is_empty() => Some("an endpoint needs a name".to_owned()),
             () if !names.insert((entry.namespace.clone(), name.clone())) => Some(format!(
@@ -129,7 +128,7 @@ pub fn parse(text: &str, file: &str) -> Result<Vec<FileEndpoint>, YamlError> {
             () => None,
         };
         if let Some(complaint) = complaint {
-            return Err(YamlError::at(file, place.line(), place.column(), &complaint));
+            return Err(tree.error(&format!("endpoints[{at}].name"), &complaint));
         }
         endpoints.push(FileEndpoint {
             name,
@@ -175,8 +174,8 @@ mod tests {
         let long = " ".repeat(FILE_BYTES_MAX + 1);
         let table = [
             ("endpoints:\n- nam: a\n".to_owned(), Some(2), "unknown field `nam`"),
-            ("endpoint: []\n".to_owned(), Some(1), "expected one of endpoints"),
-            (entry("address: 10.0.0.1"), Some(3), "missing field `port`"),
+            ("endpoint: []\n".to_owned(), Some(1), "valid: endpoints"),
+            (entry("address: 10.0.0.1"), Some(2), "`port` is missing"),
             (entry("address: http://x\n  port: 1"), Some(3), "without scheme and port"),
             (entry("address: x\n  port: 0"), Some(4), "a port from 1 to 65535"),
             (entry("address: x\n  port: \"70000\""), Some(4), "a port from 1 to 65535"),
@@ -184,7 +183,7 @@ mod tests {
             (entry("address: x\n  port: 1\n- {name: a, address: y, port: 2}"), Some(5), "twice"),
             ("endpoints:\n- {name: \"\", address: y, port: 2}".to_owned(), Some(2), "needs a name"),
             ("endpoints: [".to_owned(), Some(1), ""),
-            (String::new(), Some(1), "unexpected end of file"),
+            (String::new(), None, "`endpoints` is missing"),
             (long, None, "more than the limit of 1048576"),
         ];
         for (text, line, message) in table {

@@ -22,4 +22,4 @@ pub mod request;
 pub mod trace;
 pub mod usage;
 pub mod yaml;
-pub mod yaml_place;
+mod yaml_tree;
