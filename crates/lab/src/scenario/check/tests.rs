@@ -55,7 +55,7 @@ fn bad_scenarios_are_refused_at_their_place() {
         ("kv_tokens: 4096", "kv_tokens: 4096\n  scrape_interval_s: 0", "6:22", "above 0"),
         ("kv_tokens: 4096", "kv_tokens: 4096\n  stats_delay_s: .nan", "6:18", "from 0 to"),
         ("kind: shared-prefix", "kind: shared", "7:9", "shared-prefix"),
-        ("  users: 2\n", "", "7:3", "workload.users is missing; `shared-prefix` needs it"),
+        ("  users: 2\n", "", "6:1", "workload.users is missing; `shared-prefix` needs it"),
         ("users: 2", "users: 2\n  turns: 3", "10:10", "its fields are: groups, users"),
         ("users: 2", "users: 2\n  file: x", "10:9", "is not for `shared-prefix`"),
         ("users: 2", "users: 0", "9:10", "at least 1"),
@@ -64,12 +64,12 @@ fn bad_scenarios_are_refused_at_their_place() {
         ("kind: shared-prefix", "kind: agentic", "9:10", "is not for `agentic`"),
         ("kind: shared-prefix", "kind: trace", "8:11", "is not for `trace`"),
         ("rate: 5, duration_s: 10 }", "duration_s: 10 }", "15:7", "rate is missing"),
-        ("rate: 5, duration_s: 10 }", "rate: 5 }", "15:9", "duration_s"),
+        ("rate: 5, duration_s: 10 }", "rate: 5 }", "15:7", "duration_s"),
         ("duration_s: 10", "duration_s: 0.1", "15:15", "gives no request"),
         ("duration_s: 10", "duration_s: .inf", "15:30", "above 0 and at most"),
         (STAGES, closed, "16:15", "`arrivals: closed`"),
         (STAGES, trace, "14:13", "from a file"),
-        ("    - { rate: 5, duration_s: 10 }\n", "    []\n", "15:5", "at least one stage"),
+        ("    - { rate: 5, duration_s: 10 }\n", "    []\n", "14:3", "at least one stage"),
         ("in_flight_max: 9", "in_flight_max: 0", "17:18", "at least 1"),
         ("in_flight_max: 9", "quantum_s: -0.1", "17:14", "from 0 to"),
         ("engine: 1", "engine: 2", "19:28", "0 to 1"),
@@ -89,8 +89,9 @@ fn bad_scenarios_are_refused_at_their_place() {
     for (from, to, place, expected) in table {
         let text = GOOD.replacen(from, to, 1);
         assert_ne!(text, GOOD, "{from} is not in the scenario");
-        let error = Scenario::parse(&text, "bad.yaml").unwrap_err().to_string();
-        if !error.contains(expected) || !error.contains(&format!("bad.yaml:{place}")) {
+        let error = Scenario::parse(&text, "bad.yaml").unwrap_err();
+        let at = format!("bad.yaml:{place}");
+        if !error.message.contains(expected) || !error.rendered.contains(&at) {
             faults.push(format!("{from} -> {to}: no `{expected}` at {place} in {error}"));
         }
     }
@@ -105,13 +106,14 @@ fn constants_of_a_profile_are_checked_at_their_place() {
     step_per_unique_token_s: 0, prefill_per_token_s: 0, prefill_attention_s: 1e-9 }",
     );
     Scenario::parse(&text, "good.yaml").unwrap();
-    for (from, to, expected) in [
-        ("1e-9", "-1e-9", "bad.yaml:5:78: fleet.profile.prefill_attention_s is -0.000000001"),
-        ("0.01", "0", "bad.yaml:4:27: fleet.profile.step_base_s is 0"),
-        ("1e-9", ".inf", "bad.yaml:4:12: fleet.profile a constant is not"),
+    for (from, to, place, expected) in [
+        ("1e-9", "-1e-9", (5, 78), "fleet.profile.prefill_attention_s is -0.000000001"),
+        ("0.01", "0", (4, 27), "fleet.profile.step_base_s is 0"),
+        ("1e-9", ".inf", (4, 3), "fleet.profile a constant is not"),
     ] {
-        let error = Scenario::parse(&text.replace(from, to), "bad.yaml").unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
+        let error = Scenario::parse(&text.replace(from, to), "bad.yaml").unwrap_err();
+        assert!(error.message.contains(expected), "{error}");
+        assert_eq!(error.line.zip(error.column), Some(place), "{error}");
     }
 }
 
@@ -120,8 +122,9 @@ fn a_closed_loop_needs_a_number_of_clients() {
     let text = GOOD.replace("stages:\n    - { rate: 5, ", "arrivals: closed\n  stages:\n    - { ");
     Scenario::parse(&text, "good.yaml").unwrap();
     let text = text.replace("in_flight_max: 9", "quantum_s: 0");
-    let error = Scenario::parse(&text, "bad.yaml").unwrap_err().to_string();
-    assert!(error.contains("bad.yaml:18:3: client.in_flight_max is 100000"), "{error}");
+    let error = Scenario::parse(&text, "bad.yaml").unwrap_err();
+    assert!(error.message.contains("client.in_flight_max is 100000"), "{error}");
+    assert_eq!(error.line.zip(error.column), Some((17, 1)), "{error}");
 }
 
 #[test]
