@@ -1,6 +1,7 @@
 //! Which requests are on their way?
 
 use kvroute_core::load::Ticket;
+use kvroute_core::produce::HeldId;
 use kvroute_core::{EndpointId, Time};
 
 use super::queue::FlightId;
@@ -23,6 +24,8 @@ pub(super) struct Flight {
     pub fallback: Vec<EndpointId>,
     /// Where it is.
     pub engine: Option<usize>,
+    /// It waits, or has waited, for others.
+    pub held: Option<HeldId>,
     /// Tried so far.
     pub attempts: u32,
     /// The first token has left the engine.

@@ -314,6 +314,7 @@ impl<'a> World<'a> {
             ticket: None,
             fallback: Vec::new(),
             engine: None,
+            held: None,
             attempts: 0,
             answered: false,
             ending: None,
@@ -325,7 +326,7 @@ impl<'a> World<'a> {
     fn dispatch(&mut self, id: FlightId, watch: &mut Watch<'_>) {
         self.scrape();
         let Some(flight) = self.flights.get_mut(id) else { return };
-        let (stage, record) = (flight.stage, flight.record);
+        let (stage, record, held) = (flight.stage, flight.record, flight.held);
         let chains = self.prompts.chains(self.brain.chain_specs(), self.known, &flight.call);
         let tokens = flight.call.tokens.len();
         let forced = match self.arm.policy {
@@ -334,7 +335,7 @@ impl<'a> World<'a> {
         };
         let session = flight.call.session.map(|session| session.to_string());
         let headers = session.as_deref().map(|session| [(SESSION_HEADER, session)]);
-        let request = Request {
+        let mut request = Request {
             id: "",
             model: MODEL,
             prompts: &chains,
@@ -345,12 +346,21 @@ impl<'a> World<'a> {
             tokens_known: self.known,
             max_tokens: flight.call.max_tokens,
             skips_cache: false,
-            held: None,
+            held,
             media: &[],
             priority: 0,
             headers: &Headers(headers.as_ref().map_or(&[], |headers| headers)),
             allowed: forced.as_ref().map(std::slice::from_ref),
         };
+        if held.is_none()
+            && let Some(held) = self.brain.hold(self.now, &request)
+        {
+            if held.until > self.now {
+                flight.held = Some(held.id);
+                return self.queue.push(held.until, Event::Dispatch(id));
+            }
+            request.held = Some(held.id);
+        }
         let decided = self.brain.decide(self.now, &request);
         self.note_signals(stage);
         match decided {
