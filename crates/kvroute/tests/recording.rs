@@ -294,13 +294,15 @@ fn damage_is_named_with_its_line() {
         assert!(text.contains(wanted), "{wanted}: {text}");
     }
     let mut lines = scripted(1);
-    lines[0] = lines[0].replace("\"format\":1", "\"format\":2");
-    assert!(format!("{:#}", run(&lines).unwrap_err()).contains("format 2"));
+    let (this, next) = (format!("\"format\":{FORMAT}"), format!("\"format\":{}", FORMAT + 1));
+    lines[0] = lines[0].replace(&this, &next);
+    let says = format!("format {}", FORMAT + 1);
+    assert!(format!("{:#}", run(&lines).unwrap_err()).contains(&says));
     for seed in 0..50 {
         let mut rng = Rng::seeded(seed);
         let noise: Vec<u8> = (0..rng.below(4000)).map(|_| rng.below(256) as u8).collect();
         assert!(replay(&noise[..], None).is_err(), "seed {seed}");
-        let mut bytes = lines[0].replace("\"format\":2", "\"format\":1").into_bytes();
+        let mut bytes = lines[0].replace(&next, &this).into_bytes();
         bytes.push(b'\n');
         bytes.extend(noise);
         // A cut or an error, but no panic.

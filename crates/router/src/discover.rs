@@ -5,7 +5,7 @@
 //! when it changes, and shown at `/endpoints`.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,7 +16,7 @@ use crate::config::EventsSource;
 use crate::events;
 use crate::metrics::ReasonLabel;
 use crate::shared::Shared;
-use crate::upstream::Upstream;
+use crate::upstream::{Upstream, Whereabouts};
 
 mod file;
 mod names;
@@ -32,6 +32,17 @@ pub(crate) struct Target {
     pub rank: u32,
     pub labels: BTreeMap<String, String>,
     pub events: EventsSource,
+    pub whereabouts: Whereabouts,
+}
+
+/// The label that holds the address of an endpoint's node.
+const NODE: &str = "kvroute/node-address";
+
+/// The address of the node that labels name; an error says what is wrong.
+fn node_of(labels: &BTreeMap<String, String>) -> Result<Option<IpAddr>, String> {
+    let wrong = |text: &String| format!("label {NODE}: `{text}` is no IP address");
+    let node = labels.get(NODE).filter(|text| !text.is_empty());
+    node.map(|text| text.parse().map_err(|_| wrong(text))).transpose()
 }
 
 /// Something that lists endpoints.
@@ -172,10 +183,8 @@ impl Discovery {
         };
         let metrics = shared.metrics.endpoint(&target.name);
         let limits = shared.pool_limits();
-        let (name, primary_port) = (target.name.clone(), shared.primary_port);
-        let upstream =
-            Upstream::new(id, name, target.address, target.rank, metrics, limits, primary_port);
-        let upstream = Arc::new(upstream);
+        let primary_port = shared.primary_port;
+        let upstream = Arc::new(Upstream::new(id, &target, metrics, limits, primary_port));
         shared.upstreams.insert(Arc::clone(&upstream));
         shared.watch(Arc::clone(&upstream));
         let subscriber = (events != EventsSource::Off).then(|| {

@@ -37,6 +37,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use kvroute_core::brain::Brain;
+use kvroute_core::collect::CollectPlan;
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -69,6 +70,9 @@ pub enum StartError {
     /// The file of endpoints cannot be read, or is not what it should be.
     #[error("the file of endpoints cannot be used: {0}")]
     Endpoints(String),
+    /// Something that sources of metrics need cannot be used.
+    #[error("dataLayer: {0}")]
+    Collect(String),
     /// The certificate or key cannot be used.
     #[error("cannot serve TLS: {0}")]
     Tls(String),
@@ -98,11 +102,29 @@ pub struct RouterHandle {
 /// read. Host names that cannot be resolved do not prevent a start: they are tried again. So is a
 /// file of endpoints that turns bad later; its endpoints stay as they were.
 pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
+    start_collecting(config, &CollectPlan::default()).await
+}
+
+/// As [`start`], with another plan of where signals come from. The endpoints that it lists count
+/// when `config` names none.
+///
+/// # Errors
+/// As [`start`]; and a file that the plan needs for TLS cannot be read.
+pub async fn start_collecting(
+    config: RouterConfig,
+    collect: &CollectPlan,
+) -> Result<RouterHandle, StartError> {
+    let collector = Arc::new(scrape::Collector::new(collect).map_err(StartError::Collect)?);
     let acceptor = tls::Acceptor::new(config.tls.as_ref())?;
     let mut sources =
         vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
-    if let Some(file) = config.endpoints_file.clone() {
-        let mut file = FileSource::new(file, config.events.clone());
+    let planned = collect.discovery.as_ref().filter(|_| config.endpoints.is_empty());
+    let file = match (&config.endpoints_file, planned) {
+        (Some(file), _) => Some(FileSource::new(file.clone(), config.events.clone())),
+        (None, Some(plan)) => Some(FileSource::planned(plan, config.events.clone())),
+        (None, None) => None,
+    };
+    if let Some(mut file) = file {
         file.load().await.map_err(StartError::Endpoints)?;
         sources.push(Source::File(file));
     }
@@ -112,7 +134,7 @@ pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
     let (phase, phase_seen) = watch::channel(Phase::Serving);
     let shared = Arc::new(share(config, phase, scraper)?);
 
-    let mut tasks = vec![tokio::spawn(scrape::run(Arc::clone(&shared), added))];
+    let mut tasks = vec![tokio::spawn(scrape::run(Arc::clone(&shared), collector, added))];
     let mut discovery = Discovery::new(Arc::clone(&shared), sources);
     discovery.refresh().await;
     tasks.push(tokio::spawn(discovery.run()));

@@ -72,6 +72,13 @@ pub(crate) struct ModelMode {
     pub mode: &'static str,
 }
 
+/// One endpoint and a source of numbers about it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct EndpointSource {
+    pub endpoint: String,
+    pub source: String,
+}
+
 /// Handles of one endpoint's counters, resolved once.
 #[derive(Clone, Debug)]
 pub(crate) struct EndpointMetrics {
@@ -117,6 +124,9 @@ pub(crate) struct Metrics {
     pub engine_kv_usage: Family<EndpointLabel, GaugeF64>,
     pub discovery_errors: Family<ReasonLabel, Counter>,
     pub recording: RecorderMetrics,
+    /// Pages of sources other than the first, which `scrapes` counts.
+    pub source_scrapes: Family<EndpointSource, Counter>,
+    pub source_failures: Family<EndpointSource, Counter>,
     scrapes: Family<EndpointLabel, Counter>,
     scrape_failures: Family<EndpointLabel, Counter>,
     stream_reconnects: Family<EndpointLabel, Counter>,
@@ -180,6 +190,8 @@ impl Metrics {
                 bytes: Counter::default(),
                 cuts: Family::default(),
             },
+            source_scrapes: Family::default(),
+            source_failures: Family::default(),
             scrapes: Family::default(),
             scrape_failures: Family::default(),
             stream_reconnects: Family::default(),
@@ -286,6 +298,16 @@ impl Metrics {
         r.register("engine_kv_usage_ratio", "KV blocks in use", self.engine_kv_usage.clone());
         r.register("scrapes", "Metrics pages read", self.scrapes.clone());
         r.register("scrape_failures", "Metrics pages not read", self.scrape_failures.clone());
+        r.register(
+            "source_scrapes",
+            "Pages of further sources, such as a DCGM exporter, read",
+            self.source_scrapes.clone(),
+        );
+        r.register(
+            "source_failures",
+            "Pages of further sources that were not read, or told nothing",
+            self.source_failures.clone(),
+        );
         r.register("endpoint_up", "1 when the endpoint answers", self.endpoint_up.clone());
         r.register(
             "discovery_errors",

@@ -1,8 +1,12 @@
-//! How does the proxy speak TLS? With a certificate and key from files, if the crate was built
-//! with its feature `tls`.
+//! How is TLS spoken? By the proxy with a certificate and key from files, and to pages of metrics
+//! as their source says; both if the crate was built with its feature `tls`.
+
+mod connector;
 
 use crate::StartError;
 use crate::config::TlsFiles;
+
+pub(crate) use connector::{Tls, TlsStream};
 
 /// Turns accepted TCP connections into what HTTP is spoken over.
 #[derive(Clone)]

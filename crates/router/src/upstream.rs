@@ -5,8 +5,10 @@
 //! slow client slows the engine down, a dropped response closes the connection at once, and a
 //! burst of chunks costs one read and one write.
 
+use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
@@ -19,13 +21,15 @@ use kvroute_core::fleet::EndpointId;
 use kvroute_core::stream::StreamOrder;
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
+use crate::discover::Target;
 use crate::events::Subscription;
 use crate::http1::{self, Framing, Head, Http1Error};
 use crate::metrics::EndpointMetrics;
+use crate::tls::{Tls, TlsStream};
 
 /// Bytes to ask a socket for at once.
 const READ_BYTES: usize = 16 << 10;
@@ -67,10 +71,18 @@ impl UpstreamError {
     }
 }
 
+/// What bytes go over.
+#[derive(Debug)]
+enum Stream {
+    Tcp(TcpStream),
+    /// Pages of metrics only; it lies elsewhere because it is large and rare.
+    Tls(Box<TlsStream>),
+}
+
 /// One HTTP/1.1 connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    stream: TcpStream,
+    stream: Stream,
     buf: BytesMut,
     /// It has carried an exchange before, so the peer may have closed it meanwhile.
     pub reused: bool,
@@ -85,21 +97,38 @@ impl Connection {
             .map_err(|_| UpstreamError::ConnectTimeout(timeout))?
             .map_err(UpstreamError::Connect)?;
         stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
-        let buf = BytesMut::new();
+        let (stream, buf) = (Stream::Tcp(stream), BytesMut::new());
         Ok(Connection { stream, buf, reused: false, idle_since: Instant::now() })
+    }
+
+    /// Shakes hands over a new connection, with a server that is to be `host`.
+    pub async fn encrypt(self, tls: &Tls, host: &str) -> Result<Connection, UpstreamError> {
+        let stream = match self.stream {
+            Stream::Tcp(tcp) => Stream::Tls(Box::new(tls.connect(host, tcp).await?)),
+            encrypted @ Stream::Tls(_) => encrypted,
+        };
+        Ok(Connection { stream, ..self })
     }
 
     /// Sends a request, or a part of one, in as few writes as the socket takes.
     pub async fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let stream = match &mut self.stream {
+            Stream::Tcp(stream) => stream,
+            Stream::Tls(stream) => {
+                stream.write_all(head).await?;
+                stream.write_all(body).await?;
+                return stream.flush().await;
+            }
+        };
         let mut sent = 0;
         while sent < head.len() {
             let parts = [IoSlice::new(&head[sent..]), IoSlice::new(body)];
-            match self.stream.write_vectored(&parts).await? {
+            match stream.write_vectored(&parts).await? {
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 n => sent += n,
             }
         }
-        self.stream.write_all(&body[sent - head.len()..]).await
+        stream.write_all(&body[sent - head.len()..]).await
     }
 
     /// Waits for the head of the response.
@@ -161,10 +190,15 @@ impl Connection {
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, io::Error>> {
         self.buf.reserve(READ_BYTES);
+        let stream = match &mut self.stream {
+            Stream::Tcp(stream) => stream,
+            // It holds no state of its own between two polls.
+            Stream::Tls(stream) => return pin!(stream.read_buf(&mut self.buf)).poll(cx),
+        };
         loop {
-            match self.stream.try_read_buf(&mut self.buf) {
+            match stream.try_read_buf(&mut self.buf) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.stream.poll_read_ready(cx))?;
+                    ready!(stream.poll_read_ready(cx))?;
                 }
                 other => return Poll::Ready(other),
             }
@@ -174,11 +208,25 @@ impl Connection {
     /// Can another request be sent? Not when the peer closed it or sent something unasked.
     fn is_fresh(&mut self, idle_max: Duration) -> bool {
         let mut probe = [0u8; 1];
+        let Stream::Tcp(stream) = &self.stream else { return false };
         self.buf.is_empty()
             && self.idle_since.elapsed() < idle_max
-            && matches!(self.stream.try_read(&mut probe),
+            && matches!(stream.try_read(&mut probe),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
+}
+
+/// What sources of metrics need to know about an endpoint beyond its address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Whereabouts {
+    /// Its host as listed, a name or an address.
+    pub host: String,
+    /// Name of its pod; empty: not known.
+    pub pod: String,
+    /// Address of its node.
+    pub node: Option<IpAddr>,
+    /// Host and address of its metrics, when they are not at the endpoint.
+    pub metrics: Option<(String, SocketAddr)>,
 }
 
 /// One endpoint as the router's sockets see it.
@@ -197,6 +245,10 @@ pub(crate) struct Upstream {
     pub data_parallel: Option<HeaderValue>,
     /// `host:port`, for the `host` header.
     pub authority: String,
+    /// Where its metrics are.
+    pub whereabouts: Whereabouts,
+    /// What its labels say.
+    pub labels: BTreeMap<String, String>,
     /// The name, for the response header.
     pub header: HeaderValue,
     pub metrics: EndpointMetrics,
@@ -224,27 +276,26 @@ pub(crate) struct PoolLimits {
 impl Upstream {
     pub fn new(
         id: EndpointId,
-        name: String,
-        address: SocketAddr,
-        rank: u32,
+        target: &Target,
         metrics: EndpointMetrics,
         limits: PoolLimits,
         primary_port: Option<u16>,
     ) -> Upstream {
-        let header = HeaderValue::from_str(&name).unwrap_or(HeaderValue::from_static("-"));
+        let address = target.address;
         let served_at = SocketAddr::new(address.ip(), primary_port.unwrap_or(address.port()));
-        let authority = served_at.to_string();
         let own = HeaderValue::from_str(&address.to_string()).ok();
         Upstream {
             id,
-            name,
+            name: target.name.clone(),
             address,
             served_at,
             data_parallel: primary_port.and(own),
-            rank,
+            rank: target.rank,
             shares_address: AtomicBool::new(false),
-            authority,
-            header,
+            authority: served_at.to_string(),
+            whereabouts: target.whereabouts.clone(),
+            labels: target.labels.clone(),
+            header: HeaderValue::from_str(&target.name).unwrap_or(HeaderValue::from_static("-")),
             metrics,
             busy_ms: AtomicU64::new(0),
             up: AtomicBool::new(false),

@@ -76,9 +76,15 @@ struct Families<M> {
 #[derive(Debug)]
 struct Family<M> {
     name: Box<[u8]>,
-    /// Names and values, the values escaped as on a page.
-    labels: Box<[(Box<[u8]>, Box<[u8]>)]>,
+    labels: Vec<Label>,
     meaning: M,
+}
+
+/// A label that a series must have, its value escaped as on a page.
+#[derive(Debug)]
+struct Label {
+    name: Box<[u8]>,
+    value: Box<[u8]>,
 }
 
 impl<M> Default for Families<M> {
@@ -104,7 +110,10 @@ impl<M> Families<M> {
                 families.first[usize::from(*first)] = true;
             }
             families.lengths |= 1 << (name.len() % 64);
-            let label = |(name, value): &(String, String)| (name.as_bytes().into(), escape(value));
+            let label = |(name, value): &(String, String)| Label {
+                name: name.as_bytes().into(),
+                value: escape(value),
+            };
             let labels = spec.labels.iter().map(label).collect();
             families.entries.push(Family { name, labels, meaning });
         }
@@ -143,7 +152,7 @@ impl<M> Families<M> {
         for family in meant {
             let Some((labels, sample)) = read.or_else(|| sample(rest)) else { return };
             read = Some((labels, sample));
-            if family.labels.iter().all(|(name, value)| labels.get(name) == Some(value)) {
+            if family.labels.iter().all(|l| labels.get(&l.name) == Some(&l.value)) {
                 take(&family.meaning, labels, sample);
             }
         }

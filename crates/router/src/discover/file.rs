@@ -2,21 +2,28 @@
 //!
 //! The file's content is compared, not its time: a Kubernetes ConfigMap changes by swapping a
 //! symlink, and editors write in many ways. Labels tell what the format has no fields for:
-//! `kvroute/rank`, `kvroute/events` and `kvroute/replay` (`tcp://HOST:PORT`).
+//! `kvroute/rank`, `kvroute/events` and `kvroute/replay` (`tcp://HOST:PORT`), and
+//! `kvroute/node-address`. Where the endpoints are clusters (`multicluster-file-discovery`),
+//! `metricsAddress` and `metricsPort` tell where a cluster's metrics are.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use kvroute_core::collect::DiscoveryPlan;
 use kvroute_wire::discovery::{self, FILE_BYTES_MAX, FileEndpoint};
 use tokio::io::AsyncReadExt;
 
 use crate::config::{EventsSource, tcp_address};
 
-use super::{Target, names};
+use crate::upstream::Whereabouts;
+
+use super::{Target, names, node_of};
 
 const RANK: &str = "kvroute/rank";
 const EVENTS: &str = "kvroute/events";
 const REPLAY: &str = "kvroute/replay";
+const METRICS_ADDRESS: &str = "metricsAddress";
+const METRICS_PORT: &str = "metricsPort";
 
 /// One entry of the file and the addresses it stands for.
 #[derive(Debug)]
@@ -25,6 +32,9 @@ struct Listed {
     rank: u32,
     events: EventsSource,
     addresses: Vec<SocketAddr>,
+    node: Option<IpAddr>,
+    /// Host and port of its metrics, and the address that the host had last.
+    metrics: Option<(String, u16, Option<SocketAddr>)>,
 }
 
 /// Endpoints of a file, in its order.
@@ -32,6 +42,8 @@ struct Listed {
 pub(crate) struct FileSource {
     path: PathBuf,
     events: EventsSource,
+    watched: bool,
+    clusters: bool,
     content: Option<Vec<u8>>,
     listed: Vec<Listed>,
     targets: Vec<Target>,
@@ -40,7 +52,15 @@ pub(crate) struct FileSource {
 impl FileSource {
     /// `events` holds for endpoints whose labels say nothing about events.
     pub fn new(path: PathBuf, events: EventsSource) -> FileSource {
-        FileSource { path, events, content: None, listed: Vec::new(), targets: Vec::new() }
+        let (watched, clusters) = (true, false);
+        let (listed, targets) = (Vec::new(), Vec::new());
+        FileSource { path, events, watched, clusters, content: None, listed, targets }
+    }
+
+    /// The file that a configuration names.
+    pub fn planned(plan: &DiscoveryPlan, events: EventsSource) -> FileSource {
+        let source = FileSource::new(PathBuf::from(&plan.path), events);
+        FileSource { watched: plan.watch, clusters: plan.clusters, ..source }
     }
 
     pub fn targets(&self) -> &[Target] {
@@ -49,6 +69,9 @@ impl FileSource {
 
     /// Reads the file if it has changed. One that is wrong in any place changes nothing.
     pub async fn load(&mut self) -> Result<(), String> {
+        if !self.watched && self.content.is_some() {
+            return Ok(());
+        }
         let shown = self.path.display().to_string();
         let content = self.read().await.map_err(|e| format!("{shown}: {e}"))?;
         if self.content.as_ref() != Some(&content) {
@@ -67,6 +90,15 @@ impl FileSource {
         let shown = self.path.display().to_string();
         let mut failed = None;
         for listed in &mut self.listed {
+            if let Some((host, port, known)) = &mut listed.metrics {
+                match names::resolve(host, *port).await {
+                    Ok(addresses) => *known = addresses.first().copied(),
+                    Err(error) => {
+                        let message = format!("{shown}: cannot resolve {host}: {error}");
+                        failed = failed.or(Some(message));
+                    }
+                }
+            }
             let (host, port) = (listed.endpoint.address.as_str(), listed.endpoint.port);
             match names::resolve(host, port).await {
                 Ok(addresses) => listed.addresses = addresses,
@@ -108,7 +140,20 @@ impl FileSource {
             (None, Some(_)) => return Err(wrong(EVENTS)),
             (None, None) => self.events.clone(),
         };
-        Ok(Listed { endpoint, rank, events, addresses: Vec::new() })
+        let of_it = |error: String| format!("endpoint {}: {error}", endpoint.name);
+        let node = node_of(&endpoint.labels).map_err(of_it)?;
+        let metrics = match label(METRICS_ADDRESS).filter(|host| self.clusters && !host.is_empty())
+        {
+            Some(host) => {
+                let port = match label(METRICS_PORT).filter(|port| !port.is_empty()) {
+                    Some(port) => port.parse().map_err(|_| wrong(METRICS_PORT))?,
+                    None => endpoint.port,
+                };
+                Some((host.to_owned(), port, None))
+            }
+            None => None,
+        };
+        Ok(Listed { endpoint, rank, events, addresses: Vec::new(), node, metrics })
     }
 }
 
@@ -118,12 +163,25 @@ fn targets_of(listed: &Listed) -> Vec<Target> {
         namespace => format!("{namespace}/{}", listed.endpoint.name),
     };
     let several = listed.addresses.len() > 1;
+    let metrics = match &listed.metrics {
+        // Its metrics are somewhere that is not known yet, so the cluster cannot be judged.
+        Some((_, _, None)) => return Vec::new(),
+        Some((host, _, Some(address))) => Some((host.clone(), *address)),
+        None => None,
+    };
+    let whereabouts = Whereabouts {
+        host: listed.endpoint.address.clone(),
+        pod: listed.endpoint.name.clone(),
+        node: listed.node,
+        metrics,
+    };
     let target = |address: &SocketAddr| Target {
         name: if several { format!("{name}@{}", address.ip()) } else { name.clone() },
         address: *address,
         rank: listed.rank,
         labels: listed.endpoint.labels.clone(),
         events: listed.events.clone(),
+        whereabouts: whereabouts.clone(),
     };
     listed.addresses.iter().map(target).collect()
 }

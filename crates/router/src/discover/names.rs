@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 
 use crate::config::{EndpointFlag, EventsSource};
 
-use super::Target;
+use crate::upstream::Whereabouts;
+
+use super::{Target, node_of};
 
 /// Endpoints of flags, in the flags' order.
 #[derive(Debug)]
@@ -37,6 +39,10 @@ impl NameSource {
         }
         self.targets.clear();
         for (flag, addresses) in &self.flags {
+            let node = node_of(&flag.labels).unwrap_or_else(|error| {
+                failed.get_or_insert(format!("{flag}: {error}"));
+                None
+            });
             for &address in addresses {
                 self.targets.push(Target {
                     name: name_of(address, flag.rank),
@@ -44,6 +50,11 @@ impl NameSource {
                     rank: flag.rank,
                     labels: flag.labels.clone(),
                     events: flag.events.clone().unwrap_or_else(|| self.events.clone()),
+                    whereabouts: Whereabouts {
+                        host: flag.host.clone(),
+                        node,
+                        ..Whereabouts::default()
+                    },
                 });
             }
         }
