@@ -37,7 +37,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use kvroute_core::brain::Brain;
-use kvroute_core::collect::CollectPlan;
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -99,21 +98,11 @@ pub struct RouterHandle {
 ///
 /// # Errors
 /// [`StartError`] when an address cannot be bound, or TLS files or the file of endpoints cannot be
-/// read. Host names that cannot be resolved do not prevent a start: they are tried again. So is a
-/// file of endpoints that turns bad later; its endpoints stay as they were.
+/// read, be they named here or in the plan's `dataLayer`. Host names that cannot be resolved do not
+/// prevent a start: they are tried again. So is a file of endpoints that turns bad later; its
+/// endpoints stay as they were.
 pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
-    start_collecting(config, &CollectPlan::default()).await
-}
-
-/// As [`start`], with another plan of where signals come from. The endpoints that it lists count
-/// when `config` names none.
-///
-/// # Errors
-/// As [`start`]; and a file that the plan needs for TLS cannot be read.
-pub async fn start_collecting(
-    config: RouterConfig,
-    collect: &CollectPlan,
-) -> Result<RouterHandle, StartError> {
+    let collect = &config.plan.collect;
     let collector = Arc::new(scrape::Collector::new(collect).map_err(StartError::Collect)?);
     let acceptor = tls::Acceptor::new(config.tls.as_ref())?;
     let mut sources =

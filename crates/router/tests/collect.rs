@@ -35,8 +35,17 @@ fn build(sources: &[SourceEntry]) -> CollectPlan {
     CollectPlan::build(sources, true, None).unwrap()
 }
 
+async fn try_start(
+    endpoints: &[SocketAddr],
+    plan: &CollectPlan,
+) -> Result<RouterHandle, StartError> {
+    let mut config = config(endpoints, settings());
+    config.plan.collect = plan.clone();
+    kvroute_router::start(config).await
+}
+
 async fn start(endpoints: &[SocketAddr], plan: &CollectPlan) -> RouterHandle {
-    kvroute_router::start_collecting(config(endpoints, settings()), plan).await.unwrap()
+    try_start(endpoints, plan).await.unwrap()
 }
 
 /// Requests that wait at the only endpoint.
@@ -99,7 +108,8 @@ async fn engines_and_numbers_of_the_users_choice() {
     let mut labelled = config(&[engine.addr], settings());
     let flag = format!("http://{},label.llm-d.ai/engine-type=mine", engine.addr);
     labelled.endpoints = vec![flag.parse().unwrap()];
-    let router = kvroute_router::start_collecting(labelled, &plan).await.unwrap();
+    labelled.plan.collect = plan.clone();
+    let router = kvroute_router::start(labelled).await.unwrap();
     eventually("its queue", || waiting(&router) == Some(5)).await;
     assert_eq!(attribute(&router, "depth", "core"), Some(2.5));
     // Without the label the page is that of no engine.
@@ -148,7 +158,8 @@ async fn without_metrics_the_models_tell_who_answers() {
     let entry = SourceEntry { name: Name::from("models"), spec, extractors: Vec::new() };
     let plan = CollectPlan::build(&[entry], false, None).unwrap();
     let router = start(&[engine.addr], &plan).await;
-    until(&router, "/readyz", |page| page.contains("\"ready\":true")).await;
+    let ready = |page: &str| page.replace(' ', "").contains("\"ready\":true");
+    until(&router, "/readyz", ready).await;
     assert_eq!((engine.scrapes(), waiting(&router)), (0, None));
 }
 
@@ -211,7 +222,7 @@ async fn a_plan_lists_endpoints_when_nobody_else_does() {
 
     let discovery = FileDiscovery { path: "/no/such/file".to_owned(), watch_file: true };
     let missing = CollectPlan::build(&[], true, Some(&DiscoverySpec::File(discovery))).unwrap();
-    let refused = kvroute_router::start_collecting(config(&[], settings()), &missing).await;
+    let refused = try_start(&[], &missing).await;
     assert!(matches!(refused, Err(StartError::Endpoints(words)) if words.contains("/no/such")));
 }
 
@@ -336,8 +347,7 @@ mod tls {
         let page = serve(false).await;
         let unknown = MetricsDataSource { insecure_skip_verify: false, ..source(page.port()) };
         let plan = build(&[metrics(unknown, "{}")]);
-        let started = kvroute_router::start_collecting(config(&[engine.addr], settings()), &plan);
-        let router = match started.await {
+        let router = match try_start(&[engine.addr], &plan).await {
             Ok(router) => router,
             // A system without any authorities refuses earlier.
             Err(StartError::Collect(words)) if words.contains("caCertPath") => return,
@@ -399,7 +409,7 @@ mod tls {
         ];
         for (source, words) in table {
             let plan = build(&[metrics(source, "{}")]);
-            let started = kvroute_router::start_collecting(config(&[], settings()), &plan).await;
+            let started = try_start(&[], &plan).await;
             let error = started.map(drop).unwrap_err().to_string();
             assert!(error.contains(words) && error.contains("`metrics`"), "{error}");
         }
@@ -412,7 +422,7 @@ async fn a_build_without_tls_says_so() {
     let scheme = Scheme::Https;
     let source = MetricsDataSource { scheme, ..MetricsDataSource::default() };
     let plan = build(&[metrics(source, "{}")]);
-    let started = kvroute_router::start_collecting(config(&[], settings()), &plan).await;
+    let started = try_start(&[], &plan).await;
     let error = started.map(drop).unwrap_err().to_string();
     assert!(error.contains("this build has no TLS"), "{error}");
 }

@@ -22,13 +22,21 @@ enum Reader {
 /// What the last page of one endpoint told.
 #[derive(Default)]
 pub(super) struct Told {
-    /// By reading: the engine, and numbers by key.
-    read: Vec<(Option<EngineChoice>, Vec<(String, f64)>)>,
+    by_reading: Vec<ToldBy>,
     pod: String,
     /// How loaded the engine is.
     pub load: Option<EngineMetrics>,
     /// What was missing besides.
     pub missing: Option<String>,
+}
+
+/// What one reading of it told.
+#[derive(Default)]
+struct ToldBy {
+    /// Which engine the endpoint is, for a reading that asks.
+    choice: Option<EngineChoice>,
+    /// Numbers by key.
+    values: Vec<(String, f64)>,
 }
 
 impl PageReader {
@@ -57,22 +65,25 @@ impl PageReader {
 
     /// Nothing yet, of this endpoint.
     pub fn told(&self, upstream: &Upstream) -> Told {
-        let choice = |(_, reader): &(Name, Reader)| match reader {
-            Reader::Engine(engine) => Some(engine.engine_of(&upstream.labels)),
-            _ => None,
+        let nothing = |(_, reader): &(Name, Reader)| match reader {
+            Reader::Engine(engine) => {
+                let choice = Some(engine.engine_of(&upstream.labels));
+                ToldBy { choice, ..ToldBy::default() }
+            }
+            _ => ToldBy::default(),
         };
-        let read = self.readings.iter().map(|reading| (choice(reading), Vec::new())).collect();
-        Told { read, pod: upstream.whereabouts.pod.clone(), ..Told::default() }
+        let by_reading = self.readings.iter().map(nothing).collect();
+        Told { by_reading, pod: upstream.whereabouts.pod.clone(), ..Told::default() }
     }
 
     /// Reads a page. An error: it tells no load though it should, or nothing at all.
     pub fn read(&self, page: &[u8], told: &mut Told) -> Result<(), String> {
-        let Told { read, pod, load, missing } = told;
+        let Told { by_reading, pod, load, missing } = told;
         (*load, *missing) = (None, None);
-        read.iter_mut().for_each(|(_, values)| values.clear());
-        for (at, ((_, reader), (choice, values))) in self.readings.iter().zip(read).enumerate() {
+        by_reading.iter_mut().for_each(|by| by.values.clear());
+        for (at, ((_, reader), by)) in self.readings.iter().zip(by_reading).enumerate() {
             let tells_load = self.load == Some(at);
-            match reader.read(*choice, page, pod, values) {
+            match reader.read(by.choice, page, pod, &mut by.values) {
                 Ok(found) if tells_load => *load = found,
                 Err(words) if tells_load => return Err(words),
                 Err(words) if missing.is_none() => *missing = Some(words),
@@ -122,8 +133,8 @@ impl Told {
         &'a self,
         reader: &'a PageReader,
     ) -> impl Iterator<Item = (&'a Name, &'a [(String, f64)])> {
-        let all = reader.readings.iter().zip(&self.read);
-        let all = all.map(|((producer, _), (_, values))| (producer, values.as_slice()));
+        let all = reader.readings.iter().zip(&self.by_reading);
+        let all = all.map(|((producer, _), by)| (producer, by.values.as_slice()));
         all.filter(|(_, values)| !values.is_empty())
     }
 }
