@@ -109,13 +109,17 @@ fn load_with_text(
 /// A flag, the configuration or a tokenizer is wrong.
 pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     let engines = &args.engines;
-    if engines.endpoints.is_empty() && engines.endpoints_file.is_none() {
-        bail!("no endpoints: give --endpoint URL (once for each engine) or --endpoints-file FILE");
-    }
     let (plan, config) = match &args.preset {
         Some(name) => preset(name).context("--preset")?,
         None => load_with_text(args.config.as_deref(), args.allow_experimental_plugins.into())?,
     };
+    let listed = engines.endpoints_file.is_some() || plan.collect.discovery.is_some();
+    if engines.endpoints.is_empty() && !listed {
+        bail!(
+            "no endpoints: give --endpoint URL (once for each engine) or --endpoints-file FILE, \
+             or list them in a file that the configuration's dataLayer.discovery names"
+        );
+    }
     let record = args.record.clone().map(|file| Record { file, config });
     let options = TokenizerOptions {
         cache_bytes_max: plan.settings.tokenizer_cache_bytes_max,

@@ -145,7 +145,44 @@ impl Builder<'_> {
     }
 
     fn data_layer(&mut self) -> Result<CollectPlan, PlanError> {
-        let Some(data_layer) = &self.config.data_layer else { return Ok(CollectPlan::default()) };
+        let none = DataLayer::default();
+        let data_layer = self.config.data_layer.as_ref().unwrap_or(&none);
+        let mut sources = self.sources(data_layer)?;
+        let discovery = match &data_layer.discovery {
+            Some(discovery) => {
+                let path = "dataLayer.discovery.pluginRef";
+                let (_, spec) = self.of_ref(path, &discovery.plugin_ref, Role::Discovery)?;
+                DiscoverySpec::of(&spec)
+            }
+            None => None,
+        };
+        self.replicas(data_layer)?;
+        let inject = data_layer.inject_defaults.unwrap_or(true);
+        let is_metrics = |entry: &SourceEntry| matches!(entry.spec, SourceSpec::Metrics(_));
+        if inject && !sources.iter().any(is_metrics) {
+            sources.push(self.default_source());
+        }
+        let plan = CollectPlan::build(&sources, false, discovery.as_ref()).map_err(|fault| {
+            let path = match (fault.source_at, fault.extractor_at) {
+                (Some(source), _) if source >= data_layer.sources.len() => "dataLayer".to_owned(),
+                (Some(source), Some(at)) => {
+                    format!("dataLayer.sources[{source}].extractors[{at}].pluginRef")
+                }
+                (Some(source), None) => format!("dataLayer.sources[{source}].pluginRef"),
+                (None, _) => "dataLayer.discovery.pluginRef".to_owned(),
+            };
+            error(path, fault.message)
+        })?;
+        plan.notes.iter().for_each(|text| self.note(NoteKind::Inert, text.as_str()));
+        let topology = self.plugins.iter().find_map(|(_, spec)| match spec {
+            PluginSpec::TopologyExtractor(topology) => Some(topology.labels()),
+            _ => None,
+        });
+        // It hears of endpoints without being bound to a source.
+        Ok(CollectPlan { topology: topology.unwrap_or_default(), ..plan })
+    }
+
+    fn sources(&self, data_layer: &DataLayer) -> Result<Vec<SourceEntry>, PlanError> {
         let mut sources = Vec::new();
         for (at, source) in data_layer.sources.iter().enumerate() {
             let path = format!("dataLayer.sources[{at}]");
@@ -169,28 +206,22 @@ impl Builder<'_> {
             }
             sources.push(SourceEntry { name, spec, extractors });
         }
-        let discovery = match &data_layer.discovery {
-            Some(discovery) => {
-                let path = "dataLayer.discovery.pluginRef";
-                let (_, spec) = self.of_ref(path, &discovery.plugin_ref, Role::Discovery)?;
-                DiscoverySpec::of(&spec)
-            }
-            None => None,
-        };
-        self.replicas(data_layer)?;
-        let inject = data_layer.inject_defaults.unwrap_or(true);
-        let plan = CollectPlan::build(&sources, inject, discovery.as_ref()).map_err(|fault| {
-            let path = match (fault.source_at, fault.extractor_at) {
-                (Some(source), Some(at)) => {
-                    format!("dataLayer.sources[{source}].extractors[{at}].pluginRef")
-                }
-                (Some(source), None) => format!("dataLayer.sources[{source}].pluginRef"),
-                (None, _) => "dataLayer.discovery.pluginRef".to_owned(),
-            };
-            error(path, fault.message)
-        })?;
-        plan.notes.iter().for_each(|text| self.note(NoteKind::Inert, text.as_str()));
-        Ok(plan)
+        Ok(sources)
+    }
+
+    /// The metrics source with its extractor that nobody listed; plugins that are called like
+    /// their types bring their parameters.
+    fn default_source(&self) -> SourceEntry {
+        const SOURCE: &str = "metrics-data-source";
+        const EXTRACTOR: &str = "core-metrics-extractor";
+        let source = self.spec(SOURCE).and_then(SourceSpec::of);
+        let extractor = self.spec(EXTRACTOR).and_then(ExtractorSpec::of);
+        let extractor = extractor.unwrap_or(ExtractorSpec::CoreMetrics(Default::default()));
+        SourceEntry {
+            name: Name::from(SOURCE),
+            spec: source.unwrap_or(SourceSpec::Metrics(Default::default())),
+            extractors: vec![(Name::from(EXTRACTOR), extractor)],
+        }
     }
 
     /// llm-d has the places, and no plugin for them.

@@ -300,3 +300,24 @@ fn durations_and_quantities_are_those_of_go_and_kubernetes() {
         assert_eq!(quantity(text), value, "{text:?}");
     }
 }
+
+#[test]
+fn what_is_collected_by_default_takes_parameters_from_plugins_of_that_name() {
+    use crate::collect::{CollectPlan, Reading};
+
+    let default = plan("plugins: [{type: queue-scorer}]").collect;
+    assert_eq!(default, CollectPlan::default());
+    let given = plan(
+        "plugins:\n- type: queue-scorer\n- type: metrics-data-source\n  \
+         parameters: {port: 9090}\n- type: core-metrics-extractor\n  \
+         parameters: {defaultEngine: sglang}\n- type: topology-extractor\n  \
+         parameters: {zone: my-zone}\n",
+    );
+    let page = &given.collect.pages[0];
+    assert_eq!((given.collect.pages.len(), page.ask.port), (1, Some(9090)));
+    assert_eq!(given.collect.topology.zone, "my-zone");
+    let Reading::Engine(engine) = &page.readings[0] else { panic!("{page:?}") };
+    assert_eq!(engine.default_engine.as_ref().map(Name::as_str), Some("sglang"));
+    let off = plan("plugins: [{type: queue-scorer}]\ndataLayer: {injectDefaults: false}");
+    assert_eq!(off.collect.pages, []);
+}
