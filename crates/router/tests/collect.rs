@@ -51,15 +51,13 @@ async fn start(endpoints: &[SocketAddr], plan: &CollectPlan) -> RouterHandle {
 /// Requests that wait at the only endpoint.
 fn waiting(router: &RouterHandle) -> Option<u32> {
     let brain = router.brain();
-    let waiting = brain.fleet().iter().next()?.metrics().map(|metrics| metrics.waiting);
-    waiting
+    brain.fleet().iter().next()?.metrics().map(|metrics| metrics.waiting)
 }
 
 /// A number about the only endpoint, stale or not.
 fn attribute(router: &RouterHandle, key: &str, producer: &str) -> Option<f64> {
     let brain = router.brain();
-    let value = brain.fleet().iter().next()?.attribute(Time::ZERO, key, Some(producer));
-    value
+    brain.fleet().iter().next()?.attribute(Time::ZERO, key, Some(producer))
 }
 
 /// Asks for an admin page until it is as it should be.
