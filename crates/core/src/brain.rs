@@ -30,7 +30,8 @@ use crate::ledger::{Conclusion, Expectation, Ledger};
 use crate::load::{Charge, Load, Reservations, Ticket};
 use crate::pipeline::{Guard, Pipeline};
 use crate::plan::Plan;
-use crate::produce::Burst;
+use crate::plugin::PluginSpec;
+use crate::produce::{Burst, EncoderCaches};
 use crate::settings::ms;
 use crate::stage::{Admitter, Detector, Filter};
 use crate::stream::{
@@ -59,6 +60,8 @@ pub struct Brain {
     admitters: Vec<Guard<dyn Admitter>>,
     detector: Option<Guard<dyn Detector>>,
     burst: Option<Burst>,
+    /// By position in `Plan::others`.
+    encoder_caches: Vec<Option<EncoderCaches>>,
     knowledge: Knowledge,
     specs: ChainSpecs,
     rng: Rng,
@@ -68,6 +71,14 @@ pub struct Brain {
     counters: BrainCounters,
     builtin: BuiltinStages,
     recorder: Option<Recorder>,
+}
+
+/// What a producer of encoder cache matches remembers.
+fn caches_of(spec: &PluginSpec) -> Option<EncoderCaches> {
+    match spec {
+        PluginSpec::EncoderCacheProducer(producer) => Some(EncoderCaches::new(producer)),
+        _ => None,
+    }
 }
 
 /// Names of the stages that every plan has.
@@ -203,6 +214,7 @@ impl Brain {
             admitters: admitters.collect(),
             detector,
             burst: plan.burst().map(|(_, parameters)| Burst::new(parameters.clone())),
+            encoder_caches: plan.others.iter().map(|(_, spec)| caches_of(spec)).collect(),
             knowledge: Knowledge::default(),
             specs: ChainSpecs::default(),
             rng: Rng::seeded(seed),
@@ -360,6 +372,7 @@ impl Brain {
         if let Some(burst) = &mut self.burst {
             burst.forget(id);
         }
+        self.encoder_caches.iter_mut().flatten().for_each(|caches| caches.forget(id));
         self.pipelines.iter_mut().for_each(|pipeline| pipeline.forget(id));
         self.screeners.iter_mut().for_each(|screener| screener.plugin.forget(id));
         self.orders.retain(|(of, _)| *of != id);

@@ -15,7 +15,7 @@ use crate::fleet::{EndpointId, Name};
 use crate::index::SpeculationId;
 use crate::ledger::Expectation;
 use crate::load::Charge;
-use crate::plan::ProducerKind;
+use crate::plan::{HandlerPlan, ProducerKind};
 use crate::plugin::PluginSpec;
 use crate::produce::Holding;
 use crate::stage::{Picked, ResponseHeader, Row};
@@ -210,6 +210,7 @@ impl Brain {
             self.remember(request, row);
             speculations.extend(self.speculate(now, request, row));
         }
+        self.remember_media(request, &told);
         let output_tokens =
             self.plan.load.producer.output_tokens(request.prompt_tokens, request.max_tokens);
         let charge = Charge {
@@ -336,6 +337,22 @@ impl Brain {
             }
         }
         headers
+    }
+
+    /// Images are encoded where a profile of their own says, and kept there and where the request
+    /// is answered.
+    fn remember_media(&mut self, request: &Request<'_>, told: &[(usize, EndpointId, bool)]) {
+        let encode = match &self.plan.handler {
+            HandlerPlan::Disagg(disagg) => disagg.encode.map(|(profile, _)| profile),
+            _ => None,
+        };
+        for caches in self.encoder_caches.iter_mut().flatten() {
+            for (profile, id, primary) in told {
+                if *primary || Some(*profile) == encode {
+                    caches.record(*id, request.media);
+                }
+            }
+        }
     }
 
     /// Routing history, for every chain that a producer looked up on the chosen endpoint: what

@@ -15,8 +15,9 @@ use crate::fleet::{Endpoint, EndpointId, Name};
 use crate::journal::{Call, Entry};
 use crate::knowledge::{Known, Sources};
 use crate::pipeline::{Inputs, Survivors};
-use crate::produce::{Held, HeldId, uncached_tokens};
-use crate::stage::{Latency, PrefixMatch, Row};
+use crate::plugin::PluginSpec;
+use crate::produce::{EncoderCaches, Held, HeldId, uncached_tokens};
+use crate::stage::{Latency, MediaMatch, PrefixMatch, Row};
 use crate::stream::StreamState;
 use crate::{Rng, Time};
 
@@ -191,17 +192,23 @@ impl Brain {
     }
 
     /// The sessions that the plan's producers find in the request.
-    fn sessions(&self, _request: &Request<'_>) -> Vec<(Name, String)> {
-        Vec::new()
+    fn sessions(&self, request: &Request<'_>) -> Vec<(Name, String)> {
+        let found = self.plan.others.iter().filter_map(|(name, spec)| match spec {
+            PluginSpec::SessionIdProducer(producer) => {
+                Some((name.clone(), producer.session(request.headers)?))
+            }
+            _ => None,
+        });
+        found.collect()
     }
 
     /// Which of the request's items each candidate holds encoded, by position in `Plan::others`.
-    fn media_columns(
-        &self,
-        _request: &Request<'_>,
-        _rows: &[Row],
-    ) -> Vec<Vec<crate::stage::MediaMatch>> {
-        Vec::new()
+    fn media_columns(&self, request: &Request<'_>, rows: &[Row]) -> Vec<Vec<MediaMatch>> {
+        let column = |caches: &Option<EncoderCaches>| match caches {
+            Some(caches) => rows.iter().map(|row| caches.matches(row.id, request.media)).collect(),
+            None => Vec::new(),
+        };
+        self.encoder_caches.iter().map(column).collect()
     }
 
     /// Every endpoint that the request allows, by name.
@@ -307,7 +314,7 @@ pub(super) struct Asked<'a> {
     pub now: Time,
     pub request: &'a Request<'a>,
     pub columns: &'a [crate::knowledge::Column],
-    pub media: &'a [Vec<crate::stage::MediaMatch>],
+    pub media: &'a [Vec<MediaMatch>],
     pub sessions: &'a [(Name, String)],
 }
 

@@ -380,7 +380,10 @@ impl ProducerKind {
     /// The prefix knowledge that a plugin produces, if it does.
     pub(super) fn of(spec: &PluginSpec) -> Option<ProducerKind> {
         match spec {
-            PluginSpec::ApproxPrefixProducer(p) => Some(ProducerKind::Approx(p.clone())),
+            PluginSpec::ApproxPrefixProducer(p)
+            | PluginSpec::MulticlusterApproxPrefixProducer(p) => {
+                Some(ProducerKind::Approx(p.clone()))
+            }
             PluginSpec::PrecisePrefixProducer(p) => {
                 Some(ProducerKind::Precise(Box::new(p.clone())))
             }

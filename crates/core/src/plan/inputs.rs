@@ -5,7 +5,7 @@ use super::{PlanError, ProducerKind, ProfilePlan, StagePlan};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role};
 use crate::produce::{ApproxPrefix, PrecisePrefix};
-use crate::stage::{Inputs, PREFIX_DEFAULT, ProducerRef};
+use crate::stage::{Inputs, ProducerRef};
 
 impl Builder<'_> {
     /// Finds the producers of every plugin that runs, adds those that are missing, and those that
@@ -62,7 +62,9 @@ impl Builder<'_> {
         let precise =
             |(_, spec): &&(Name, PluginSpec)| matches!(spec, PluginSpec::PrecisePrefixProducer(_));
         match wanted {
-            ProducerRef::Default(name) if name != PREFIX_DEFAULT => {
+            ProducerRef::Default(name)
+                if PluginKind::of_name(name) == Some(PluginKind::PrecisePrefixProducer) =>
+            {
                 let configured = self.plugins.iter().find(precise);
                 configured.map_or(Name::from(name), |(name, _)| name.clone())
             }

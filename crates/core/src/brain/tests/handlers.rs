@@ -267,3 +267,43 @@ fn an_explanation_changes_nothing() {
     assert_eq!(explained, again);
     assert_eq!((*host.brain.counters(), host.brain.inflight_requests()), before);
 }
+
+#[test]
+fn images_go_back_to_where_they_were_encoded_and_sessions_to_their_endpoint() {
+    let yaml = "
+plugins:
+- type: mm-embeddings-cache-scorer
+- {type: session-id-producer, name: cookie, parameters: {cookieName: sid}}
+- {type: session-affinity-scorer, parameters: {strategy: session_id, sessionIdConfig:
+    {sources: [{attribute: SessionID, producer: cookie}]}}}
+";
+    let mut host = fleet(yaml);
+    let image = |host: &mut Host, key: u64| {
+        host.try_ask(&prompt(9, 20), |request| request.media = &[7, 8][..1 + key as usize]).unwrap()
+    };
+    let first = image(&mut host, 1);
+    for _ in 0..8 {
+        assert_eq!(image(&mut host, 0).endpoint, first.endpoint);
+    }
+    let headers = Headers(&[("cookie", "a=b; sid=42")]);
+    let session = |host: &mut Host| {
+        let request = Request {
+            id: "r",
+            model: "model",
+            prompts: &[],
+            prompt_tokens: 5,
+            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
+            max_tokens: None,
+            skips_cache: false,
+            held: None,
+            media: &[],
+            priority: 0,
+            headers: &headers,
+            allowed: None,
+        };
+        host.brain.decide(host.now, &request).unwrap().endpoint
+    };
+    let pinned = session(&mut host);
+    assert!((0..8).all(|_| session(&mut host) == pinned));
+    assert!(host.brain.plan().headers.contains(&"cookie".to_owned()));
+}
