@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use kvroute_core::Rng;
 use kvroute_wire::fuzz_entry::TARGETS;
 
-const MUTATIONS_PER_INPUT: u64 = 600;
+const MUTATIONS_PER_INPUT: u64 = 300;
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/wire").join(name)
