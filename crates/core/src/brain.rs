@@ -6,8 +6,13 @@
 mod commit;
 mod decide;
 mod handle;
+mod snapshot;
 #[cfg(test)]
 mod tests;
+
+pub use snapshot::{
+    EndpointSnapshot, FORMAT as SNAPSHOT_FORMAT, Snapshot, SnapshotError, SnapshotHost,
+};
 
 use std::borrow::Cow;
 use std::collections::VecDeque;

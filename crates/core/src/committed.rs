@@ -5,6 +5,7 @@
 //! the output that is expected. More than the endpoint has means that it will preempt somebody.
 
 use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
 
 use crate::blocks::{BlockKey, Chain};
 use crate::fleet::EndpointId;
@@ -28,6 +29,24 @@ pub struct Work {
     /// Context of its decoding steps, on average: until the end.
     pub context: u64,
 }
+
+/// What the requests in flight need of one endpoint, in a form that can be kept.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommittedState {
+    /// Tokens of KV cache.
+    pub tokens: u64,
+    /// See [`Work::prefill`].
+    pub prefill: u64,
+    /// See [`Work::context`].
+    pub context: u64,
+    /// The distinct blocks among them.
+    #[serde(with = "crate::journal::packed")]
+    pub keys: Vec<BlockKey>,
+}
+
+/// More tokens than any fleet can hold; what a file tells beyond it is wrong.
+const TOKENS_MAX: u64 = 1 << 50;
 
 /// All commitments, by endpoint.
 #[derive(Debug)]
@@ -131,6 +150,42 @@ impl Committed {
         let moved = Commitment { endpoint: to, keys, work, ..*commitment };
         self.add(&moved);
         self.release(std::mem::replace(commitment, moved));
+    }
+
+    /// What requests in flight need of an endpoint; of these keys only, where some are given.
+    #[expect(clippy::disallowed_methods, reason = "the keys are sorted below")]
+    pub fn state(&self, id: EndpointId, only: Option<&[&[BlockKey]]>) -> CommittedState {
+        let Some(slot) = self.slot(id) else { return CommittedState::default() };
+        let used = |key: &u64| slot.users.contains_key(key);
+        let mut keys: Vec<BlockKey> = match only {
+            None => slot.users.keys().copied().map(BlockKey).collect(),
+            Some(chains) => {
+                let all = chains.iter().flat_map(|chain| chain.iter());
+                all.filter(|key| used(&key.0)).copied().collect()
+            }
+        };
+        keys.sort_unstable();
+        keys.dedup();
+        let Slot { tokens, work, .. } = *slot;
+        CommittedState { tokens, prefill: work.prefill, context: work.context, keys }
+    }
+
+    /// Takes up again what [`Committed::state`] told. Nobody can release it.
+    pub fn restore(&mut self, id: EndpointId, state: &CommittedState) {
+        let at = usize::from(id.slot);
+        if self.slots.len() <= at {
+            self.slots.resize_with(at + 1, Slot::default);
+        }
+        self.keys += state.keys.len();
+        self.slots[at] = Slot {
+            generation: id.generation,
+            users: state.keys.iter().map(|key| (key.0, 1)).collect(),
+            tokens: state.tokens.min(TOKENS_MAX),
+            work: Work {
+                prefill: state.prefill.min(TOKENS_MAX),
+                context: state.context.min(TOKENS_MAX),
+            },
+        };
     }
 
     /// The endpoint has left: its sums go, commitments there end without effect.

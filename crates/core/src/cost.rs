@@ -3,12 +3,14 @@
 //! Keeps what a cost is made of: commitments of KV cache ([`crate::committed`]) and speeds
 //! ([`crate::learn`]). Switched off unless a plan has a scorer that reads it.
 
+use serde::{Deserialize, Serialize};
+
 use crate::Time;
-use crate::blocks::{Chain, ChainSpec};
-use crate::committed::{Commitment, Committed, Work};
+use crate::blocks::{BlockKey, Chain, ChainSpec};
+use crate::committed::{Commitment, Committed, CommittedState, Work};
 use crate::decision::Request;
 use crate::fleet::{Endpoint, EndpointId};
-use crate::learn::{Circumstances, Learned, Learner, OUTPUT_TOKENS_MIN, Speed};
+use crate::learn::{Circumstances, Learned, Learner, OUTPUT_TOKENS_MIN, SeenState, Speed};
 use crate::stage::Row;
 
 /// What a request would meet on one endpoint.
@@ -110,6 +112,29 @@ struct Recent {
     generation: u32,
     tokens: f64,
     at: Time,
+}
+
+/// What costs on one endpoint depend on, in a form that can be kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CostState {
+    /// What the requests in flight need.
+    pub committed: CommittedState,
+    /// What was learned of its speed, and when last.
+    pub learned: Option<(Time, SeenState)>,
+    /// Work that it was given lately.
+    pub recent: Option<RecentState>,
+}
+
+/// Work given to one endpoint lately.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecentState {
+    /// Tokens, as they counted then.
+    #[serde(with = "crate::journal::exact")]
+    pub tokens: f64,
+    /// When they were counted.
+    pub at: Time,
 }
 
 /// How fast that is forgotten, seconds: long enough to see several requests of each prefix, short
@@ -273,6 +298,43 @@ impl Costs {
         if let Some(tokens) = tokens {
             let context_tokens = (costed.seen.context_tokens + after) / 2.0;
             self.learner.steps(now, id, context_tokens, after_s, tokens);
+        }
+    }
+
+    /// What costs on an endpoint depend on; of these blocks only, where some are given. `None`:
+    /// the plan reads no costs.
+    pub fn state(&self, id: EndpointId, only: Option<&[&[BlockKey]]>) -> Option<CostState> {
+        let recent = self.recent.get(usize::from(id.slot));
+        let recent = recent.filter(|recent| recent.generation == id.generation);
+        self.enabled.then(|| CostState {
+            committed: self.committed.state(id, only),
+            learned: self.learner.endpoint_state(id),
+            recent: recent.map(|recent| RecentState { tokens: recent.tokens, at: recent.at }),
+        })
+    }
+
+    /// What was learned of the whole fleet.
+    pub fn fleet_state(&self) -> SeenState {
+        self.learner.fleet_state()
+    }
+
+    /// Takes up again what [`Costs::fleet_state`] told.
+    pub fn restore_fleet(&mut self, state: &SeenState) {
+        self.learner.restore_fleet(state);
+    }
+
+    /// Takes up again what [`Costs::state`] told.
+    pub fn restore(&mut self, id: EndpointId, state: &CostState) {
+        self.committed.restore(id, &state.committed);
+        if let Some((at, learned)) = &state.learned {
+            self.learner.restore_endpoint(id, *at, learned);
+        }
+        if let Some(RecentState { tokens, at }) = state.recent {
+            let slot = usize::from(id.slot);
+            if self.recent.len() <= slot {
+                self.recent.resize(slot + 1, Recent::default());
+            }
+            self.recent[slot] = Recent { generation: id.generation, tokens, at };
         }
     }
 

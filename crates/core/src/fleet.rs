@@ -1,6 +1,7 @@
 //! Which endpoints exist, and what do we know about each of them right now?
 
 mod attributes;
+mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 pub use self::attributes::ATTRIBUTES_MAX;
 use self::attributes::Attributes;
+pub use self::state::{AttributeState, EndpointState};
 use crate::Time;
 use crate::collect::TopologyExtractor;
 use crate::settings::{Settings, ms};

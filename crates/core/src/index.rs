@@ -27,6 +27,7 @@ mod pending;
 mod reference;
 mod removals;
 mod speculations;
+mod state;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ pub use applied::{Applied, SkipReason};
 pub use budget::Evicted;
 pub use lookup::{Hit, Hits, TierWeights};
 pub use speculations::SpeculationId;
+pub use state::{BlocksState, ExpectedState, GroupState, ResidentState};
 
 use crate::blocks::{BlockKey, Chain};
 use crate::event::{EngineHash, Tier};

@@ -12,7 +12,7 @@
 pub(crate) mod exact;
 pub(crate) mod packed;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::borrow::Cow;
 use std::ops::ControlFlow;

@@ -11,6 +11,8 @@
 //! otherwise never show that it no longer is. Values far above the line are clipped: queues and
 //! preemptions are no speed.
 
+use serde::{Deserialize, Serialize};
+
 use crate::Time;
 use crate::fleet::EndpointId;
 
@@ -175,6 +177,39 @@ pub struct Learned {
     pub step: bool,
 }
 
+/// What was seen of an endpoint or of the fleet, in a form that can be kept: the bits of sums
+/// whose meaning is this module's own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SeenState(#[serde(with = "crate::journal::packed")] Vec<u64>);
+
+impl From<Seen> for SeenState {
+    fn from(seen: Seen) -> SeenState {
+        let sums = |sums: Sums| [sums.weight, sums.x, sums.y, sums.xx, sums.xy];
+        let numbers = sums(seen.prefill).into_iter().chain(sums(seen.step));
+        let numbers = numbers.chain([seen.outputs.0, seen.outputs.1]);
+        SeenState(numbers.map(f64::to_bits).collect())
+    }
+}
+
+impl From<&SeenState> for Seen {
+    /// What is not there, or no number, was not seen.
+    fn from(state: &SeenState) -> Seen {
+        let at = |at: usize| {
+            let number = state.0.get(at).copied().map_or(0.0, f64::from_bits);
+            if number.is_finite() { number } else { 0.0 }
+        };
+        let sums = |from: usize| Sums {
+            weight: at(from),
+            x: at(from + 1),
+            y: at(from + 2),
+            xx: at(from + 3),
+            xy: at(from + 4),
+        };
+        Seen { prefill: sums(0), step: sums(5), outputs: (at(10), at(11)) }
+    }
+}
+
 /// The circumstances of one request, noted while it is in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Circumstances {
@@ -255,6 +290,33 @@ impl Learner {
             seen.step.fade(fading());
             seen.step.add(1.0, context_tokens, per_token.clamp(0.0, expected * CLIP));
         });
+    }
+
+    /// Everything that was learned of the fleet.
+    pub(crate) fn fleet_state(&self) -> SeenState {
+        self.seen.into()
+    }
+
+    /// What was learned of an endpoint, and when last.
+    pub(crate) fn endpoint_state(&self, id: EndpointId) -> Option<(Time, SeenState)> {
+        let book = self.books.get(usize::from(id.slot));
+        let book = book.filter(|book| book.generation == id.generation)?;
+        Some((book.at, book.seen.into()))
+    }
+
+    /// Takes up again what [`Learner::fleet_state`] told.
+    pub(crate) fn restore_fleet(&mut self, state: &SeenState) {
+        self.seen = state.into();
+        self.fleet = self.seen.speed(&Speed::default());
+    }
+
+    /// Takes up again what [`Learner::endpoint_state`] told.
+    pub(crate) fn restore_endpoint(&mut self, id: EndpointId, at: Time, state: &SeenState) {
+        let slot = usize::from(id.slot);
+        if self.books.len() <= slot {
+            self.books.resize(slot + 1, Book::default());
+        }
+        self.books[slot] = Book { generation: id.generation, seen: state.into(), at };
     }
 
     /// The endpoint has left.

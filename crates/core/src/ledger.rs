@@ -249,6 +249,16 @@ impl Ledger {
         })
     }
 
+    /// A verdict, as a snapshot tells it.
+    pub(crate) fn restore(&mut self, id: EndpointId, in_doubt: bool, prompt_differs: bool) {
+        if let Some(book) = self.books.get_mut(usize::from(id.slot))
+            && book.generation == id.generation
+        {
+            book.in_doubt = in_doubt;
+            book.prompts_different = if prompt_differs { PROMPTS_DIFFERENT_MIN } else { 0 };
+        }
+    }
+
     fn conclude(
         &mut self,
         id: EndpointId,

@@ -30,6 +30,7 @@ pub mod learn;
 pub mod ledger;
 pub mod load;
 mod lru;
+pub mod memory;
 pub mod parse;
 pub mod pick;
 mod pipeline;

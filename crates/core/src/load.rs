@@ -12,7 +12,8 @@ use crate::Time;
 use crate::fleet::EndpointId;
 
 /// Requests and uncached prompt tokens in flight on one endpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Load {
     /// Requests between decision and end of response.
     pub requests: u32,
@@ -84,6 +85,15 @@ impl<T> Reservations<T> {
     /// None yet.
     pub fn new(requests_max: u32) -> Reservations<T> {
         Reservations { entries: Vec::new(), free: Vec::new(), loads: Vec::new(), requests_max }
+    }
+
+    /// Charges of so many requests that nobody here can end: a snapshot tells them.
+    pub(crate) fn restore(&mut self, requests: u32, loads: &[(EndpointId, Load)]) {
+        let held = || Entry { generation: 0, held: None };
+        self.entries.resize_with(requests.min(self.requests_max) as usize, held);
+        for (id, load) in loads {
+            self.add(*id, load.requests.min(u32::MAX / 2), load.tokens.min(u64::MAX / 4));
+        }
     }
 
     /// Requests in flight.

@@ -58,6 +58,12 @@ impl<K: Ord + Clone, V> Lru<K, V> {
         self.entries.get(key).map(|(_, value)| (key, value))
     }
 
+    /// All keys with their values, the one unused longest first.
+    pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        let keys = self.by_tick.values();
+        keys.filter_map(|key| self.entries.get_key_value(key).map(|(key, (_, value))| (key, value)))
+    }
+
     /// Forgets the key unused longest.
     pub fn pop_oldest(&mut self) {
         if let Some((_, key)) = self.by_tick.pop_first() {

@@ -6,6 +6,7 @@ use crate::Time;
 use crate::decision::{FilterRecord, Reject, Request, Score, ScoreColumn, ScoreMatrix, ScoreRow};
 use crate::fleet::{Fleet, Name};
 use crate::knowledge::Column;
+use crate::memory::Memory;
 use crate::plan::{ProfilePlan, StagePlan};
 use crate::settings::Settings;
 use crate::stage::{Filter, MediaMatch, Picked, Picker, Plugin, ResponseHeader, Row, Scorer, View};
@@ -16,6 +17,7 @@ pub(crate) struct Pipeline {
     filters: Vec<FilterStage>,
     scorers: Vec<ScorerStage>,
     picker: Box<dyn Picker>,
+    picker_name: Name,
     keep: Vec<bool>,
     column: Vec<f64>,
     totals: Vec<f64>,
@@ -167,6 +169,7 @@ impl Pipeline {
             filters: profile.filters.iter().filter_map(filter).collect(),
             scorers: profile.scorers.iter().filter_map(scorer).collect(),
             picker: picker.expect("a plan's picker is a picker"),
+            picker_name: profile.picker.name.clone(),
             keep: Vec::new(),
             column: Vec::new(),
             totals: Vec::new(),
@@ -275,6 +278,30 @@ impl Pipeline {
         headers.extend(self.scorers.iter_mut().filter_map(|stage| stage.scorer.picked(picked)));
         headers.extend(self.picker.picked(picked));
         headers
+    }
+
+    /// What its plugins remember, in order; none that remembers nothing.
+    pub fn memories(&self) -> Vec<(Name, Memory)> {
+        let filters = self.filters.iter().map(|stage| (&stage.name, stage.filter.memory()));
+        let scorers = self.scorers.iter().map(|stage| (&stage.name, stage.scorer.memory()));
+        let picker = (&self.picker_name, self.picker.memory());
+        let all = filters.chain(scorers).chain([picker]);
+        all.filter(|(_, memory)| *memory != Memory::Nothing)
+            .map(|(name, memory)| (name.clone(), memory))
+            .collect()
+    }
+
+    /// The plugin of this name takes up again what it remembered.
+    pub fn recall(&mut self, name: &str, memory: &Memory) {
+        for stage in self.filters.iter_mut().filter(|stage| stage.name.as_str() == name) {
+            stage.filter.recall(memory);
+        }
+        for stage in self.scorers.iter_mut().filter(|stage| stage.name.as_str() == name) {
+            stage.scorer.recall(memory);
+        }
+        if self.picker_name.as_str() == name {
+            self.picker.recall(memory);
+        }
     }
 
     /// The endpoint has left.

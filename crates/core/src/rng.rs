@@ -23,6 +23,13 @@ impl Rng {
         Rng { state }
     }
 
+    /// A generator whose first number is `first`: makes a decision whose seed is known.
+    pub fn beginning_with(first: u64) -> Rng {
+        // The first number is `rotl(s[0] + s[3], 23) + s[0]`; what follows needs a state that is
+        // not all zero.
+        Rng { state: [0, 0x9E37_79B9_7F4A_7C15, 0xBF58_476D_1CE4_E5B9, first.rotate_right(23)] }
+    }
+
     /// The next 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
         let s = &mut self.state;
@@ -67,6 +74,15 @@ mod tests {
             [rng.next_u64(), rng.next_u64()],
             [14_971_601_782_005_023_387, 13_781_649_495_232_077_965]
         );
+    }
+
+    #[test]
+    fn a_generator_begins_with_a_given_number() {
+        for first in [0, 1, 7, u64::MAX, 0x0123_4567_89ab_cdef] {
+            let mut rng = Rng::beginning_with(first);
+            assert_eq!(rng.next_u64(), first);
+            assert_ne!(rng.next_u64(), rng.next_u64());
+        }
     }
 
     #[test]

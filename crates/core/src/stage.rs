@@ -7,6 +7,7 @@ use crate::cost::Costing;
 use crate::decision::Request;
 use crate::fleet::{Endpoint, EndpointId, Fleet, Name};
 use crate::load::Load;
+use crate::memory::Memory;
 use crate::plugin::Role;
 use crate::settings::Settings;
 use crate::{Rng, Time};
@@ -268,6 +269,15 @@ pub trait Plugin {
 
     /// The endpoint has left the fleet.
     fn forget(&mut self, _id: EndpointId) {}
+
+    /// What its answers depend on besides the request and the fleet. A plugin that remembers
+    /// anything must say so here: a snapshot without it would explain another decision.
+    fn memory(&self) -> Memory {
+        Memory::Nothing
+    }
+
+    /// Takes up again what [`Plugin::memory`] told; what it never tells changes nothing.
+    fn recall(&mut self, _memory: &Memory) {}
 }
 
 /// Removes candidates.

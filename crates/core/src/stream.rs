@@ -84,7 +84,7 @@ pub enum StreamOrder {
 }
 
 /// Why an endpoint's knowledge cannot be trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SuspectReason {
     /// The engine had published before the subscription began, and could not replay it.
@@ -131,7 +131,7 @@ impl SuspectReason {
 }
 
 /// How far knowledge can be trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StreamState {
     /// Nothing has been heard.
@@ -298,6 +298,28 @@ impl Stream {
             dropped: false,
             counters: StreamCounters::default(),
         }
+    }
+
+    /// A stream that is in a state, as a snapshot tells: to decide with, not to be continued.
+    pub(crate) fn in_state(limits: StreamLimits, state: StreamState) -> Stream {
+        let mut stream = Stream::new(limits);
+        match state {
+            StreamState::Initial => {}
+            StreamState::Live => stream.fresh = true,
+            StreamState::Suspect(reason) => stream.doubt = Some(reason),
+            StreamState::Replaying => {
+                stream.replay = Some(Replay {
+                    anchor: None,
+                    next: 0,
+                    begun: false,
+                    applied: 0,
+                    void: false,
+                    goal: None,
+                    reason: SuspectReason::Gap,
+                });
+            }
+        }
+        stream
     }
 
     /// How far knowledge can be trusted.

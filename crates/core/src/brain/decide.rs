@@ -7,9 +7,7 @@ use super::handle::Course;
 use crate::admit::admit_below_saturation;
 use crate::blocks::TokenSpace;
 use crate::cost::Costing;
-use crate::decision::{
-    Decision, DecisionRecord, NoEndpoints, Reason, Reject, Request, TokensKnown,
-};
+use crate::decision::{Decision, NoEndpoints, Reason, Reject, Request, TokensKnown};
 use crate::detect::saturation_by_stage;
 use crate::fleet::{Endpoint, EndpointId, Name};
 use crate::journal::{Call, Entry};
@@ -51,20 +49,6 @@ impl Brain {
         self.count(&decided);
         self.note(|| Entry::Decided(Cow::Borrowed(&decided)));
         decided
-    }
-
-    /// The decision that would be made now with this seed; nothing comes of it, and nothing is
-    /// counted but what decisions look at.
-    pub fn explain(
-        &mut self,
-        now: Time,
-        request: &Request<'_>,
-        seed: u64,
-    ) -> Result<DecisionRecord, Reject> {
-        let counters = self.counters;
-        let considered = self.consider(now, request, seed);
-        self.counters = counters;
-        considered.map(|considered| self.record(now, request, &considered))
     }
 
     /// Whether a request must wait for others before it is decided, and until when. The host then

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::Name;
+use super::{AttributeState, Name};
 use crate::Time;
 
 /// Most numbers that are kept about one endpoint; a configuration names each of them.
@@ -33,6 +33,30 @@ impl Attributes {
         let fresh = asked.filter(|told| now.since(told.at) <= told.valid_for);
         let newest = fresh.max_by(|a, b| a.at.cmp(&b.at).then_with(|| b.producer.cmp(&a.producer)));
         newest.map(|told| told.value)
+    }
+
+    /// All of them, stale ones included.
+    pub(super) fn state(&self) -> Vec<AttributeState> {
+        let state = |told: &Attribute| AttributeState {
+            key: told.key.to_string(),
+            producer: told.producer.to_string(),
+            value: told.value,
+            at: told.at,
+            valid_for: told.valid_for,
+        };
+        self.0.iter().map(state).collect()
+    }
+
+    /// What [`Attributes::state`] told; of more than the limit the first are kept.
+    pub(super) fn restore(states: &[AttributeState]) -> Attributes {
+        let attribute = |state: &AttributeState| Attribute {
+            key: Name::from(state.key.as_str()),
+            producer: Name::from(state.producer.as_str()),
+            value: state.value,
+            at: state.at,
+            valid_for: state.valid_for,
+        };
+        Attributes(states.iter().take(ATTRIBUTES_MAX).map(attribute).collect())
     }
 
     /// What is no number is not kept, and ends what was told under its key.

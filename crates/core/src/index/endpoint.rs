@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::SkipReason;
 use super::history::History;
 use super::holders::{Blocks, Holder};
 use super::pending::Pending;
 use super::removals::Removals;
 use super::speculations::SpeculationId;
 use super::table::{Cell, Table, btree_bytes};
+use super::{GroupState, SkipReason};
 use crate::blocks::BlockKey;
 use crate::event::{EngineHash, GroupKind, Tier};
 
@@ -420,6 +420,42 @@ impl Endpoint {
             }
             GroupKind::Mamba => 1,
             GroupKind::Full | GroupKind::NotIndexable => 0,
+        }
+    }
+
+    /// Key and tiers of every engine hash, in no order that means anything.
+    pub fn names(&self) -> impl Iterator<Item = (u64, u8)> + Clone + '_ {
+        self.names.iter().map(|(_, named)| (named.key, named.tiers))
+    }
+
+    /// Whether one of the groups is the indexed one.
+    pub fn has_indexed_group(&self) -> bool {
+        self.indexed_group.is_some()
+    }
+
+    /// The groups beside the indexed one, each with those of `keys` that it holds.
+    pub fn group_states(&self, keys: impl Iterator<Item = u64> + Clone) -> Vec<GroupState> {
+        let beside = self.groups.iter().filter(|group| self.indexed_group != Some(group.id));
+        let state = |group: &Group| {
+            let holds = |key: &u64| {
+                let hash = self.hashes.get(*key);
+                hash.is_some_and(|of| group.members.get(of.hash).is_some())
+            };
+            let keys = keys.clone().filter(holds).map(BlockKey).collect();
+            GroupState { kind: group.kind, keys }
+        };
+        beside.map(state).collect()
+    }
+
+    /// Groups as [`Endpoint::group_states`] told, where each block is called by its key.
+    pub fn restore_groups(&mut self, has_indexed: bool, states: &[GroupState]) {
+        let indexed = Group { id: 0, kind: GroupKind::Full, members: Table::new() };
+        self.groups = if has_indexed { vec![indexed] } else { Vec::new() };
+        self.indexed_group = has_indexed.then_some(0);
+        for (id, state) in (1u32..).zip(states.iter().take(GROUPS_MAX)) {
+            let mut members = Table::new();
+            state.keys.iter().for_each(|key| members.insert(key.0, Copies([1, 0, 0, 0])));
+            self.groups.push(Group { id, kind: state.kind, members });
         }
     }
 

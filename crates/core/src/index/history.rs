@@ -96,6 +96,12 @@ impl History {
         self.nodes.iter().map(|node| node.key)
     }
 
+    /// All blocks, the one unused longest first.
+    pub fn oldest_first(&self) -> impl Iterator<Item = u64> + '_ {
+        let newer = |node: &&Node| self.nodes.get(node.newer as usize);
+        std::iter::successors(self.nodes.get(self.oldest as usize), newer).map(|node| node.key)
+    }
+
     /// Gives memory back when less than half is used.
     pub fn trim(&mut self) {
         self.places.trim(2);

@@ -138,7 +138,7 @@ impl<V: Cell> Table<V> {
     }
 
     /// All entries, in an order that only the operations so far decide.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, V)> + '_ {
+    pub fn iter(&self) -> impl Iterator<Item = (u64, V)> + Clone + '_ {
         let full = self.places.iter().filter(|place| !place.value.is_empty());
         full.map(|place| (place.key, place.value))
     }

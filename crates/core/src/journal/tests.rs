@@ -26,10 +26,10 @@ enum Read {
 }
 
 /// A host that does anything at any time.
-struct Chaos {
-    brain: Brain,
-    rng: Rng,
-    now: Time,
+pub(crate) struct Chaos {
+    pub brain: Brain,
+    pub rng: Rng,
+    pub now: Time,
     names: u32,
     ids: Vec<EndpointId>,
     tickets: Vec<Ticket>,
@@ -37,6 +37,14 @@ struct Chaos {
 }
 
 impl Chaos {
+    pub fn new(brain: Brain, seed: u64) -> Chaos {
+        let rng = Rng::seeded(seed);
+        let (ids, tickets, seqs) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let mut chaos = Chaos { brain, rng, now: Time::ZERO, names: 0, ids, tickets, seqs };
+        (0..4).for_each(|_| chaos.add());
+        chaos
+    }
+
     fn id(&mut self) -> EndpointId {
         let stale = EndpointId { slot: 0, generation: 0 };
         match self.rng.below(self.ids.len() + 1) {
@@ -71,7 +79,8 @@ impl Chaos {
         (0..(blocks * BLOCK + 5) as u32).map(|i| group * 100_000 + i).collect()
     }
 
-    fn decide(&mut self) {
+    /// Asks something.
+    pub fn ask<R>(&mut self, ask: impl FnOnce(&mut Brain, Time, &Request<'_>) -> R) -> R {
         let (tokens, specs) = (self.prompt(), self.brain.chain_specs());
         let known = match self.rng.below(6) {
             0 => TokensKnown::Estimated,
@@ -96,9 +105,12 @@ impl Chaos {
             headers: &Headers(&[("x-session-id", "s\n1")]),
             allowed: (self.rng.below(5) == 0).then_some(&allowed[..]),
         };
-        if let Ok(decision) = self.brain.decide(self.now, &request) {
-            self.tickets.push(decision.ticket);
-        }
+        ask(&mut self.brain, self.now, &request)
+    }
+
+    fn decide(&mut self) {
+        let decided = self.ask(|brain, now, request| brain.decide(now, request));
+        self.tickets.extend(decided.map(|decision| decision.ticket));
     }
 
     fn stream(&mut self) {
@@ -142,7 +154,7 @@ impl Chaos {
         self.brain.on_response(self.now, ticket, event);
     }
 
-    fn step(&mut self) {
+    pub fn step(&mut self) {
         self.now = Time(self.now.0 + self.rng.below(40_000_000) as u64);
         let id = self.id();
         match self.rng.below(24) {
@@ -206,7 +218,7 @@ fn metrics(rng: &mut Rng) -> EngineMetrics {
     }
 }
 
-fn plans() -> [Plan; 4] {
+pub(crate) fn plans() -> [Plan; 4] {
     let settings = Settings {
         inflight_requests_max: 40,
         endpoints_max: 5,
@@ -245,10 +257,7 @@ fn record(plan: Plan, seed: u64) -> Vec<String> {
     let (recorder, lines) = to_lines();
     let mut brain = Brain::new(plan, seed);
     brain.set_recorder(Some(recorder));
-    let rng = Rng::seeded(seed);
-    let (ids, tickets, seqs) = (Vec::new(), Vec::new(), BTreeMap::new());
-    let mut chaos = Chaos { brain, rng, now: Time::ZERO, names: 0, ids, tickets, seqs };
-    (0..4).for_each(|_| chaos.add());
+    let mut chaos = Chaos::new(brain, seed);
     (0..500).for_each(|_| chaos.step());
     drop(chaos);
     lines.iter().collect()

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::Rng;
 use crate::fleet::Name;
+use crate::memory::Memory;
 use crate::stage::{Picker, Plugin, View};
 
 /// Round robin over endpoint names, whatever the scores. The place in the round is a name, so
@@ -17,7 +18,17 @@ pub struct RoundRobin {
     last: Option<Name>,
 }
 
-impl Plugin for RoundRobin {}
+impl Plugin for RoundRobin {
+    fn memory(&self) -> Memory {
+        Memory::Last(self.last.as_ref().map(Name::to_string))
+    }
+
+    fn recall(&mut self, memory: &Memory) {
+        if let Memory::Last(name) = memory {
+            self.last = name.as_deref().map(Name::from);
+        }
+    }
+}
 
 impl Picker for RoundRobin {
     fn endpoints_max(&self) -> usize {

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::fleet::EndpointId;
 use crate::lru::Lru;
+use crate::memory::Memory;
 use crate::stage::{
     Inputs, PREFIX_DEFAULT, Picked, Plugin, ProducerRef, ResponseHeader, Scorer, View,
 };
@@ -93,6 +94,17 @@ impl Plugin for NoHitLru {
 
     fn forget(&mut self, id: EndpointId) {
         self.used.remove(&id);
+    }
+
+    fn memory(&self) -> Memory {
+        Memory::Endpoints(self.used.iter().map(|(id, ())| *id).collect())
+    }
+
+    fn recall(&mut self, memory: &Memory) {
+        if let Memory::Endpoints(ids) = memory {
+            self.used = Lru::default();
+            ids.iter().for_each(|id| self.used.put(*id, (), usize::MAX));
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::decision::Headers;
 use crate::fleet::{EndpointId, Name};
 use crate::lru::Lru;
+use crate::memory::Memory;
 use crate::produce::filled;
 use crate::settings::Settings;
 use crate::stage::{Filter, Inputs, Picked, Plugin, ProducerRef, ResponseHeader, Scorer, View};
@@ -314,6 +315,21 @@ impl Plugin for SessionAffinity {
 
     fn forget(&mut self, id: EndpointId) {
         self.pins.retain(|pin| pin.endpoint != id);
+    }
+
+    fn memory(&self) -> Memory {
+        let pins = self.pins.iter();
+        Memory::Sessions(pins.map(|(id, pin)| (id.clone(), pin.endpoint, pin.used)).collect())
+    }
+
+    fn recall(&mut self, memory: &Memory) {
+        if let Memory::Sessions(sessions) = memory {
+            self.pins = Lru::default();
+            for (session, endpoint, used) in sessions {
+                let pin = Pin { endpoint: *endpoint, used: *used };
+                self.pins.put(session.clone(), pin, self.pins_max);
+            }
+        }
     }
 }
 

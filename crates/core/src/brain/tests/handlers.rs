@@ -262,8 +262,8 @@ fn an_explanation_changes_nothing() {
     };
     let seed = host.ask(&tokens).record.seed;
     let before = (*host.brain.counters(), host.brain.inflight_requests());
-    let explained = host.brain.explain(host.now, &request, seed).unwrap();
-    let again = host.brain.explain(host.now, &request, seed).unwrap();
+    let explained = host.brain.explain(host.now, &request, Some(seed)).unwrap();
+    let again = host.brain.explain(host.now, &request, Some(seed)).unwrap();
     assert_eq!(explained, again);
     assert_eq!((*host.brain.counters(), host.brain.inflight_requests()), before);
 }
