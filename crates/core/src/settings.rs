@@ -48,6 +48,8 @@ pub struct Settings {
     pub speculative_grace_ms: u32,
     /// Memory of the last decisions kept for `/decisions`.
     pub decisions_bytes_max: usize,
+    /// Largest snapshot of the fleet that `/snapshot` gives; a larger one is answered with 413.
+    pub snapshot_bytes_max: usize,
     /// Longest recording of `--record`; a longer one is cut, and says so.
     pub recording_bytes_max: u64,
     /// Memory of what waits to be written to it; when that is full, the recording is cut.
@@ -137,6 +139,7 @@ impl Default for Settings {
             speculative_ttl_ms: 30_000,
             speculative_grace_ms: 250,
             decisions_bytes_max: 16 * MIB,
+            snapshot_bytes_max: 64 * MIB,
             recording_bytes_max: 16 << 30,
             recording_queue_bytes_max: 64 * MIB,
             retries_max: 2,

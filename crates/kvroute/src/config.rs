@@ -120,7 +120,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
              or list them in a file that the configuration's dataLayer.discovery names"
         );
     }
-    let record = args.record.clone().map(|file| Record { file, config });
+    let record = args.record.clone().map(|file| Record { file });
     let options = TokenizerOptions {
         cache_bytes_max: plan.settings.tokenizer_cache_bytes_max,
         ..TokenizerOptions::default()
@@ -128,6 +128,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
     Ok(RouterConfig {
         tokenizers: tokenizers(&engines.tokenizers, &options)?,
         plan,
+        config,
         record,
         seed: args.seed,
         http: args.http,

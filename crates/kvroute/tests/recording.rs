@@ -37,7 +37,7 @@ fn builtin() -> Plan {
 }
 
 fn recorded_to(file: &std::path::Path) -> Option<Record> {
-    Some(Record { file: file.to_owned(), config: String::new() })
+    Some(Record { file: file.to_owned() })
 }
 
 /// So many requests at once, to be waited for.
@@ -68,7 +68,8 @@ async fn turmoil(file: &std::path::Path) -> Vec<Value> {
     let text = include_str!("../../../config/precise.yaml").to_owned() + IMPATIENT;
     let plan = kvroute::config::load_text(&text, "impatient.yaml", Experimental::Refused).unwrap();
     let mut config = config(plan, &flags);
-    config.record = Some(Record { file: file.to_owned(), config: text });
+    config.record = Some(Record { file: file.to_owned() });
+    config.config = text;
     let router = router(config, &engines).await;
     let calm = burst(&router, 80, 1).join_all().await;
     assert!(calm.iter().all(|status| *status == 200), "{calm:?}");

@@ -1,7 +1,8 @@
 //! What can a person or a monitor ask? A listener of its own, read only.
 //!
 //! `/metrics`, `/healthz`, `/readyz`, `/decisions?last=N`, `/decisions/{request-id}`, `/index`,
-//! `/endpoints`. Everything but the metrics is JSON, indented for people.
+//! `/endpoints`, `/snapshot`, and `POST /explain`, which changes nothing either. Everything but the
+//! metrics is JSON, indented for people but for the snapshot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use tracing::{debug, warn};
 
 use crate::shared::Shared;
 
+mod explain;
 mod health;
 mod index;
 mod page;
@@ -50,8 +52,8 @@ pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let answer = answer(&shared, &request);
-                async move { Ok::<_, std::convert::Infallible>(answer) }
+                let shared = Arc::clone(&shared);
+                async move { Ok::<_, std::convert::Infallible>(answer(&shared, request).await) }
             });
             let mut server = hyper::server::conn::http1::Builder::new();
             server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
@@ -63,10 +65,17 @@ pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-fn answer(shared: &Shared, request: &Request<Incoming>) -> Answer {
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        return fault(StatusCode::METHOD_NOT_ALLOWED, "this address is read only; use GET");
+async fn answer(shared: &Arc<Shared>, request: Request<Incoming>) -> Answer {
+    match (request.method(), request.uri().path()) {
+        (&Method::POST, "/explain") => explain::explain(shared, request).await,
+        (_, "/explain") => fault(StatusCode::METHOD_NOT_ALLOWED, "POST a client's request body"),
+        (&Method::GET | &Method::HEAD, "/snapshot") => explain::snapshot(shared).await,
+        (&Method::GET | &Method::HEAD, _) => look(shared, &request),
+        _ => fault(StatusCode::METHOD_NOT_ALLOWED, "this address is read only; use GET"),
     }
+}
+
+fn look(shared: &Shared, request: &Request<Incoming>) -> Answer {
     let path = request.uri().path();
     let query = request.uri().query().unwrap_or_default();
     match path {
@@ -86,11 +95,14 @@ fn answer(shared: &Shared, request: &Request<Incoming>) -> Answer {
         "/" => page::answer(),
         _ => match path.strip_prefix("/decisions/").map(|id| shared.decisions.find(id)) {
             Some(Some(entry)) => json(StatusCode::OK, &entry),
-            Some(None) => fault(
-                StatusCode::NOT_FOUND,
-                "no decision of this request id; the oldest are forgotten \
-                 (kvroute.decisions_bytes_max)",
-            ),
+            Some(None) => {
+                let (kept, bytes, bytes_max) = shared.decisions.kept();
+                let text = format!(
+                    "no decision of this request id; the last {kept} are kept, {bytes} of \
+                     {bytes_max} bytes (kvroute.decisions_bytes_max)"
+                );
+                fault(StatusCode::NOT_FOUND, &text)
+            }
             None => fault(StatusCode::NOT_FOUND, "unknown path; GET / lists what there is"),
         },
     }

@@ -15,6 +15,9 @@ use thiserror::Error;
 pub struct RouterConfig {
     /// How requests are scheduled, and every limit.
     pub plan: Plan,
+    /// Text of the configuration that the plan was built from, for recordings and snapshots;
+    /// empty: the built-in one.
+    pub config: String,
     /// Seed of tie-breaks.
     pub seed: u64,
     /// Where clients connect; port 0 picks a free one.
@@ -44,8 +47,6 @@ pub struct RouterConfig {
 pub struct Record {
     /// A new file; one that exists is refused.
     pub file: PathBuf,
-    /// Text of the configuration that the plan was built from; empty: the built-in one.
-    pub config: String,
 }
 
 /// Where an endpoint publishes its KV events.

@@ -7,6 +7,8 @@ use kvroute_core::decision::DecisionRecord;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use crate::explain::{BlocksRecord, PromptRecord};
+
 /// Allowance for the texts of an outcome.
 const OUTCOME_TEXT_BYTES: usize = 128;
 
@@ -38,6 +40,7 @@ pub(crate) struct Outcome {
 pub(crate) struct Entry {
     /// Seconds since the Unix epoch.
     pub at_unix_s: f64,
+    pub prompt: PromptRecord,
     pub decision: DecisionRecord,
     /// Missing while the request is under way.
     pub outcome: Option<Outcome>,
@@ -67,11 +70,12 @@ impl Decisions {
     }
 
     /// Adds a decision; the number says where its outcome belongs.
-    pub fn push(&self, decision: DecisionRecord) -> u64 {
+    pub fn push(&self, decision: DecisionRecord, prompt: PromptRecord) -> u64 {
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let at_unix_s = since_epoch.map_or(0.0, |d| d.as_secs_f64());
-        let bytes = size_of::<Entry>() + OUTCOME_TEXT_BYTES + decision.bytes();
-        let entry = Entry { at_unix_s, decision, outcome: None, bytes };
+        let blocks = prompt.blocks.capacity() * size_of::<BlocksRecord>();
+        let bytes = size_of::<Entry>() + OUTCOME_TEXT_BYTES + blocks + decision.bytes();
+        let entry = Entry { at_unix_s, prompt, decision, outcome: None, bytes };
         let mut ring = self.ring.lock();
         ring.bytes += bytes;
         ring.entries.push_back(entry);
@@ -95,6 +99,12 @@ impl Decisions {
     /// The newest `n`, newest first.
     pub fn last(&self, n: usize) -> Vec<Entry> {
         self.ring.lock().entries.iter().rev().take(n).cloned().collect()
+    }
+
+    /// How many are kept, and in how many bytes of how many.
+    pub fn kept(&self) -> (usize, usize, usize) {
+        let ring = self.ring.lock();
+        (ring.entries.len(), ring.bytes, self.bytes_max)
     }
 
     /// The newest of this request id.

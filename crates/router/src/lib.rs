@@ -14,6 +14,7 @@ mod decisions;
 mod discover;
 mod error;
 mod events;
+pub mod explain;
 mod forward;
 mod headers;
 mod http1;
@@ -163,6 +164,7 @@ fn share(
         upstreams: upstream::Upstreams::default(),
         metrics,
         decisions: decisions::Decisions::new(settings.decisions_bytes_max),
+        config: config.config,
         tokenizers: config.tokenizers,
         default_model: config.default_model,
         tokenize_room: Arc::new(Semaphore::new(room)),
@@ -185,7 +187,7 @@ fn record(
         file_bytes_max: config.plan.settings.recording_bytes_max,
         queue_bytes_max: config.plan.settings.recording_queue_bytes_max,
     };
-    let started = recorder::Recorder::start(record, config.seed, limits, metrics);
+    let started = recorder::Recorder::start(record, &config.config, config.seed, limits, metrics);
     let file = || record.file.display().to_string();
     started.map(Some).map_err(|error| StartError::Record { file: file(), error })
 }

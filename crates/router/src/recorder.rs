@@ -64,6 +64,7 @@ impl Recorder {
     /// The file exists or cannot be created.
     pub fn start(
         record: &Record,
+        config: &str,
         seed: u64,
         limits: RecorderLimits,
         metrics: &Metrics,
@@ -75,7 +76,7 @@ impl Recorder {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             seed,
-            config: record.config.clone(),
+            config: config.to_owned(),
             started_unix_s: since_epoch.map_or(0.0, |d| d.as_secs_f64()),
         };
         let queue = Arc::new(Queue::new(limits.queue_bytes_max));
@@ -434,11 +435,12 @@ mod tests {
     fn an_existing_file_is_left_alone_and_a_new_one_is_private() {
         use std::os::unix::fs::PermissionsExt;
         let file = scratch("private");
-        let record = Record { file: file.clone(), config: "a: b\n".to_owned() };
+        let record = Record { file: file.clone() };
         let limits = RecorderLimits { file_bytes_max: 1 << 20, queue_bytes_max: 1 << 20 };
         let metrics = Metrics::new(1);
-        let recorder = Recorder::start(&record, 7, limits, &metrics).unwrap();
-        let again = Recorder::start(&record, 7, limits, &metrics).map(|_| ()).unwrap_err();
+        let recorder = Recorder::start(&record, "a: b\n", 7, limits, &metrics).unwrap();
+        let again =
+            Recorder::start(&record, "a: b\n", 7, limits, &metrics).map(|_| ()).unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
         let mut hook = recorder.hook();
         assert!(hook(tick(1)).is_continue());

@@ -24,6 +24,7 @@ use tracing::{debug, info, warn};
 
 use crate::decisions::Outcome;
 use crate::error::RouteError;
+use crate::explain::PromptRecord;
 use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
 use crate::metrics::RequestLabels;
@@ -230,7 +231,7 @@ impl Chosen {
 }
 
 /// A request as the brain sees it.
-fn scheduled<'a>(
+pub(crate) fn scheduled<'a>(
     shared: &Shared,
     request_id: &'a str,
     asked: &'a Asked,
@@ -311,7 +312,7 @@ pub(crate) fn choose(
     if !asked.model.is_empty() {
         note_mode(shared, asked, &record);
     }
-    let number = shared.decisions.push(record);
+    let number = shared.decisions.push(record, PromptRecord::of(asked));
     let mut candidates = Vec::with_capacity(1 + fallback.len());
     candidates.push(endpoint);
     candidates.extend(fallback);
@@ -341,7 +342,7 @@ fn priority(shared: &Shared, headers: &HeaderMap) -> i32 {
 }
 
 /// The headers that the plan's plugins read; a session id in the body stands in for the header.
-fn scheduling_headers<'a>(
+pub(crate) fn scheduling_headers<'a>(
     shared: &'a Shared,
     headers: &'a HeaderMap,
     asked: &'a Asked,

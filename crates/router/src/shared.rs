@@ -44,6 +44,8 @@ pub(crate) struct Shared {
     pub upstreams: Upstreams,
     pub metrics: Metrics,
     pub decisions: Decisions,
+    /// Text of the configuration; empty: the built-in one.
+    pub config: String,
     pub tokenizers: Tokenizers,
     pub default_model: Option<String>,
     /// The plan uses KV events.

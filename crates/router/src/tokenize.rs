@@ -17,7 +17,7 @@ use kvroute_core::decision::{NoTokens, PromptChains, TokensKnown};
 use kvroute_core::fleet::RootKind;
 use kvroute_core::plan::TokensNeed;
 use kvroute_core::produce::{AUDIO_TOKENS, TokenEstimate, VideoHints};
-use kvroute_tokens::{Tokenizer, TokensError};
+use kvroute_tokens::{Tokenized, Tokenizer, TokensError};
 use kvroute_wire::api::Api;
 use kvroute_wire::media::{MediaItem, MediaKind};
 use kvroute_wire::request::{self, NoPrompt, Prompt, RequestBody};
@@ -51,6 +51,8 @@ pub(crate) struct Asked {
     /// vLLM's `session_id`.
     pub session_id: Option<String>,
     pub prompts: Vec<PromptChains>,
+    /// Characters of the text that the engine will see; `None`: it was not rendered.
+    pub rendered_chars: Option<u64>,
     pub prompt_tokens: u32,
     /// Hashes of the images, videos and sounds, in the order in which they appear.
     pub media: Vec<u64>,
@@ -69,6 +71,7 @@ impl Asked {
             skips_cache: false,
             session_id: None,
             prompts: Vec::new(),
+            rendered_chars: None,
             prompt_tokens: 0,
             media: Vec::new(),
             known: TokensKnown::None(NoTokens::NoPrompt),
@@ -154,7 +157,8 @@ fn read_now(
         let why = NoTokens::NotNeeded;
         return Ok(without_tokens(&parsed, model, body.len(), &estimator, why));
     }
-    let (tokens, known) = match tokens_of(shared, &model, &parsed, &estimator) {
+    let found = tokens_of(shared, &model, &parsed, &estimator);
+    let (Tokenized { ids: tokens, chars }, known) = match found {
         Ok(tokens) => tokens,
         Err(Missing { why, request_at_fault }) => {
             let asked = without_tokens(&parsed, model, body.len(), &estimator, why);
@@ -176,7 +180,7 @@ fn read_now(
     let prompts = tokens.iter().map(chains_of).collect();
     let prompt_tokens = tokens.iter().map(Vec::len).sum::<usize>();
     let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
-    Ok(Asked { prompts, prompt_tokens, known, ..about(&parsed, model) })
+    Ok(Asked { prompts, rendered_chars: chars, prompt_tokens, known, ..about(&parsed, model) })
 }
 
 /// Empty where the API has no place for a model and the router was not told of one: any endpoint
@@ -239,16 +243,17 @@ fn tokens_of(
     model: &str,
     parsed: &RequestBody<'_>,
     estimator: &Estimator<'_>,
-) -> Result<(Vec<Vec<u32>>, TokensKnown), Missing> {
+) -> Result<(Tokenized, TokensKnown), Missing> {
+    let unrendered = |ids| Tokenized { ids, chars: None };
     let exact = shared.tokens == TokensNeed::Exact;
     match (&parsed.prompt, tokenizer_of(shared, model).filter(|_| exact)) {
         (Prompt::None(why), _) => Err(failure(shared, model, &TokensError::NoPrompt(*why))),
-        (Prompt::TokenIds(prompts), _) => Ok((prompts.clone(), TokensKnown::Exact)),
-        (_, Some(tokenizer)) => match tokenizer.tokens_of(parsed) {
+        (Prompt::TokenIds(prompts), _) => Ok((unrendered(prompts.clone()), TokensKnown::Exact)),
+        (_, Some(tokenizer)) => match tokenizer.tokenize(parsed) {
             Ok(tokens) => Ok((tokens, TokensKnown::Exact)),
             Err(error) => Err(failure(shared, model, &error)),
         },
-        (_, None) => Ok((estimator.tokens_of(parsed), TokensKnown::Estimated)),
+        (_, None) => Ok((unrendered(estimator.tokens_of(parsed)), TokensKnown::Estimated)),
     }
 }
 

@@ -80,6 +80,15 @@ pub struct Tokenizer {
     inner: Arc<Inner>,
 }
 
+/// The prompts of one request as ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tokenized {
+    /// One list per prompt.
+    pub ids: Vec<Vec<u32>>,
+    /// Characters of their texts, templates included; `None`: they came as ids.
+    pub chars: Option<u64>,
+}
+
 struct Inner {
     model: Model,
     templates: Templates,
@@ -166,16 +175,28 @@ impl Tokenizer {
     /// # Errors
     /// [`TokensError`], whose [`TokensError::reason`] names why the request has no exact ids.
     pub fn tokens_of(&self, body: &RequestBody<'_>) -> Result<Vec<Vec<u32>>, TokensError> {
+        self.tokenize(body).map(|tokenized| tokenized.ids)
+    }
+
+    /// The same, with the length of the text that they were made of.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::tokens_of`].
+    pub fn tokenize(&self, body: &RequestBody<'_>) -> Result<Tokenized, TokensError> {
+        let chars = |text: &str| text.chars().count() as u64;
         match &body.prompt {
             Prompt::None(reason) => Err(TokensError::NoPrompt(*reason)),
             Prompt::Opaque(opaque) => Err(TokensError::NoPrompt(opaque.why)),
-            Prompt::TokenIds(lists) => Ok(lists.clone()),
+            Prompt::TokenIds(lists) => Ok(Tokenized { ids: lists.clone(), chars: None }),
             Prompt::Texts(texts) => {
-                texts.iter().map(|text| self.encode(text, body.add_special_tokens)).collect()
+                let ids = texts.iter().map(|text| self.encode(text, body.add_special_tokens));
+                let ids = ids.collect::<Result<_, _>>()?;
+                Ok(Tokenized { ids, chars: Some(texts.iter().map(|text| chars(text)).sum()) })
             }
             Prompt::Chat(chat) => {
                 let text = self.render_chat(chat)?;
-                Ok(vec![self.encode(&text, chat.add_special_tokens)?])
+                let ids = vec![self.encode(&text, chat.add_special_tokens)?];
+                Ok(Tokenized { ids, chars: Some(chars(&text)) })
             }
         }
     }

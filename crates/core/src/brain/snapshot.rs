@@ -53,6 +53,9 @@ pub struct Snapshot {
     pub endpoints: Vec<EndpointSnapshot>,
     /// Models that any endpoint has as an adapter.
     pub adapters: Vec<String>,
+    /// Seed that the next decision will get.
+    #[serde(with = "crate::journal::packed::one")]
+    pub next_seed: u64,
     /// Requests in flight, over all endpoints.
     pub inflight_requests: u32,
     /// How fast the fleet is, as learned.
@@ -181,6 +184,7 @@ impl Brain {
             left_out: lost.chain(windows).collect(),
             endpoints: self.fleet.iter().map(endpoint).collect(),
             adapters: self.fleet.adapters().map(str::to_owned).collect(),
+            next_seed: self.next_seed(),
             inflight_requests: u32::try_from(self.reservations.len()).unwrap_or(u32::MAX),
             learned: self.costs.fleet_state(),
             memories,

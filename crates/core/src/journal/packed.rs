@@ -52,3 +52,21 @@ impl<T: From<u64>> Visitor<'_> for Names<T> {
         names.filter(|_| whole).ok_or_else(|| E::invalid_length(text.len(), &self))
     }
 }
+
+/// One name, written the same way.
+pub(crate) mod one {
+    use serde::de::Error;
+    use serde::{Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(name: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        super::serialize(std::slice::from_ref(name), serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let names: Vec<u64> = super::deserialize(deserializer)?;
+        match names[..] {
+            [name] => Ok(name),
+            _ => Err(D::Error::custom("write one number of 16 hexadecimal digits")),
+        }
+    }
+}

@@ -57,6 +57,7 @@ impl Fleet {
         let endpoints = self.engines.iter().map(|engine| flag(engine).parse());
         let config = RouterConfig {
             plan,
+            config: String::new(),
             seed,
             http: any,
             admin: any,

@@ -42,6 +42,7 @@ pub fn config(plan: Plan, flags: &[String]) -> RouterConfig {
     let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
     RouterConfig {
         plan,
+        config: String::new(),
         seed: 1,
         http: any,
         admin: any,

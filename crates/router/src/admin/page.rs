@@ -15,6 +15,8 @@ kvroute
 /index                   what is resident where, state of every event stream, cache ledger
 /decisions?last=N        why the last requests went where they went
 /decisions/{request-id}  why one request did
+/snapshot                everything that decisions depend on, for kvroute explain --snapshot
+POST /explain?path=P     why a request with this body would go where it would; nothing is sent
 ";
 
 pub(super) fn answer() -> Response<Full<Bytes>> {

@@ -331,6 +331,7 @@ pub fn plan(settings: Settings) -> Plan {
 pub fn config(endpoints: &[SocketAddr], settings: Settings) -> RouterConfig {
     RouterConfig {
         plan: plan(settings),
+        config: String::new(),
         seed: 1,
         http: "127.0.0.1:0".parse().unwrap(),
         admin: "127.0.0.1:0".parse().unwrap(),
