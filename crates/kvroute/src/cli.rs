@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{bench, check, demo, engine, fit, replay, serve, sim};
+use crate::{bench, check, demo, engine, explain, fit, replay, serve, sim};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -73,6 +73,8 @@ enum Command {
     Serve(Box<Serve>),
     /// Does a configuration load, what does it do, and are the engines as it expects them?
     Check(Box<Check>),
+    /// Where does a request go, and why? Asks a running router, or decides on a snapshot of one.
+    Explain(Box<Explain>),
     /// Simulated engines, the router and a load, beside round robin.
     Demo(Demo),
     /// A simulated vLLM server.
@@ -205,6 +207,66 @@ pub struct Check {
     /// The engines.
     #[command(flatten)]
     pub engines: Engines,
+}
+
+/// `kvroute explain`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Nothing is sent to an engine and nothing changes: the decision is made on a copy. docs/explain.md
+says what each line means.
+
+Examples:
+  kvroute explain request.json --admin http://127.0.0.1:9090
+  kvroute explain request.json --header 'x-session-id: 7' --path /v1/chat/completions
+  kvroute explain --decision 5f0c... --admin http://127.0.0.1:9090
+  kvroute explain --save-snapshot fleet.json
+  kvroute explain request.json --snapshot fleet.json --tokenizer tokenizer.json")]
+pub struct Explain {
+    /// The body that a client would post; `-` reads it from standard input.
+    #[arg(value_name = "REQUEST.json", conflicts_with_all = ["decision", "save_snapshot"])]
+    #[arg(required_unless_present_any = ["decision", "save_snapshot"])]
+    pub request: Option<PathBuf>,
+
+    /// The router's admin address.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:9090")]
+    pub admin: String,
+
+    /// Decide by this snapshot instead of asking a router.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["decision", "save_snapshot"])]
+    pub snapshot: Option<PathBuf>,
+
+    /// Decide by this configuration instead of the one in the snapshot.
+    #[arg(long, value_name = "FILE", requires = "snapshot")]
+    pub config: Option<PathBuf>,
+
+    /// With --snapshot: `tokenizer.json` of the model; `MODEL=FILE` for one model of several.
+    #[arg(long = "tokenizer", value_name = "[MODEL=]FILE", requires = "snapshot")]
+    pub tokenizers: Vec<String>,
+
+    /// The path that the client would post to; without it what the body looks like.
+    #[arg(long, value_name = "PATH")]
+    pub path: Option<String>,
+
+    /// A header of the client; repeat for more.
+    #[arg(long = "header", value_name = "NAME: VALUE")]
+    pub headers: Vec<String>,
+
+    /// Seed of the decision's random choices, hexadecimal as decisions show it; without it that of
+    /// the router's next decision.
+    #[arg(long, value_name = "HEX")]
+    pub seed: Option<String>,
+
+    /// Show the decision about a real request, by its x-request-id.
+    #[arg(long, value_name = "ID", conflicts_with = "save_snapshot")]
+    pub decision: Option<String>,
+
+    /// Write a snapshot of the router's fleet: names, load, cached blocks; no text of prompts.
+    #[arg(long, value_name = "FILE")]
+    pub save_snapshot: Option<PathBuf>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `kvroute engine`.
@@ -539,6 +601,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Serve(args) => serve::main(&args),
         Command::Check(args) => check::main(&args),
+        Command::Explain(args) => explain::main(&args),
         Command::Demo(args) => demo::main(&args),
         Command::Engine(args) => engine::main(&args),
         Command::Sim(args) => sim::main(&args),

@@ -93,7 +93,10 @@ fn look(shared: &Shared, request: &Request<Incoming>) -> Answer {
         "/index" => json(StatusCode::OK, &index::view(shared)),
         "/endpoints" => json(StatusCode::OK, &index::endpoints(shared)),
         "/" => page::answer(),
-        _ => match path.strip_prefix("/decisions/").map(|id| shared.decisions.find(id)) {
+        _ => match path
+            .strip_prefix("/decisions/")
+            .map(|id| shared.decisions.find(&explain::decoded(id)))
+        {
             Some(Some(entry)) => json(StatusCode::OK, &entry),
             Some(None) => {
                 let (kept, bytes, bytes_max) = shared.decisions.kept();

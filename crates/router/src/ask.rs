@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use http::{HeaderMap, Method};
+use http::{HeaderMap, HeaderValue, Method};
 use kvroute_core::event::EventBatch;
 use kvroute_core::settings::Settings;
 use kvroute_wire::kv_event;
@@ -139,15 +139,35 @@ pub async fn exchange(
     body: &[u8],
     limits: &AskLimits,
 ) -> Result<Answer, AskError> {
-    let (authority, length) = (engine.address, body.len());
-    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: {authority}\r\n");
+    let mut headers = HeaderMap::new();
+    if engine.rank > 0 {
+        headers.insert(RANK, HeaderValue::from(engine.rank));
+    }
+    exchange_at(engine.address, method, path, &headers, body, limits).await
+}
+
+/// The same at any address, with further headers. The path is written as it is.
+///
+/// # Errors
+/// [`AskError`]; a status of any kind is an answer.
+pub async fn exchange_at(
+    address: SocketAddr,
+    method: &Method,
+    path: &str,
+    headers: &HeaderMap,
+    body: &[u8],
+    limits: &AskLimits,
+) -> Result<Answer, AskError> {
+    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\n");
     if method == Method::POST {
+        let length = body.len();
         request += &format!("content-type: application/json\r\ncontent-length: {length}\r\n");
     }
-    if engine.rank > 0 {
-        request += &format!("{RANK}: {}\r\n", engine.rank);
+    for (name, value) in headers {
+        let value = value.to_str().map_err(|e| AskError::Connect(format!("{name}: {e}")))?;
+        request += &format!("{name}: {value}\r\n");
     }
-    let asked = once(engine.address, request, body, limits.body_bytes_max, limits.answer).await;
+    let asked = once(address, request, body, limits.body_bytes_max, limits.answer).await;
     let (head, body) = asked?;
     Ok(Answer { status: head.status.as_u16(), headers: head.headers, body })
 }

@@ -47,7 +47,7 @@ fn asked(query: &str) -> Result<(Option<String>, Option<u64>), String> {
     let (mut path, mut seed) = (None, None);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         match pair.split_once('=') {
-            Some(("path", value)) => path = Some(value.replace("%2F", "/").replace("%2f", "/")),
+            Some(("path", value)) => path = Some(decoded(value)),
             Some(("seed", value)) => {
                 let number = u64::from_str_radix(value, 16);
                 seed = Some(number.map_err(|_| format!("seed={value} is not hexadecimal"))?);
@@ -56,6 +56,25 @@ fn asked(query: &str) -> Result<(Option<String>, Option<u64>), String> {
         }
     }
     Ok((path, seed))
+}
+
+/// A text that was written with `%XX` within a URL; what is no such sign stays as it is.
+pub(super) fn decoded(text: &str) -> String {
+    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
+    while let [first, after @ ..] = rest {
+        let digit = |at: usize| char::from(*after.get(at)?).to_digit(16);
+        match (*first, digit(0).zip(digit(1))) {
+            (b'%', Some((high, low))) => {
+                bytes.push((high << 4 | low) as u8);
+                rest = &after[2..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Written on a thread where it stalls nobody.
@@ -80,7 +99,13 @@ pub(super) async fn snapshot(shared: &Arc<Shared>) -> Answer {
 
 #[cfg(test)]
 mod tests {
-    use super::asked;
+    use super::{asked, decoded};
+
+    #[test]
+    fn texts_within_urls() {
+        assert_eq!(decoded("a%20b%C3%A9%"), "a b\u{e9}%");
+        assert_eq!(decoded("%2g%zz%4"), "%2g%zz%4");
+    }
 
     #[test]
     fn queries() {
