@@ -19,6 +19,8 @@ pub enum Memory {
     Sessions(Vec<(String, EndpointId, Time)>),
     /// The name of the endpoint that it chose last.
     Last(Option<String>),
+    /// Multimodal items of each endpoint, the one unused longest first.
+    Items(Vec<(EndpointId, Vec<u64>)>),
     /// It remembers something that cannot be kept: what, in words.
     LeftOut(String),
 }

@@ -143,7 +143,7 @@ impl Brain {
 
     /// The same, where every endpoint holds nothing.
     pub fn snapshot_without_blocks(&self, now: Time) -> Snapshot {
-        self.snapshot_of(now, None)
+        self.snapshot_of(now, None, None)
     }
 
     /// The blocks of one endpoint; none once it has left. Cost: these blocks.
@@ -158,7 +158,13 @@ impl Brain {
         keys * KEY_BYTES + usage.endpoints * ENDPOINT_BYTES
     }
 
-    fn snapshot_of(&self, now: Time, only: Option<&[&[BlockKey]]>) -> Snapshot {
+    /// Blocks aside; of commitments and multimodal items these only, where some are given.
+    fn snapshot_of(
+        &self,
+        now: Time,
+        only: Option<&[&[BlockKey]]>,
+        media: Option<&[u64]>,
+    ) -> Snapshot {
         let endpoint = |endpoint: &crate::fleet::Endpoint| EndpointSnapshot {
             endpoint: endpoint.state(),
             stream: self.stream_state(endpoint.id).unwrap_or(StreamState::Initial),
@@ -168,7 +174,7 @@ impl Brain {
             costs: self.costs.state(endpoint.id, only),
             blocks: BlocksState::default(),
         };
-        let memories = self.memories();
+        let memories = self.memories(media);
         let lost = memories.iter().filter_map(|(_, plugin, memory)| match memory {
             Memory::LeftOut(what) => Some(format!("{plugin}: {what}")),
             _ => None,
@@ -196,7 +202,7 @@ impl Brain {
     pub fn snapshot_for(&self, now: Time, request: &Request<'_>) -> Snapshot {
         let chains = request.prompts.iter().flat_map(|prompt| &prompt.chains);
         let chains: Vec<&[BlockKey]> = chains.map(|chain| &chain.keys[..]).collect();
-        let mut snapshot = self.snapshot_of(now, Some(&chains));
+        let mut snapshot = self.snapshot_of(now, Some(&chains), Some(request.media));
         let ids: Vec<EndpointId> = snapshot.endpoints.iter().map(|e| e.endpoint.id).collect();
         let blocks = self.index.state_of(&ids, &chains);
         for (endpoint, blocks) in snapshot.endpoints.iter_mut().zip(blocks) {
@@ -282,7 +288,7 @@ impl Brain {
         self.rng.clone().next_u64()
     }
 
-    fn memories(&self) -> Vec<(String, String, Memory)> {
+    fn memories(&self, media: Option<&[u64]>) -> Vec<(String, String, Memory)> {
         let in_profiles = self.pipelines.iter().flat_map(|pipeline| {
             let profile = pipeline.profile.to_string();
             let memories = pipeline.memories().into_iter();
@@ -294,7 +300,11 @@ impl Brain {
         let guards = screeners.chain(admitters).chain(detectors);
         let guards = guards.filter(|(_, memory)| *memory != Memory::Nothing);
         let guards = guards.map(|(name, memory)| (String::new(), name.to_string(), memory));
-        in_profiles.chain(guards).collect()
+        let caches = self.plan.others.iter().zip(&self.encoder_caches);
+        let caches = caches.filter_map(|((name, _), caches)| {
+            Some((String::new(), name.to_string(), caches.as_ref()?.memory(media)))
+        });
+        in_profiles.chain(guards).chain(caches).collect()
     }
 
     fn recall(&mut self, memories: &[(String, String, Memory)]) {
@@ -303,22 +313,27 @@ impl Brain {
             for pipeline in pipelines.filter(|p| p.profile.as_str() == profile) {
                 pipeline.recall(plugin, memory);
             }
-            if !profile.is_empty() {
-                continue;
+            if profile.is_empty() {
+                self.recall_outside(plugin, memory);
             }
-            let is_it = |name: &Name| name.as_str() == plugin;
-            self.screeners
-                .iter_mut()
-                .filter(|g| is_it(&g.name))
-                .for_each(|g| g.plugin.recall(memory));
-            self.admitters
-                .iter_mut()
-                .filter(|g| is_it(&g.name))
-                .for_each(|g| g.plugin.recall(memory));
-            self.detector
-                .iter_mut()
-                .filter(|g| is_it(&g.name))
-                .for_each(|g| g.plugin.recall(memory));
+        }
+    }
+
+    /// Of plugins outside of profiles.
+    fn recall_outside(&mut self, plugin: &str, memory: &Memory) {
+        let is_it = |name: &Name| name.as_str() == plugin;
+        for guard in self.screeners.iter_mut().filter(|guard| is_it(&guard.name)) {
+            guard.plugin.recall(memory);
+        }
+        for guard in self.admitters.iter_mut().filter(|guard| is_it(&guard.name)) {
+            guard.plugin.recall(memory);
+        }
+        for guard in self.detector.iter_mut().filter(|guard| is_it(&guard.name)) {
+            guard.plugin.recall(memory);
+        }
+        let caches = self.plan.others.iter().zip(&mut self.encoder_caches);
+        for (_, caches) in caches.filter(|((name, _), _)| is_it(name)) {
+            caches.iter_mut().for_each(|caches| caches.recall(memory));
         }
     }
 }

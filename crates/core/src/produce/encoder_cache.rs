@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::fleet::EndpointId;
 use crate::lru::Lru;
+use crate::memory::Memory;
 use crate::stage::{Inputs, MediaMatch, Plugin};
 
 /// Cache per endpoint unless configured otherwise, in MiB.
@@ -84,6 +85,23 @@ impl EncoderCaches {
         }
         let cache = self.endpoints.entry(id).or_default();
         media.iter().for_each(|item| cache.put(*item, (), self.items_max));
+    }
+
+    /// What it remembers; of these items only, where some are given.
+    pub fn memory(&self, only: Option<&[u64]>) -> Memory {
+        let wanted = |item: &u64| only.is_none_or(|only| only.contains(item));
+        let items = |cache: &Lru<u64, ()>| {
+            cache.iter().map(|(item, ())| *item).filter(wanted).collect::<Vec<u64>>()
+        };
+        Memory::Items(self.endpoints.iter().map(|(id, cache)| (*id, items(cache))).collect())
+    }
+
+    /// Takes up again what [`EncoderCaches::memory`] told.
+    pub fn recall(&mut self, memory: &Memory) {
+        if let Memory::Items(endpoints) = memory {
+            self.endpoints.clear();
+            endpoints.iter().for_each(|(id, items)| self.record(*id, items));
+        }
     }
 
     /// The endpoint has left.

@@ -76,10 +76,12 @@ fn disaggregated() -> Plan {
   - {type: always-disagg-pd-decider}
   - {type: queue-scorer}
   - {type: prefix-cache-scorer}
+  - {type: mm-embeddings-cache-scorer}
   - {type: max-score-picker}
 schedulingProfiles:
   - {name: prefill, plugins: [{pluginRef: queue-scorer}]}
-  - {name: decode, plugins: [{pluginRef: prefix-cache-scorer}, {pluginRef: queue-scorer}]}
+  - {name: decode, plugins: [{pluginRef: prefix-cache-scorer}, {pluginRef: queue-scorer},
+     {pluginRef: mm-embeddings-cache-scorer}]}
 ",
     )
 }
