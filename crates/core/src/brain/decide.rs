@@ -15,6 +15,7 @@ use crate::knowledge::{Known, Sources};
 use crate::pipeline::{Inputs, Survivors};
 use crate::plugin::PluginSpec;
 use crate::produce::{EncoderCaches, Held, HeldId, uncached_tokens};
+use crate::score::AGENT_IDENTITY;
 use crate::stage::{Latency, MediaMatch, PrefixMatch, Row};
 use crate::stream::StreamState;
 use crate::{Rng, Time};
@@ -180,6 +181,10 @@ impl Brain {
         let found = self.plan.others.iter().filter_map(|(name, spec)| match spec {
             PluginSpec::SessionIdProducer(producer) => {
                 Some((name.clone(), producer.session(request.headers)?))
+            }
+            PluginSpec::AgentIdentity(identity) => {
+                let id = identity.fairness_id(request.headers)?;
+                Some((Name::from(AGENT_IDENTITY), id.to_owned()))
             }
             _ => None,
         });

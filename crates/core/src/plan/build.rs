@@ -263,7 +263,11 @@ impl<'a> Builder<'a> {
                         | PluginSpec::P2pSourceProducer(_)
                 )
         };
-        self.of_role(Role::Producer).filter(other).cloned().collect()
+        let produces = |(_, spec): &&(Name, PluginSpec)| match spec {
+            PluginSpec::AgentIdentity(_) => true,
+            _ => spec.kind().is(Role::Producer),
+        };
+        self.plugins.iter().filter(produces).filter(other).cloned().collect()
     }
 
     /// Load is always charged. It subtracts the matches of the named producer, else of the default

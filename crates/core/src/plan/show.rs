@@ -68,6 +68,9 @@ impl Plan {
             }
             HandlerPlan::Disagg(disagg) => {
                 let decider = |decider: &Decider| match decider {
+                    Decider::PrefixBased(by) if by.non_cached_tokens == 0 => {
+                        "never: nonCachedTokens is 0".to_owned()
+                    }
                     Decider::PrefixBased(by) => {
                         format!("if {} tokens or more are not cached", by.non_cached_tokens)
                     }
