@@ -11,7 +11,7 @@ use kvroute_wire::parsers::Unclaimed;
 use kvroute_wire::request::BodyError;
 use thiserror::Error;
 
-use crate::headers::ENDPOINT;
+use crate::headers::{DROPPED_REASON, ENDPOINT};
 use crate::observe::Body;
 use crate::upstream::UpstreamError;
 
@@ -122,6 +122,11 @@ impl RouteError {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if matches!(status.as_u16(), 429 | 503) {
             headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        }
+        if let RouteError::Rejected(reject) = self
+            && status != StatusCode::BAD_REQUEST
+        {
+            headers.insert(DROPPED_REASON, HeaderValue::from_static(reject.dropped_reason()));
         }
         if let RouteError::Upstream { endpoint, .. } = self
             && let Ok(name) = HeaderValue::from_str(endpoint)

@@ -27,11 +27,14 @@ const CONTROL: [&str; 6] = [
     "x-encoder-hosts-ports",
     "x-data-parallel-host-port",
     "x-kv-cache-source-host-port",
-    "x-llm-d-request-dropped-reason",
+    DROPPED_REASON,
     "x-went-into-resp-headers",
 ];
 /// The same, by how the name begins.
 const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-kvroute-"];
+
+/// Why the router refused a request.
+pub(crate) const DROPPED_REASON: &str = "x-llm-d-request-dropped-reason";
 
 /// Chooses a data parallel rank behind one address (vLLM, SGLang). A client's own choice is
 /// replaced only where the router has chosen.

@@ -271,7 +271,14 @@ impl Builder<'_> {
             let why = "requestHandler names it";
             let (_, spec) = self.find_or_add(&path, name, Role::Parser, why)?;
             let of_type = |kind: &&ParserKind| kind.plugin_type() == spec.kind().name();
-            parsers.extend(ParserKind::ALL.iter().find(of_type));
+            let kind = ParserKind::ALL.iter().find(of_type).copied();
+            if matches!(kind, Some(ParserKind::VllmGrpc | ParserKind::Vertex)) {
+                let text = format!(
+                    "{name}: the embedded proxy forwards no gRPC, it answers UNIMPLEMENTED"
+                );
+                self.note(NoteKind::Warning, text);
+            }
+            parsers.extend(kind);
         }
         Ok(if parsers.is_empty() { ParserKind::DEFAULTS.to_vec() } else { parsers })
     }
