@@ -10,6 +10,7 @@ mod sections;
 mod show;
 #[cfg(test)]
 mod tests;
+mod warn;
 
 use crate::collect::CollectPlan;
 use crate::config::EndpointPickerConfig;
@@ -23,6 +24,8 @@ use crate::produce::{
     TokenEstimate,
 };
 use crate::settings::Settings;
+
+pub use show::{Shown, ShownData, ShownNote, ShownPlugin, ShownProducer, ShownProfile};
 
 /// A checked configuration. Printing it shows what runs, what was added, and why.
 #[derive(Clone, Debug, PartialEq)]
@@ -205,7 +208,7 @@ pub struct Note {
 }
 
 /// Kinds of remarks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum NoteKind {
     /// Not in the configuration, but needed.
     Added,

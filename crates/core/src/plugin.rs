@@ -562,36 +562,66 @@ impl PluginKind {
         found.map(|(_, since, instead)| Deprecation { since, instead })
     }
 
+    /// Each of its names with what it does, for the JSON Schema.
+    fn type_schemas(self) -> impl Iterator<Item = Schema> {
+        self.names().iter().map(move |name| {
+            let alpha = match self.stability() {
+                Stability::Alpha => " Alpha: needs --allow-experimental-plugins.",
+                Stability::Beta | Stability::Own => "",
+            };
+            let mut schema = json_schema!({
+                "const": name,
+                "description": format!("{}{alpha}", self.about()),
+            });
+            if let Some(old) = self.deprecation(name) {
+                schema.insert("deprecated".into(), true.into());
+                let about = format!("Deprecated since llm-d {}; write {}.", old.since, old.instead);
+                schema.insert("description".into(), about.into());
+            }
+            schema
+        })
+    }
+
     /// Whether it has a role.
     pub fn is(self, role: Role) -> bool {
         self.roles().contains(&role)
     }
 }
 
-/// A plugin entry: for each type, its names and its parameters.
+/// A plugin entry: which types there are, and the parameters of each. One condition for each type,
+/// so that editors complete the parameters of the type that is written, and say what is wrong with
+/// them rather than that no type fits.
 pub(crate) fn entry_schema(generator: &mut SchemaGenerator) -> Schema {
-    let entries: Vec<Schema> = PluginKind::ALL
-        .iter()
+    let kinds = PluginKind::ALL.iter();
+    let types: Vec<Schema> = kinds.clone().flat_map(|kind| kind.type_schemas()).collect();
+    let parameters: Vec<Schema> = kinds
         .map(|kind| {
-            let parameters = kind.schema(generator);
+            let schema = kind.schema(generator);
             json_schema!({
-                "title": kind.name(),
-                "description": kind.about(),
-                "type": "object",
-                "properties": {
-                    "type": { "enum": kind.names() },
-                    "name": {
-                        "type": ["string", "null"],
-                        "description": "What other sections call it; its type when left out.",
-                    },
-                    "parameters": { "anyOf": [parameters, { "type": "null" }] },
+                "if": { "properties": { "type": { "enum": kind.names() } } },
+                "then": {
+                    "properties": { "parameters": { "anyOf": [schema, { "type": "null" }] } },
                 },
-                "required": ["type"],
-                "additionalProperties": false,
             })
         })
         .collect();
-    json_schema!({ "oneOf": entries })
+    json_schema!({
+        "type": "object",
+        "properties": {
+            "type": {
+                "description": "What the plugin is; docs/plugins.md describes all types.",
+                "oneOf": types,
+            },
+            "name": {
+                "type": ["string", "null"],
+                "description": "What other sections call it; its type when left out.",
+            },
+            "parameters": { "description": "What can be set, by type." },
+        },
+        "required": ["type"],
+        "additionalProperties": false,
+        "allOf": parameters,
+    })
 }
 
 /// Reads parameters; a missing or `null` value is an empty map, so that a required field is

@@ -1,22 +1,38 @@
 //! `kvroute check`: does a configuration load, what does it do, and are the engines as it expects
 //! them?
 
+use std::io::Read;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
-use kvroute_core::plan::Plan;
+use kvroute_core::plan::{Experimental, Plan};
 use kvroute_router::ask;
 use kvroute_tokens::TokenizerOptions;
+use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
+use serde_json::{Value, json};
 
 use crate::{cli, config};
 
 pub mod live;
 
+/// A file that was looked at.
+struct Checked {
+    name: String,
+    outcome: Result<Good, ConfigError>,
+}
+
+/// A file that loads.
+struct Good {
+    config: EndpointPickerConfig,
+    plan: Plan,
+}
+
 /// Runs `kvroute check`.
 ///
 /// # Errors
-/// A flag contradicts another one, or a file cannot be read or is wrong.
+/// A flag contradicts another one, or names something that is wrong.
 pub fn main(args: &cli::Check) -> anyhow::Result<ExitCode> {
     let engines = &args.engines;
     let no_endpoints = engines.endpoints.is_empty() && engines.endpoints_file.is_none();
@@ -26,41 +42,113 @@ pub fn main(args: &cli::Check) -> anyhow::Result<ExitCode> {
             false => "endpoints are asked with --live only: add it, or leave the endpoints out",
         });
     }
+    if args.files.iter().filter(|file| is_stdin(file)).count() > 1 {
+        bail!("`-` is standard input, which can be read once");
+    }
+    let experimental = args.allow_experimental_plugins.into();
+    let files: Vec<Checked> = args.files.iter().map(|file| check(file, experimental)).collect();
+    let all_load = files.iter().all(|file| file.outcome.is_ok());
+    // Engines are not held against a configuration that does not load.
+    let report = match args.live && all_load {
+        true => Some(ask_engines(engines, expected(&files))?),
+        false => None,
+    };
+    match args.json {
+        true => cli::say(&json(&files, report.as_ref()).to_string()),
+        false => {
+            cli::say(text(&files).trim_end());
+            report.iter().for_each(|report| cli::say(&report.table()));
+        }
+    }
+    let wrong = report.is_some_and(|report| report.status == live::Status::Wrong);
+    Ok(match (all_load, wrong) {
+        (false, _) => ExitCode::from(2),
+        (true, true) => ExitCode::FAILURE,
+        (true, false) => ExitCode::SUCCESS,
+    })
+}
+
+fn is_stdin(file: &Path) -> bool {
+    file.as_os_str() == "-"
+}
+
+fn check(file: &Path, experimental: Experimental) -> Checked {
+    let name = if is_stdin(file) { "<stdin>".to_owned() } else { file.display().to_string() };
+    let outcome = read(file, &name).and_then(|text| {
+        let (config, plan) = config::read(&text, &name, experimental)?;
+        Ok(Good { config, plan })
+    });
+    Checked { name, outcome }
+}
+
+/// The text of a file, or why it cannot be one of a configuration.
+fn read(file: &Path, name: &str) -> Result<String, ConfigError> {
+    let wrong = |message: &str| ConfigError::of_file(name, message);
+    let mut bytes = Vec::new();
+    // One byte more than the limit tells that the file is too long.
+    let most = CONFIG_BYTES_MAX as u64 + 1;
+    let outcome = match is_stdin(file) {
+        true => std::io::stdin().take(most).read_to_end(&mut bytes),
+        false if file.is_dir() => return Err(wrong("this is a folder; name the files in it")),
+        false => std::fs::File::open(file).and_then(|open| open.take(most).read_to_end(&mut bytes)),
+    };
+    outcome.map_err(|error| wrong(&format!("cannot read it: {error}")))?;
+    if bytes.len() > CONFIG_BYTES_MAX {
+        let message = format!("longer than {CONFIG_BYTES_MAX} bytes, the limit of a configuration");
+        return Err(wrong(&message));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| wrong("this is no text (UTF-8)"))?;
+    if text.contains('\0') {
+        return Err(wrong("this is no text: it holds zero bytes"));
+    }
+    Ok(text)
+}
+
+fn expected(files: &[Checked]) -> live::Expected {
     let mut expected = live::Expected::default();
-    let mut files = Vec::new();
-    for file in &args.files {
-        let name = file.display().to_string();
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {name}"))?;
-        let plan = config::load_text(&text, &name, args.allow_experimental_plugins.into())?;
-        let parsed = kvroute_wire::config::parse(&text, &name).map_err(|e| anyhow!("{e}"))?;
-        expected.add(&name, &parsed, &plan);
-        files.push((name, plan));
+    for file in files {
+        if let Ok(good) = &file.outcome {
+            expected.add(&file.name, &good.config, &good.plan);
+        }
     }
     if files.is_empty() {
         let built_in = EndpointPickerConfig::least_cost();
         expected.add("the built-in configuration", &built_in, &Plan::least_cost());
     }
-    let report = args.live.then(|| ask_engines(engines, expected)).transpose()?;
-    match args.json {
-        true => cli::say(&json(&files, report.as_ref()).to_string()),
-        false => {
-            files.iter().for_each(|(name, plan)| cli::say(&format!("{name}\n{plan}")));
-            report.iter().for_each(|report| cli::say(&report.table()));
-        }
-    }
-    let wrong = report.is_some_and(|report| report.status == live::Status::Wrong);
-    Ok(if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    expected
 }
 
-fn json(files: &[(String, Plan)], report: Option<&live::Report>) -> serde_json::Value {
-    let files: Vec<_> = files
-        .iter()
-        .map(|(file, plan)| serde_json::json!({"file": file, "plan": plan.to_string()}))
-        .collect();
-    match report {
-        Some(report) => serde_json::json!({"files": files, "live": report}),
-        None => serde_json::json!({"files": files}),
+fn text(files: &[Checked]) -> String {
+    let one = |file: &Checked| match &file.outcome {
+        Ok(good) => format!("{}: ok\n\n{}\n", file.name, indented(&good.plan.to_string())),
+        Err(error) => format!("{error}\n\n"),
+    };
+    files.iter().map(one).collect()
+}
+
+fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("  {line}\n")).collect()
+}
+
+fn json(files: &[Checked], report: Option<&live::Report>) -> Value {
+    let one = |file: &Checked| match &file.outcome {
+        Ok(good) => json!({"file": file.name, "ok": true, "plan": good.plan.shown()}),
+        Err(error) => json!({
+            "file": file.name,
+            "ok": false,
+            "errors": [{
+                "line": error.line,
+                "column": error.column,
+                "path": error.path,
+                "message": error.message,
+            }],
+        }),
+    };
+    let mut object = json!({"files": files.iter().map(one).collect::<Vec<_>>()});
+    if let Some(report) = report {
+        object["live"] = json!(report);
     }
+    object
 }
 
 /// Asks every engine that the flags name.

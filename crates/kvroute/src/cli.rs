@@ -1,13 +1,13 @@
 //! What can be typed: commands and flags, nothing of what they do.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{bench, check, demo, engine, explain, fit, replay, serve, sim};
+use crate::{bench, check, demo, engine, explain, fit, replay, schema, serve, sim};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -75,6 +75,13 @@ enum Command {
     Check(Box<Check>),
     /// Where does a request go, and why? Asks a running router, or decides on a snapshot of one.
     Explain(Box<Explain>),
+    /// The JSON Schema of configurations, for editors.
+    #[command(after_help = "\
+Example:
+  kvroute schema >kvroute.schema.json
+and as the first line of a configuration:
+  # yaml-language-server: $schema=kvroute.schema.json")]
+    Schema,
     /// Simulated engines, the router and a load, beside round robin.
     Demo(Demo),
     /// A simulated vLLM server.
@@ -185,10 +192,11 @@ Exit code 0: the files load (and with --live nothing is wrong), 1: an engine is 
 
 Examples:
   kvroute check precise.yaml
+  helm template ... | yq .data.config | kvroute check -
   kvroute check precise.yaml --live --endpoint http://gpu1:8000 --tokenizer tokenizer.json
   kvroute check --live --endpoint http://gpu1:8000     # against the built-in configuration")]
 pub struct Check {
-    /// EndpointPickerConfig files.
+    /// EndpointPickerConfig files; `-` reads standard input.
     #[arg(value_name = "FILE", required_unless_present = "live")]
     pub files: Vec<PathBuf>,
 
@@ -602,6 +610,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::main(&args),
         Command::Check(args) => check::main(&args),
         Command::Explain(args) => explain::main(&args),
+        Command::Schema => schema::main(),
         Command::Demo(args) => demo::main(&args),
         Command::Engine(args) => engine::main(&args),
         Command::Sim(args) => sim::main(&args),
@@ -625,10 +634,9 @@ pub fn tell(line: &str) {
     eprintln!("{line}");
 }
 
-/// A line of the command's result.
-#[expect(clippy::print_stdout, reason = "the command line's own result")]
+/// A line of the command's result. Who closes the pipe early (`| head`) has seen enough.
 pub fn say(line: &str) {
-    println!("{line}");
+    let _enough = writeln!(std::io::stdout(), "{line}");
 }
 
 fn init_logging(filter: Option<&str>, format: LogFormat, quiet: bool) {

@@ -10,5 +10,6 @@ pub mod explain;
 pub mod fit;
 pub mod recording;
 pub mod replay;
+pub mod schema;
 pub mod serve;
 pub mod sim;

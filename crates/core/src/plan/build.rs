@@ -8,7 +8,7 @@ use super::{
 };
 use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
 use crate::fleet::Name;
-use crate::plugin::{PluginKind, PluginSpec, Role, Stability, nearest_first};
+use crate::plugin::{PluginKind, PluginSpec, Role, Stability, known_names};
 use crate::produce::{TokenEstimate, Tokens};
 use crate::stage::{LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef};
 
@@ -133,8 +133,7 @@ impl<'a> Builder<'a> {
     }
 
     pub fn undefined(&self, path: impl Into<String>, name: &str) -> PlanError {
-        let names = nearest_first(name, self.plugins.iter().map(|(n, _)| n.as_str()));
-        let names = if names.is_empty() { "none".into() } else { names.join(", ") };
+        let names = known_names(name, self.plugins.iter().map(|(n, _)| n.as_str()));
         error(path, format!("references undefined plugin '{name}'; defined: {names}"))
     }
 
@@ -341,43 +340,6 @@ impl<'a> Builder<'a> {
             (true, true) => TokensNeed::Exact,
         }
     }
-
-    fn warn(&mut self, profiles: &[ProfilePlan], producers: &[ProducerPlan]) {
-        let stages = || profiles.iter().flat_map(|p| p.filters.iter().chain(&p.scorers));
-        for stage in stages() {
-            if let PluginSpec::PrefixScorer(scorer) = &stage.spec
-                && scorer.older_form().is_some()
-            {
-                let text = format!(
-                    "{}: parameters of llm-d's releases of 2025; it matches and scores as those did",
-                    stage.name
-                );
-                self.note(NoteKind::Warning, text);
-            }
-        }
-        for (at, producer) in producers.iter().enumerate() {
-            if !stages().any(|stage| stage.prefix == Some(at)) {
-                let text = format!("{}: nothing in a profile reads it", producer.name);
-                self.note(NoteKind::Warning, text);
-            }
-        }
-        let inert = |(name, spec): &(Name, PluginSpec)| {
-            let texts = spec.plugin().inert();
-            texts.into_iter().map(|text| format!("{name}.{text}")).collect::<Vec<String>>()
-        };
-        let inert: Vec<String> = self.plugins.iter().flat_map(inert).collect();
-        inert.into_iter().for_each(|text| self.note(NoteKind::Inert, text));
-        let in_profile = |name: &Name| {
-            stages().any(|s| s.name == *name) || profiles.iter().any(|p| p.picker.name == *name)
-        };
-        let unused: Vec<String> = self
-            .plugins
-            .iter()
-            .filter(|(name, spec)| is_stage_only(spec) && !in_profile(name))
-            .map(|(name, _)| format!("{name}: in no profile"))
-            .collect();
-        unused.into_iter().for_each(|text| self.note(NoteKind::Inert, text));
-    }
 }
 
 impl ProducerKind {
@@ -409,7 +371,7 @@ pub(super) fn is_stage(spec: &PluginSpec) -> bool {
 }
 
 /// Whether it runs nowhere else.
-fn is_stage_only(spec: &PluginSpec) -> bool {
+pub(super) fn is_stage_only(spec: &PluginSpec) -> bool {
     is_stage(spec) && !spec.kind().is(Role::Detector)
 }
 

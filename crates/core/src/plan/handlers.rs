@@ -3,7 +3,7 @@
 use super::build::{Builder, error};
 use super::{DisaggPlan, HandlerPlan, NoteKind, PlanError, ProfilePlan};
 use crate::handle::{Decider, Stages};
-use crate::plugin::{PluginSpec, Role, nearest_first};
+use crate::plugin::{PluginSpec, Role, known_names};
 
 impl Builder<'_> {
     /// The one handler, with its profiles found.
@@ -128,6 +128,6 @@ impl Builder<'_> {
 }
 
 fn no_profile(path: &str, name: &str, profiles: &[ProfilePlan]) -> PlanError {
-    let names = nearest_first(name, profiles.iter().map(|profile| profile.name.as_str()));
-    error(path, format!("there is no profile '{name}'; profiles: {}", names.join(", ")))
+    let names = known_names(name, profiles.iter().map(|profile| profile.name.as_str()));
+    error(path, format!("there is no profile '{name}'; profiles: {names}"))
 }

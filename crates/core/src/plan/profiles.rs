@@ -48,7 +48,11 @@ impl Builder<'_> {
                 check_weight(&path, &name, kind, weight)?;
             }
             if !is_stage(&spec) {
-                let text = format!("{path}: {name} is neither filter, scorer nor picker");
+                let profile = &entry.name;
+                let text = format!(
+                    "{name}: does nothing in profile {profile}, it is neither filter, scorer nor \
+                     picker"
+                );
                 self.note(NoteKind::Inert, text);
             }
             let weight = plugin.weight.unwrap_or(1.0);

@@ -6,7 +6,7 @@ use crate::collect::{CollectPlan, DiscoverySpec, ExtractorSpec, SourceEntry, Sou
 use crate::config::{DataLayer, FlowControl, PriorityBand};
 use crate::fleet::Name;
 use crate::parse::ParserKind;
-use crate::plugin::{PluginSpec, Role, nearest_first};
+use crate::plugin::{PluginSpec, Role, known_names};
 
 const FLOW_CONTROL: &str = "flowControl";
 const FEATURE_GATES: [&str; 2] = [FLOW_CONTROL, "haPopulateNonLeaderDatastore"];
@@ -25,7 +25,7 @@ impl Builder<'_> {
             let path = format!("featureGates[{at}]");
             let (name, value) = gate.split_once('=').unwrap_or((gate, "true"));
             if !FEATURE_GATES.contains(&name) {
-                let known = nearest_first(name, FEATURE_GATES.into_iter()).join(", ");
+                let known = known_names(name, FEATURE_GATES.into_iter());
                 let message =
                     format!("feature gate '{name}' is unknown or unregistered; known: {known}");
                 return Err(error(path, message));

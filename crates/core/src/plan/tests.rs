@@ -252,16 +252,17 @@ fn the_precise_scorer_brings_its_own_producer_or_uses_the_one_there_is() {
 fn built_in_plans_print_what_runs() {
     let text = Plan::precise().to_string();
     for line in [
-        "profile default",
-        "  scorer  prefix-cache-scorer x 3 (reads precise-prefix-cache-producer)",
-        "  scorer  no-hit-lru-scorer x 2 (reads precise-prefix-cache-producer)",
+        "handler   profile default for every request",
+        "profile   default",
+        "  scorer  prefix-cache-scorer            x 3; reads precise-prefix-cache-producer",
+        "  scorer  no-hit-lru-scorer              x 2; reads precise-prefix-cache-producer",
         "  picker  max-score-picker",
-        "prefix knowledge precise-prefix-cache-producer: precise, from engine events",
-        "tokens exact; estimated where there is no tokenizer",
-        "added: max-score-picker: the profile has no picker",
+        "producer  precise-prefix-cache-producer  cached prefixes, told by the engines' events; read by",
+        "added     max-score-picker: the profile has no picker",
     ] {
         assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
     }
+    assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
     assert!(!text.contains("warning"), "{text}");
     assert_eq!(Plan::baseline_round_robin().tokens, TokensNeed::None);
 }

@@ -117,15 +117,15 @@ pub struct CacheBackend {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct KvEvents {
-    /// An address that engines connect to.
+    /// Without effect: an address that engines connect to; kvroute connects to theirs.
     pub zmq_endpoint: String,
-    /// Topic prefix; identity comes from the subscription, so the host subscribes to all.
+    /// Without effect: what an event is about follows from the socket, so all topics are read.
     pub topic_filter: Option<String>,
     /// Without effect.
     pub concurrency: Option<u32>,
     /// Without effect: the form of each event tells.
     pub engine_type: Option<EngineType>,
-    /// Subscribe to each endpoint; true when left out.
+    /// Without effect: every endpoint is subscribed to.
     pub discover_pods: Option<bool>,
     /// Ports of the engines' sockets.
     pub pod_discovery_config: PodDiscovery,
@@ -209,6 +209,15 @@ impl Plugin for PrecisePrefix {
             (own_index, "kvBlockIndexConfig: the index is bounded by kvroute.index_bytes_max"),
             (events.concurrency.is_some(), "concurrency: every stream has a task of its own"),
             (events.engine_type.is_some(), "engineType: the form of each event tells"),
+            (
+                !events.zmq_endpoint.is_empty(),
+                "zmqEndpoint: kvroute connects to the socket of each engine",
+            ),
+            (events.topic_filter.is_some(), "topicFilter: all topics are read"),
+            (
+                events.discover_pods == Some(false),
+                "discoverPods: every endpoint of the fleet is subscribed to",
+            ),
             (
                 selected,
                 "podLabelSelector and podNamespace: every endpoint of the fleet is subscribed to",
