@@ -133,7 +133,10 @@ async fn a_healthy_engine_is_fine() {
     let args = ["check", &file, "--live", "--endpoint", &url, "--tokenizer", &tokenizer];
     let (code, out, _) = kvroute(&args).await;
     assert_eq!(code, 0);
-    for line in ["cached prefixes, told by the engines' events", "  ok      events          alive at tcp://"] {
+    for line in [
+        "cached prefixes, told by the engines' events",
+        "  ok      events          alive at tcp://",
+    ] {
         assert!(out.contains(line), "{line} is missing in: {out}");
     }
     assert!(out.ends_with("1 engine asked: 12 ok\n"), "{out}");
