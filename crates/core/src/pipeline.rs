@@ -205,20 +205,15 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Runs all stages.
+    /// Runs all stages; `survivors` tells also after a rejection who removed whom.
     pub fn run(
         &mut self,
         inputs: &Inputs<'_>,
         rng: &mut Rng,
-        mut survivors: Survivors,
-    ) -> Result<(Survivors, Outcome), (Survivors, Reject)> {
-        match self.filter(inputs, rng, &mut survivors) {
-            Ok(()) => {
-                let outcome = self.choose(inputs, rng, &survivors.rows);
-                Ok((survivors, outcome))
-            }
-            Err(reject) => Err((survivors, reject)),
-        }
+        survivors: &mut Survivors,
+    ) -> Result<Outcome, Reject> {
+        self.filter(inputs, rng, survivors)?;
+        Ok(self.choose(inputs, rng, &survivors.rows))
     }
 
     /// Runs the scorers and the picker on at least one row.

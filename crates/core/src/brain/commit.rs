@@ -66,10 +66,8 @@ impl Brain {
     }
 
     fn profile_record(&self, rows: &[Row], other: &Other) -> ProfileRecord {
-        let (survivors, outcome, failed) = match &other.ran {
-            Ok(ran) => (&ran.survivors, Some(&ran.outcome), None),
-            Err((survivors, reject)) => (survivors, None, Some(reject.to_string())),
-        };
+        let (survivors, outcome) = (&other.survivors, other.outcome.as_ref().ok());
+        let failed = other.outcome.as_ref().err().map(ToString::to_string);
         let removed = |row: &Row| {
             let by = survivors.removed_by.get(row.at as usize)?.clone()?;
             Some(RemovedRecord { endpoint: self.name(row.id), by })
@@ -96,13 +94,13 @@ impl Brain {
         let course = &considered.course;
         let mut headers = Vec::new();
         for other in &course.others {
-            let Ok(ran) = &other.ran else { continue };
+            let Ok(outcome) = &other.outcome else { continue };
             let name = match other.step {
                 Step::Encode => ENCODERS_HEADER,
                 Step::Prefill => PREFILLER_HEADER,
             };
-            let offered = self.pipelines[ran.profile].endpoints_max();
-            let addresses = ran.outcome.order.iter().take(offered).map(|id| self.address(*id));
+            let offered = self.pipelines[other.profile].endpoints_max();
+            let addresses = outcome.order.iter().take(offered).map(|id| self.address(*id));
             headers.push(RequestHeader { name, value: addresses.collect::<Vec<_>>().join(",") });
         }
         if let Some(source) = self.kv_source(request, considered) {

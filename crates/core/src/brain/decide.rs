@@ -124,8 +124,8 @@ impl Brain {
         self.remove_builtin(asked.now, asked.request, &mut base);
         self.screen(asked, rng, &mut base)?;
         let course = self.run_handler(asked, rng, base)?;
-        let ran = course.others.iter().filter_map(|other| other.ran.as_ref().ok());
-        let missing = ran.map(|ran| ran.outcome.scores_missing).sum::<u32>();
+        let outcomes = course.others.iter().filter_map(|other| other.outcome.as_ref().ok());
+        let missing = outcomes.map(|outcome| outcome.scores_missing).sum::<u32>();
         self.counters.scores_missing += u64::from(course.primary.outcome.scores_missing + missing);
         Ok(course)
     }

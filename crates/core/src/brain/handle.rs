@@ -50,13 +50,14 @@ impl Step {
 pub(super) struct Other {
     pub step: Step,
     pub profile: usize,
-    pub ran: Result<Ran, (Survivors, Reject)>,
+    pub survivors: Survivors,
+    pub outcome: Result<Outcome, Reject>,
 }
 
 impl Other {
     /// Whom it chose.
     pub fn chosen(&self) -> Option<EndpointId> {
-        self.ran.as_ref().ok().map(Ran::chosen)
+        self.outcome.as_ref().ok()?.order.first().copied()
     }
 }
 
@@ -155,11 +156,13 @@ impl Brain {
         &mut self,
         asked: &Asked<'_>,
         rng: &mut Rng,
-        base: Survivors,
+        mut survivors: Survivors,
         profile: usize,
         peer: Option<EndpointId>,
     ) -> Result<Ran, Reject> {
-        self.run_profile(asked, rng, base, profile, peer).map_err(|(_, reject)| reject)
+        let inputs = asked.inputs(&self.fleet, peer);
+        let outcome = self.pipelines[profile].run(&inputs, rng, &mut survivors)?;
+        Ok(Ran { profile, survivors, outcome })
     }
 
     fn other(
@@ -170,20 +173,9 @@ impl Brain {
         (step, profile): (Step, usize),
         peer: Option<EndpointId>,
     ) -> Other {
-        let ran = self.run_profile(asked, rng, base.clone(), profile, peer);
-        Other { step, profile, ran }
-    }
-
-    fn run_profile(
-        &mut self,
-        asked: &Asked<'_>,
-        rng: &mut Rng,
-        base: Survivors,
-        profile: usize,
-        peer: Option<EndpointId>,
-    ) -> Result<Ran, (Survivors, Reject)> {
+        let mut survivors = base.clone();
         let inputs = asked.inputs(&self.fleet, peer);
-        let (survivors, outcome) = self.pipelines[profile].run(&inputs, rng, base)?;
-        Ok(Ran { profile, survivors, outcome })
+        let outcome = self.pipelines[profile].run(&inputs, rng, &mut survivors);
+        Other { step, profile, survivors, outcome }
     }
 }

@@ -297,7 +297,7 @@ impl SourceSpec {
                 SourceSpec::K8sNotification(source.clone())
             }
             PluginSpec::EndpointNotificationSource(source) => {
-                SourceSpec::EndpointNotification(source.clone())
+                SourceSpec::EndpointNotification(*source)
             }
             _ => return None,
         })
@@ -308,8 +308,8 @@ impl ExtractorSpec {
     fn of(spec: &PluginSpec) -> Option<ExtractorSpec> {
         Some(match spec {
             PluginSpec::CoreMetricsExtractor(core) => ExtractorSpec::CoreMetrics(core.clone()),
-            PluginSpec::ModelsDataExtractor(models) => ExtractorSpec::Models(models.clone()),
-            PluginSpec::DcgmExtractor(dcgm) => ExtractorSpec::Dcgm(dcgm.clone()),
+            PluginSpec::ModelsDataExtractor(models) => ExtractorSpec::Models(*models),
+            PluginSpec::DcgmExtractor(dcgm) => ExtractorSpec::Dcgm(*dcgm),
             PluginSpec::TopologyExtractor(topology) => ExtractorSpec::Topology(topology.clone()),
             PluginSpec::MulticlusterMetricsExtractor(cluster) => {
                 ExtractorSpec::MulticlusterMetrics(cluster.clone())

@@ -125,10 +125,10 @@ fn of_plugin(name: &Name, spec: &PluginSpec, notes: &mut Notes) {
                     warn("lruCapacityPerServer: 0, so nothing is remembered and nothing matches");
                 }
             }
-            Some(ProducerKind::Precise(precise)) => {
-                if precise.token_processor_config.block_size.is_some() {
-                    warn("tokenProcessorConfig.blockSize: deprecated; write blockSizeTokens");
-                }
+            Some(ProducerKind::Precise(precise))
+                if precise.token_processor_config.block_size.is_some() =>
+            {
+                warn("tokenProcessorConfig.blockSize: deprecated; write blockSizeTokens");
             }
             _ => {}
         },
