@@ -264,7 +264,7 @@ pub struct Explain {
     #[arg(long, value_name = "HEX")]
     pub seed: Option<String>,
 
-    /// Show the decision about a real request, by its x-request-id.
+    /// Show the decision about a real request, by its x-request-id; `last`: the newest one.
     #[arg(long, value_name = "ID", conflicts_with = "save_snapshot")]
     pub decision: Option<String>,
 
@@ -358,6 +358,10 @@ pub struct Demo {
     /// A third of the load, for a first look or a smoke test.
     #[arg(long)]
     pub quick: bool,
+
+    /// Leave engines and router running afterwards, to look at them and to explain decisions.
+    #[arg(long)]
+    pub keep: bool,
 
     /// Write summary.json, report.md and report.html into this folder.
     #[arg(long, value_name = "DIR")]

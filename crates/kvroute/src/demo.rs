@@ -9,19 +9,22 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use kvroute_core::plan::Plan;
 use kvroute_lab::load::{Load, LoadConfig, Measured};
 use kvroute_lab::record::RunRecord;
 use kvroute_lab::report::Report;
 use kvroute_lab::scenario::Scenario;
+use kvroute_router::RouterHandle;
 use kvroute_tokens::Tokenizer;
 
 use crate::cli::{self, say};
+use crate::{config, serve};
 use fleet::Fleet;
 use view::View;
 
 /// Simulated engines.
 const ENGINES: usize = 8;
+/// The second run, by our own policy.
+const KVROUTE: &str = "kvroute";
 /// How much faster than the modelled hardware (Qwen3-32B on two H100) the engines run.
 const SPEED: f64 = 2.0;
 /// KV blocks of one engine: all engines together hold 1.37 times the workload, as in the
@@ -73,24 +76,21 @@ pub async fn compare(args: &cli::Demo) -> anyhow::Result<Report> {
     let scenario = Scenario::parse(&text, "the demo's scenario")?;
     let mut view = View::new(ENGINES);
     let mut records = Vec::new();
-    for (name, plan) in
-        [("round-robin", Plan::baseline_round_robin()), ("kvroute", Plan::least_cost())]
-    {
-        records.push(run(name, plan, args, &scenario, &mut view).await?);
+    for name in ["round-robin", KVROUTE] {
+        records.push(run(name, args, &scenario, &mut view).await?);
     }
     Ok(Report::new(&scenario, &records))
 }
 
 async fn run(
     name: &'static str,
-    plan: Plan,
     args: &cli::Demo,
     scenario: &Scenario,
     view: &mut View,
 ) -> anyhow::Result<RunRecord> {
     let tokenizer = Tokenizer::demo();
     let fleet = Fleet::start(ENGINES, KV_BLOCKS, SPEED, &tokenizer, args.seed).await?;
-    let router = fleet.route(plan, &tokenizer, args.seed).await?;
+    let router = fleet.route(config::preset(name)?, &tokenizer, args.seed).await?;
     fleet.wait_until_known(&router).await?;
     let url = format!("http://{}", router.http_addr());
     let config = LoadConfig {
@@ -105,9 +105,22 @@ async fn run(
     let measured = load.run(Some(fleet.looks()), std::future::pending(), progress).await;
     view.end();
     check(name, &measured)?;
+    if args.keep && name == KVROUTE {
+        keep(&router).await?;
+    }
     router.shutdown(Duration::from_secs(5)).await;
     fleet.shutdown().await;
     Ok(measured.record)
+}
+
+/// Waits until somebody has seen enough.
+async fn keep(router: &RouterHandle) -> anyhow::Result<()> {
+    let (http, admin) = (router.http_addr(), router.admin_addr());
+    say(&format!(
+        "\nEngines and router go on until Ctrl-C, requests at http://{http}. Why did one go where \
+         it went?\n\n  kvroute explain --decision last --admin http://{admin}\n"
+    ));
+    serve::stop_signal().await.context("cannot listen for signals")
 }
 
 fn check(name: &str, measured: &Measured) -> anyhow::Result<()> {

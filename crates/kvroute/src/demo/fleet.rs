@@ -46,10 +46,10 @@ impl Fleet {
         Ok(Fleet { engines: Arc::new(engines) })
     }
 
-    /// Starts a router in front of all engines.
+    /// Starts a router in front of all engines, under a plan and the text that it came from.
     pub async fn route(
         &self,
-        plan: Plan,
+        (plan, config): (Plan, String),
         tokenizer: &Tokenizer,
         seed: u64,
     ) -> anyhow::Result<RouterHandle> {
@@ -57,7 +57,7 @@ impl Fleet {
         let endpoints = self.engines.iter().map(|engine| flag(engine).parse());
         let config = RouterConfig {
             plan,
-            config: String::new(),
+            config,
             seed,
             http: any,
             admin: any,

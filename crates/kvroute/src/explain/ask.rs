@@ -23,11 +23,19 @@ pub async fn snapshot(admin: &str) -> anyhow::Result<Vec<u8>> {
     exchange(admin, &Method::GET, "/snapshot", &HeaderMap::new(), &[]).await
 }
 
-/// A real request's decision.
+/// Stands for the newest decision.
+const LAST: &str = "last";
+
+/// A real request's decision; `last` is the newest.
 ///
 /// # Errors
 /// The router cannot be reached, or keeps no such decision.
 pub async fn decision(admin: &str, id: &str) -> anyhow::Result<Value> {
+    if id == LAST {
+        let last = exchange(admin, &Method::GET, "/decisions?last=1", &HeaderMap::new(), &[]).await;
+        let mut last: Vec<Value> = serde_json::from_value(json(&last?)?)?;
+        return last.pop().context("the router has decided nothing yet");
+    }
     let path = format!("/decisions/{}", encoded(id));
     json(&exchange(admin, &Method::GET, &path, &HeaderMap::new(), &[]).await?)
 }

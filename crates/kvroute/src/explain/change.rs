@@ -14,7 +14,8 @@ const COST: &str = "kvroute-cost-scorer";
 pub fn lines(rows: &[Row], chosen: &str) -> Vec<String> {
     let Some(first) = rows.iter().find(|row| row.endpoint == chosen) else { return Vec::new() };
     let others = rows.iter().filter(|row| row.endpoint != chosen);
-    let Some(second) = others.max_by(|a, b| a.total.total_cmp(&b.total)) else {
+    // Of equal ones the first.
+    let Some(second) = others.rev().max_by(|a, b| a.total.total_cmp(&b.total)) else {
         return vec!["  No other endpoint was left to win.".to_owned()];
     };
     let gap = first.total - second.total;

@@ -1,11 +1,13 @@
 //! A decision in words and tables.
 
 use super::change;
-use super::table::{Look, Paint, Table, count, number};
+use super::table::{Look, Paint, Table, WIDTH, count, number};
 use super::view::{Candidate, Filter, Outcome, Profile, Prompt, Record, Removed, Row, Shown};
 
 /// Endpoints of one table; of a larger fleet the best come first.
 const ROWS_MAX: usize = 40;
+/// Columns of the names of facts.
+const NAME_WIDTH: usize = 14;
 /// The tiers, as records name them.
 const TIERS: [&str; 4] = ["gpu", "cpu", "disk", "other"];
 
@@ -45,8 +47,14 @@ struct Lines {
 }
 
 impl Lines {
+    /// A name and what it is, in as many lines as that takes.
     fn fact(&mut self, name: &str, text: &str) {
-        self.lines.push(format!("{} {text}", self.paint.faint(&format!("{name:<14}"))));
+        let mut name = name;
+        for line in wrapped(text, WIDTH - NAME_WIDTH - 1) {
+            self.lines
+                .push(format!("{} {line}", self.paint.faint(&format!("{name:<NAME_WIDTH$}"))));
+            name = "";
+        }
     }
 
     fn title(&mut self, text: &str) {
@@ -186,6 +194,21 @@ impl Lines {
             self.lines.push(format!("  and {more} more (--json has all)"));
         }
     }
+}
+
+/// Lines of whole words; a word that is too long has a line of its own.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let last = lines.last_mut().expect("there is one from the start");
+        if !last.is_empty() && last.chars().count() + 1 + word.chars().count() > width {
+            lines.push(word.to_owned());
+        } else {
+            let space = if last.is_empty() { "" } else { " " };
+            *last += &format!("{space}{word}");
+        }
+    }
+    lines
 }
 
 fn by_total(rows: &[Row]) -> Vec<&Row> {
