@@ -9,9 +9,13 @@ use std::time::Duration;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
-use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{
+    self, DeserializeSeed, Deserializer, IgnoredAny, IntoDeserializer, MapAccess, Visitor,
+};
 
 pub use crate::config_buffer::Buffered;
+use crate::config_tests::ConfigTest;
 use crate::plugin::{KindSeed, ParametersSeed, PluginKind, PluginSpec};
 pub use crate::settings::Settings;
 
@@ -39,8 +43,113 @@ pub struct EndpointPickerConfig {
     pub saturation_detector: Option<PluginRef>,
     /// Deprecated place of `requestHandler.parsers`.
     pub parser: Option<PluginRef>,
-    /// kvroute's own extension: all limits.
-    pub kvroute: Settings,
+    /// kvroute's own extension: limits, and tests of the configuration.
+    pub kvroute: Kvroute,
+}
+
+/// The key `kvroute`: every limit by its name, and `tests`.
+#[derive(Clone, Debug, Default, PartialEq, JsonSchema)]
+pub struct Kvroute {
+    /// All limits.
+    #[schemars(flatten)]
+    pub limits: Settings,
+    /// What must be decided where; `kvroute check` runs them.
+    #[schemars(default)]
+    pub tests: Vec<ConfigTest>,
+}
+
+impl From<Settings> for Kvroute {
+    fn from(limits: Settings) -> Kvroute {
+        Kvroute { limits, tests: Vec::new() }
+    }
+}
+
+impl<'de> Deserialize<'de> for Kvroute {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Kvroute, D::Error> {
+        struct Section;
+        impl<'de> Visitor<'de> for Section {
+            type Value = Kvroute;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of limits, with `tests`")
+            }
+            fn visit_unit<E>(self) -> Result<Kvroute, E> {
+                Ok(Kvroute::default())
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Kvroute, A::Error> {
+                let mut tests = None;
+                let limits = LimitsAccess { map, tests: &mut tests };
+                let limits = Settings::deserialize(MapAccessDeserializer::new(limits))?;
+                Ok(Kvroute { limits, tests: tests.unwrap_or_default() })
+            }
+        }
+        deserializer.deserialize_map(Section)
+    }
+}
+
+/// The keys of a map but `tests`, whose value is put aside: so an error in either keeps its place.
+struct LimitsAccess<'a, A> {
+    map: A,
+    tests: &'a mut Option<Vec<ConfigTest>>,
+}
+
+const TESTS: &str = "tests";
+
+impl<'de, A: MapAccess<'de>> MapAccess<'de> for LimitsAccess<'_, A> {
+    type Error = A::Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        mut seed: K,
+    ) -> Result<Option<K::Value>, A::Error> {
+        loop {
+            match self.map.next_key_seed(KeyButTests(seed))? {
+                None => return Ok(None),
+                Some(Key::Limit(key)) => return Ok(Some(key)),
+                Some(Key::Tests(again)) => {
+                    if self.tests.is_some() {
+                        return Err(de::Error::duplicate_field(TESTS));
+                    }
+                    *self.tests = Some(self.map.next_value()?);
+                    seed = again;
+                }
+            }
+        }
+    }
+
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, A::Error> {
+        self.map.next_value_seed(seed)
+    }
+}
+
+struct KeyButTests<K>(K);
+
+/// A key of a limit as it is read, or the seed again that would have read it.
+enum Key<L, S> {
+    Limit(L),
+    Tests(S),
+}
+
+impl<'de, K: DeserializeSeed<'de>> DeserializeSeed<'de> for KeyButTests<K> {
+    type Value = Key<K::Value, K>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_identifier(self)
+    }
+}
+
+impl<'de, K: DeserializeSeed<'de>> Visitor<'de> for KeyButTests<K> {
+    type Value = Key<K::Value, K>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a limit, or `tests`")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
+        match name {
+            TESTS => Ok(Key::Tests(self.0)),
+            name => self.0.deserialize(name.into_deserializer()).map(Key::Limit),
+        }
+    }
 }
 
 /// API groups under which the configuration is known.

@@ -12,6 +12,7 @@ pub mod collect;
 pub mod committed;
 pub mod config;
 mod config_buffer;
+pub mod config_tests;
 pub mod cost;
 pub mod decision;
 pub mod detect;

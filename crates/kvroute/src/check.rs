@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
+use kvroute_core::config_tests::{self, TestOutcome};
 use kvroute_core::plan::{Experimental, Plan};
 use kvroute_router::ask;
 use kvroute_tokens::TokenizerOptions;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use crate::{cli, config};
 
 pub mod live;
+mod tests;
 
 /// A file that was looked at.
 struct Checked {
@@ -27,6 +29,15 @@ struct Checked {
 struct Good {
     config: EndpointPickerConfig,
     plan: Plan,
+    /// What came of the tests that it holds.
+    tests: Vec<TestOutcome>,
+}
+
+impl Checked {
+    fn fails_a_test(&self) -> bool {
+        let tests = self.outcome.as_ref().map_or(&[][..], |good| &good.tests);
+        tests.iter().any(|test| test.failure.is_some())
+    }
 }
 
 /// Runs `kvroute check`.
@@ -60,7 +71,8 @@ pub fn main(args: &cli::Check) -> anyhow::Result<ExitCode> {
             report.iter().for_each(|report| cli::say(&report.table()));
         }
     }
-    let wrong = report.is_some_and(|report| report.status == live::Status::Wrong);
+    let engines_wrong = report.is_some_and(|report| report.status == live::Status::Wrong);
+    let wrong = engines_wrong || files.iter().any(Checked::fails_a_test);
     Ok(match (all_load, wrong) {
         (false, _) => ExitCode::from(2),
         (true, true) => ExitCode::FAILURE,
@@ -76,7 +88,8 @@ fn check(file: &Path, experimental: Experimental) -> Checked {
     let name = if is_stdin(file) { "<stdin>".to_owned() } else { file.display().to_string() };
     let outcome = read(file, &name).and_then(|text| {
         let (config, plan) = config::read(&text, &name, experimental)?;
-        Ok(Good { config, plan })
+        let tests = config_tests::run(&plan, &config.kvroute.tests);
+        Ok(Good { config, plan, tests })
     });
     Checked { name, outcome }
 }
@@ -120,7 +133,10 @@ fn expected(files: &[Checked]) -> live::Expected {
 
 fn text(files: &[Checked]) -> String {
     let one = |file: &Checked| match &file.outcome {
-        Ok(good) => format!("{}: ok\n\n{}\n", file.name, indented(&good.plan.to_string())),
+        Ok(good) => {
+            let plan = indented(&good.plan.to_string());
+            format!("{}: ok\n\n{plan}\n{}", file.name, indented(&tests::text(&good.tests)))
+        }
         Err(error) => format!("{error}\n\n"),
     };
     files.iter().map(one).collect()
@@ -132,7 +148,12 @@ fn indented(text: &str) -> String {
 
 fn json(files: &[Checked], report: Option<&live::Report>) -> Value {
     let one = |file: &Checked| match &file.outcome {
-        Ok(good) => json!({"file": file.name, "ok": true, "plan": good.plan.shown()}),
+        Ok(good) => json!({
+            "file": file.name,
+            "ok": true,
+            "plan": good.plan.shown(),
+            "tests": tests::json(&good.tests),
+        }),
         Err(error) => json!({
             "file": file.name,
             "ok": false,

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
+use kvroute_core::config_tests;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
 use kvroute_router::{EndpointFlag, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
@@ -37,8 +38,9 @@ pub fn read(
                        or leave --config out for the built-in configuration";
         return Err(tree.error("plugins", message));
     }
-    let plan = Plan::build(&config, experimental)
-        .map_err(|PlanError { path, message }| tree.error(&path, &message))?;
+    let wrong = |PlanError { path, message }| tree.error(&path, &message);
+    let plan = Plan::build(&config, experimental).map_err(wrong)?;
+    config_tests::check(&config.kvroute.tests).map_err(wrong)?;
     Ok((config, plan))
 }
 

@@ -17,9 +17,10 @@ async fn routed(name: &str, yaml: &str, endpoints: &[(SocketAddr, &str)]) -> Rou
     let config: EndpointPickerConfig = kvroute_wire::config::parse(yaml, "test.yaml").unwrap();
     let config = EndpointPickerConfig {
         kvroute: kvroute_core::settings::Settings {
-            objectives: config.kvroute.objectives.clone(),
+            objectives: config.kvroute.limits.objectives.clone(),
             ..settings()
-        },
+        }
+        .into(),
         ..config
     };
     let plan = Plan::build(&config, Experimental::Allowed).unwrap();

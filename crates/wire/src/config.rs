@@ -53,7 +53,7 @@ kvroute:
         assert_eq!(config, parse(json, "c.json").unwrap());
         let names: Vec<&str> = config.plugins.iter().map(|plugin| plugin.name()).collect();
         assert_eq!(names, ["token-producer", "precise", "queue-scorer"]);
-        assert_eq!(config.kvroute.body_bytes_max, 1000);
+        assert_eq!(config.kvroute.limits.body_bytes_max, 1000);
         assert_eq!(config.scheduling_profiles[0].plugins[0].weight, Some(2.0));
         assert_eq!(parse("", "c.yaml").unwrap(), EndpointPickerConfig::default());
     }

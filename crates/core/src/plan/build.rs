@@ -57,7 +57,7 @@ impl<'a> Builder<'a> {
         config: &'a EndpointPickerConfig,
         experimental: Experimental,
     ) -> Result<Builder<'a>, PlanError> {
-        if let Some(field) = config.kvroute.zero() {
+        if let Some(field) = config.kvroute.limits.zero() {
             return Err(error(format!("kvroute.{field}"), "must be positive"));
         }
         let mut builder = Builder { config, plugins: Vec::new(), notes: Vec::new() };
@@ -221,7 +221,7 @@ impl<'a> Builder<'a> {
         headers.dedup();
         let Around { screeners, admitters, detector } = around;
         Ok(Plan {
-            settings: self.config.kvroute.clone(),
+            settings: self.config.kvroute.limits.clone(),
             handler,
             profiles,
             screeners,

@@ -158,8 +158,8 @@ kvroute: {body_bytes_max: 1000, speculative: false}
     );
     assert_eq!(flow.default_request_ttl, Some(GoDuration(Duration::from_secs(90))));
     assert_eq!(flow.priority_bands[0].priority, -1);
-    assert_eq!(config.kvroute.body_bytes_max, 1000);
-    assert_eq!(config.kvroute.retries_max, 2);
+    assert_eq!(config.kvroute.limits.body_bytes_max, 1000);
+    assert_eq!(config.kvroute.limits.retries_max, 2);
     let inert = Plan::build(&config, Experimental::Allowed).unwrap();
     assert_eq!(texts(&inert, NoteKind::Inert).len(), 1);
 }

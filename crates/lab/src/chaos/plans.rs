@@ -73,12 +73,12 @@ pub(super) fn draw(rng: &mut Rng) -> Drawn {
         at -= weight;
     }
     let mut config = config_of(name);
-    config.kvroute = settings(rng);
+    config.kvroute.limits = settings(rng);
     if name.starts_with("precise") {
-        config.kvroute.speculative = Some(rng.below(2) == 0);
+        config.kvroute.limits.speculative = Some(rng.below(2) == 0);
     }
     if name == "precise-small" {
-        small(rng, &mut config.kvroute);
+        small(rng, &mut config.kvroute.limits);
     }
     let plan =
         Plan::build(&config, Experimental::Allowed).expect("the plans of this table are valid");

@@ -323,7 +323,8 @@ pub fn settings() -> Settings {
 }
 
 pub fn plan(settings: Settings) -> Plan {
-    let config = EndpointPickerConfig { kvroute: settings, ..EndpointPickerConfig::precise() };
+    let config =
+        EndpointPickerConfig { kvroute: settings.into(), ..EndpointPickerConfig::precise() };
     Plan::build(&config, Experimental::Refused).unwrap()
 }
 
