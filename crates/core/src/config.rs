@@ -175,6 +175,7 @@ pub enum Kind {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PluginRef {
     /// Name of an entry of `plugins`.
+    #[serde(default)]
     pub plugin_ref: String,
 }
 
@@ -422,6 +423,17 @@ fn unit_seconds(unit: &str) -> Option<f64> {
         "h" => 3600.0,
         _ => return None,
     })
+}
+
+impl serde::Serialize for GoDuration {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let text = match (self.0.subsec_nanos(), self.0.subsec_millis()) {
+            (0, _) => format!("{}s", self.0.as_secs()),
+            (nanos, millis) if nanos == millis * 1_000_000 => format!("{}ms", self.0.as_millis()),
+            _ => format!("{}ns", self.0.as_nanos()),
+        };
+        serializer.serialize_str(&text)
+    }
 }
 
 impl<'de> Deserialize<'de> for GoDuration {

@@ -105,7 +105,7 @@ impl Role {
             Role::RequestHeader => "request header plugin",
             Role::Reporter => "reporter",
             Role::Fairness => "fairness policy",
-            Role::Ordering => "ordering policy",
+            Role::Ordering => "queue ordering policy",
             Role::UsageLimit => "usage limit policy",
             Role::EvictionFilter => "eviction filter",
             Role::EvictionOrder => "eviction order",

@@ -32,12 +32,17 @@ pub fn read(
     experimental: Experimental,
 ) -> Result<(EndpointPickerConfig, Plan), ConfigError> {
     let tree = Tree::parse(text, file, CONFIG_BYTES_MAX)?;
-    let config: EndpointPickerConfig = tree.read()?;
-    if config.plugins.is_empty() {
-        let message = "no plugins: nothing would decide. Name at least one scorer under `plugins`, \
-                       or leave --config out for the built-in configuration";
-        return Err(tree.error("plugins", message));
+    if tree.is_empty() {
+        let message = "nothing is written here: list plugins under `plugins`, or leave --config \
+                       out for the built-in configuration";
+        return Err(ConfigError::of_file(file, message));
     }
+    if tree.text_of("kind") == Some("ConfigMap") {
+        let message = "this is a Kubernetes ConfigMap; the configuration is the text of one of the \
+                       keys under its `data`: give that";
+        return Err(tree.error("kind", message));
+    }
+    let config: EndpointPickerConfig = tree.read()?;
     let wrong = |PlanError { path, message }| tree.error(&path, &message);
     let plan = Plan::build(&config, experimental).map_err(wrong)?;
     config_tests::check(&config.kvroute.tests).map_err(wrong)?;

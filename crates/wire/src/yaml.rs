@@ -2,6 +2,7 @@
 //! errors that point at the place.
 
 use serde::de::DeserializeOwned;
+use serde_saphyr::budget::BudgetBreach;
 use serde_saphyr::{MessageFormatter, UserMessageFormatter};
 use thiserror::Error;
 
@@ -16,6 +17,13 @@ const LINES_AFTER: u64 = 1;
 
 /// Width of what an error shows of a file, in characters.
 const SHOWN_COLUMNS_MAX: usize = 100;
+
+/// What usually causes a complaint of the parser.
+const HINTS: [(&str, &str); 3] = [
+    ("mapping values are not allowed", "is the line indented like those around it?"),
+    ("tabs disallowed", "indent with spaces"),
+    ("quoted scalar", "is a closing quote missing?"),
+];
 
 /// Why a file was refused. Its text holds file, line, column, the lines around and, where a name
 /// is unknown, the valid ones.
@@ -88,7 +96,15 @@ pub(crate) fn of_parser(text: &str, file: &str, error: &serde_saphyr::Error) -> 
         serde_saphyr::Error::MultipleDocuments { .. } => {
             "a second document begins here (`---`); one file holds one configuration".into()
         }
-        plain => UserMessageFormatter.format_message(plain),
+        serde_saphyr::Error::Budget { breach, .. } => match breach {
+            BudgetBreach::Depth { .. } => format!("nested deeper than {DEPTH_MAX} levels").into(),
+            _ => "too large or too complex".into(),
+        },
+        plain => {
+            let message = UserMessageFormatter.format_message(plain);
+            let hint = HINTS.iter().find(|(part, _)| message.contains(part));
+            hint.map_or(message.clone(), |(_, hint)| format!("{message}; {hint}").into())
+        }
     };
     match error.location() {
         Some(place) if place.line() > 0 => {

@@ -75,6 +75,20 @@ impl<'a> Tree<'a> {
         })
     }
 
+    /// Whether nothing is written.
+    pub fn is_empty(&self) -> bool {
+        matches!(self.root.value, Node::Null)
+    }
+
+    /// The text of a key at the top, if it has text.
+    pub fn text_of(&self, key: &str) -> Option<&str> {
+        let Node::Map(entries) = &self.root.value else { return None };
+        match &entries.iter().find(|(name, _)| name.value == key)?.1.value {
+            Node::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
     /// An error about what a path like `plugins[2].parameters` names.
     pub fn error(&self, path: &str, message: &str) -> YamlError {
         let error = match self.place(path) {
@@ -519,7 +533,7 @@ impl de::Error for Fault {
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Fault {
         if expected.is_empty() {
-            return Fault::new(format!("unknown field `{field}`; there are no fields here"));
+            return Fault::new(format!("unknown field `{field}`; nothing can be set here"));
         }
         let names = known_names(field, expected.iter().copied());
         Fault::new(format!("unknown field `{field}`; valid: {names}"))

@@ -12,7 +12,7 @@ use crate::config::GoDuration;
 pub const BASE_TICK: Duration = Duration::from_millis(50);
 
 /// How a page is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scheme {
     /// Plain HTTP.

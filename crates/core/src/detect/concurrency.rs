@@ -26,7 +26,7 @@ pub struct Concurrency {
 }
 
 /// What `concurrency-detector` counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ConcurrencyMode {
     /// Requests.

@@ -26,7 +26,7 @@ pub struct EndpointAttribute {
 }
 
 /// What happens to an endpoint of which nothing is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 pub enum OnMissing {
     /// It is kept.
     #[default]

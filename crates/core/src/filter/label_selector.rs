@@ -67,14 +67,15 @@ impl LabelSelector {
 
 impl Plugin for LabelSelector {
     fn check(&self) -> Result<(), String> {
-        for e in &self.match_expressions {
+        for (at, e) in self.match_expressions.iter().enumerate() {
             let listed = matches!(e.operator, LabelOperator::In | LabelOperator::NotIn);
             match (listed, e.values.is_empty()) {
                 (true, true) => {
-                    return Err(format!("{:?} on {:?} needs values", e.operator, e.key));
+                    return Err(format!("matchExpressions[{at}]: {:?} needs values", e.operator));
                 }
                 (false, false) => {
-                    return Err(format!("{:?} on {:?} takes no values", e.operator, e.key));
+                    let field = format!("matchExpressions[{at}].values");
+                    return Err(format!("{field}: {:?} takes no values", e.operator));
                 }
                 _ => {}
             }

@@ -36,7 +36,7 @@ pub struct PrefixAffinity {
 }
 
 /// Where the filter takes an endpoint's time to first token from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum TtftSource {
     /// In-flight tokens over `peakPrefillThroughput`.

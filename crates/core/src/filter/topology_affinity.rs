@@ -24,7 +24,19 @@ pub struct TopologyAffinity {
 }
 
 /// How near two endpoints are: the tightest that they share. From nearest to farthest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Deserialize,
+    JsonSchema,
+    serde::Serialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Nearness {
     /// Label `kubernetes.io/hostname`.

@@ -64,7 +64,7 @@ pub struct ProgramAware {
 }
 
 /// How programs are compared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
     /// Least attained service: who has got least goes first.

@@ -57,7 +57,7 @@ pub struct PriorityHoldback {
 }
 
 /// How ceilings fall.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shape {
     /// Evenly.
@@ -66,7 +66,7 @@ pub enum Shape {
 }
 
 /// What ceilings fall with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Domain {
     /// The place among the priorities in use: each is one step below the one before.

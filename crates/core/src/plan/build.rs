@@ -58,7 +58,10 @@ impl<'a> Builder<'a> {
         experimental: Experimental,
     ) -> Result<Builder<'a>, PlanError> {
         if let Some(field) = config.kvroute.limits.zero() {
-            return Err(error(format!("kvroute.{field}"), "must be positive"));
+            return Err(error(
+                format!("kvroute.{field}"),
+                "must be positive: with 0 nothing works",
+            ));
         }
         let mut builder = Builder { config, plugins: Vec::new(), notes: Vec::new() };
         if config.api_version == Some(ApiVersion::Inference) {
@@ -68,14 +71,18 @@ impl<'a> Builder<'a> {
         for (at, entry) in config.plugins.iter().enumerate() {
             let (name, kind) = (Name::from(entry.name()), entry.spec.kind());
             if builder.spec(entry.name()).is_some() {
-                let message = format!("duplicate plugin name '{name}'; give one of them a `name`");
-                return Err(error(format!("plugins[{at}].name"), message));
+                let (field, why) = match &entry.name {
+                    Some(_) => ("name", "rename one of them"),
+                    None => ("type", "a plugin is called like its type; give one of them a `name`"),
+                };
+                let message = format!("duplicate plugin name '{name}': {why}");
+                return Err(error(format!("plugins[{at}].{field}"), message));
             }
             if kind.stability() == Stability::Alpha && experimental == Experimental::Refused {
+                let written = entry.written();
                 let message = format!(
-                    "plugin '{name}' (type: '{}') has Alpha stability level: start with \
-                     --allow-experimental-plugins, or leave it out",
-                    entry.written()
+                    "plugin type '{written}' has Alpha stability level: start with \
+                     --allow-experimental-plugins, or leave it out"
                 );
                 return Err(error(format!("plugins[{at}].type"), message));
             }
@@ -109,8 +116,8 @@ impl<'a> Builder<'a> {
         name
     }
 
-    /// The plugin of a name, where a reference may also name a type that is not listed: then it is
-    /// added with its defaults.
+    /// The plugin of a name, where a reference may also name a type that need not be listed: then
+    /// it is added with its defaults.
     pub fn find_or_add(
         &mut self,
         path: &str,
@@ -119,22 +126,48 @@ impl<'a> Builder<'a> {
         why: &str,
     ) -> Result<(Name, PluginSpec), PlanError> {
         if self.spec(name).is_none()
-            && let Some(spec) = default_spec(name).filter(|spec| spec.kind().is(role))
+            && let Some(spec) = default_spec(name).filter(|spec| need_not_be_listed(spec, role))
         {
             self.add(spec, why);
         }
-        let Some(spec) = self.spec(name).cloned() else {
-            return Err(self.undefined(path, name));
-        };
-        if !spec.kind().is(role) {
-            return Err(not_of_role(path, name, &spec, role));
+        let spec = self.spec(name).cloned();
+        match spec {
+            Some(spec) if spec.kind().is(role) => Ok((Name::from(name), spec)),
+            Some(spec) => Err(not_of_role(path, name, &spec, role)),
+            None => Err(self.none_fitting(path, name, role.as_str(), |spec| spec.kind().is(role))),
         }
-        Ok((Name::from(name), spec))
+    }
+
+    /// There is no plugin of that name; those that fit are told.
+    pub fn none_fitting(
+        &self,
+        path: &str,
+        name: &str,
+        what: &str,
+        fits: impl Fn(&PluginSpec) -> bool,
+    ) -> PlanError {
+        if PluginKind::of_name(name).is_some() {
+            return self.undefined(path, name);
+        }
+        let listed = self.plugins.iter().filter(|(_, spec)| fits(spec)).map(|(n, _)| n.as_str());
+        let types = PluginKind::ALL.iter().map(|kind| kind.name());
+        let types = types.filter(|name| default_spec(name).is_some_and(|spec| fits(&spec)));
+        let mut fitting: Vec<&str> = listed.chain(types).collect();
+        fitting.sort_unstable();
+        fitting.dedup();
+        let fitting = known_names(name, fitting.into_iter());
+        error(path, format!("references undefined plugin '{name}'; meant is a {what}: {fitting}"))
     }
 
     pub fn undefined(&self, path: impl Into<String>, name: &str) -> PlanError {
-        let names = known_names(name, self.plugins.iter().map(|(n, _)| n.as_str()));
-        error(path, format!("references undefined plugin '{name}'; defined: {names}"))
+        let names = match PluginKind::of_name(name) {
+            Some(_) => format!("add `- type: {name}` to `plugins`"),
+            None => {
+                let defined = self.plugins.iter().map(|(n, _)| n.as_str());
+                format!("defined: {}", known_names(name, defined))
+            }
+        };
+        error(path, format!("references undefined plugin '{name}'; {names}"))
     }
 
     /// Where a plugin's parameters stand; an added one has no place.
@@ -365,6 +398,22 @@ pub(super) fn default_spec(type_name: &str) -> Option<PluginSpec> {
     PluginKind::of_name(type_name)?.read(none).ok()
 }
 
+/// Whether llm-d adds the plugin itself where a section names it: every parser and producer, and
+/// of the others the default one.
+fn need_not_be_listed(spec: &PluginSpec, role: Role) -> bool {
+    let kind = spec.kind();
+    let default = match role {
+        Role::Parser | Role::Producer => true,
+        Role::Detector => kind == PluginKind::UtilizationDetector,
+        Role::Fairness => kind == PluginKind::GlobalStrictFairness,
+        Role::Ordering => kind == PluginKind::FcfsOrdering,
+        Role::UsageLimit => kind == PluginKind::StaticUsageLimit,
+        Role::Picker => kind == PluginKind::MaxScorePicker,
+        _ => false,
+    };
+    default && kind.is(role)
+}
+
 /// Whether a plugin runs in profiles.
 pub(super) fn is_stage(spec: &PluginSpec) -> bool {
     [Role::Filter, Role::Scorer, Role::Picker].into_iter().any(|role| spec.kind().is(role))
@@ -386,5 +435,6 @@ fn fault_of_parameters(at: usize, text: String) -> PlanError {
 
 pub(super) fn not_of_role(path: &str, name: &str, spec: &PluginSpec, role: Role) -> PlanError {
     let (is, wanted) = (spec.kind().name(), role.as_str());
-    error(path, format!("plugin '{name}' (type: '{is}') is not a {wanted}"))
+    let of_type = if name == is { String::new() } else { format!(" (type: '{is}')") };
+    error(path, format!("plugin '{name}'{of_type} is not a {wanted}"))
 }

@@ -7,6 +7,9 @@ use crate::plugin::{PluginKind, PluginSpec, Role};
 use crate::produce::{ApproxPrefix, PrecisePrefix};
 use crate::stage::{Inputs, ProducerRef};
 
+/// Where plugins name a producer of prefix matches.
+const PREFIX_FIELD: &str = "prefixMatchInfoProducerName";
+
 impl Builder<'_> {
     /// Finds the producers of every plugin that runs, adds those that are missing, and those that
     /// added ones need.
@@ -83,13 +86,13 @@ impl Builder<'_> {
         inputs: Inputs<'_>,
     ) -> Result<(), PlanError> {
         let why = format!("{reader} reads it");
-        let path = || self.path_of(reader.as_str());
+        let path = |field| format!("{}.{field}", self.path_of(reader.as_str()));
         if let Some(wanted) = inputs.prefix {
             let name = self.prefix_producer(wanted);
             match self.spec(name.as_str()) {
                 Some(spec) if ProducerKind::of(spec).is_none() => {
-                    let message = format!("'{name}' does not produce prefix matches");
-                    return Err(error(path(), message));
+                    let message = format!("plugin '{name}' does not produce prefix matches");
+                    return Err(error(path(PREFIX_FIELD), message));
                 }
                 Some(_) => {}
                 None => {
@@ -98,9 +101,15 @@ impl Builder<'_> {
                 }
             }
         }
-        let others = [inputs.load, inputs.latency, inputs.media, inputs.session];
-        for wanted in others.into_iter().flatten() {
-            let path = self.path_of(reader.as_str());
+        let others = [
+            ("inFlightLoadProducerName", inputs.load),
+            ("latencyPredictionInfoProducerName", inputs.latency),
+            ("producerName", inputs.media),
+            ("sessionIdConfig", inputs.session),
+        ];
+        for (field, wanted) in others {
+            let Some(wanted) = wanted else { continue };
+            let path = format!("{}.{field}", self.path_of(reader.as_str()));
             self.find_or_add(&path, wanted.name(), Role::Producer, &why)?;
         }
         Ok(())
@@ -130,9 +139,13 @@ impl Builder<'_> {
             (Some(PluginKind::ApproxPrefixProducer), _) => {
                 Ok(PluginSpec::ApproxPrefixProducer(ApproxPrefix::default()))
             }
-            _ => default_spec(name)
-                .filter(|spec| ProducerKind::of(spec).is_some())
-                .ok_or_else(|| self.undefined(self.path_of(reader.as_str()), name)),
+            _ => default_spec(name).filter(|spec| ProducerKind::of(spec).is_some()).ok_or_else(
+                || {
+                    let path = format!("{}.{PREFIX_FIELD}", self.path_of(reader.as_str()));
+                    let fits = |spec: &PluginSpec| ProducerKind::of(spec).is_some();
+                    self.none_fitting(&path, name, "producer of prefix matches", fits)
+                },
+            ),
         }
     }
 }

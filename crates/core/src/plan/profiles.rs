@@ -22,10 +22,11 @@ impl Builder<'_> {
         for (at, entry) in entries.iter().enumerate() {
             let path = format!("schedulingProfiles[{at}].name");
             if entry.name.is_empty() {
-                return Err(error(path, "the profile is missing a name"));
+                return Err(error(path, "the profile is missing a `name`"));
             }
             if entries[..at].iter().any(|other| other.name == entry.name) {
-                return Err(error(path, format!("duplicate name '{}'", entry.name)));
+                let message = format!("duplicate name '{}'; another profile has it", entry.name);
+                return Err(error(path, message));
             }
         }
         Ok(entries)
@@ -37,9 +38,11 @@ impl Builder<'_> {
         for (index, plugin) in entry.plugins.iter().enumerate() {
             let path = format!("schedulingProfiles[{at}].plugins[{index}]");
             if plugin.plugin_ref.is_empty() {
-                return Err(error(path, "the entry is missing a pluginRef"));
+                let message = "the entry is missing a `pluginRef`, the name of one of `plugins`";
+                return Err(error(path, message));
             }
             let name = Name::from(plugin.plugin_ref.as_str());
+            self.add_if_default(name.as_str());
             let Some(spec) = self.spec(name.as_str()).cloned() else {
                 return Err(self.undefined(format!("{path}.pluginRef"), name.as_str()));
             };
@@ -70,6 +73,22 @@ impl Builder<'_> {
         Ok(ProfilePlan { name: Name::from(entry.name.as_str()), filters, scorers, picker })
     }
 
+    /// A profile may name what would be added anyway.
+    fn add_if_default(&mut self, name: &str) {
+        let spec = match name {
+            "max-score-picker" if self.of_role(Role::Picker).next().is_none() => {
+                PluginSpec::MaxScorePicker(crate::pick::MaxScore::default())
+            }
+            "utilization-detector" => {
+                PluginSpec::UtilizationDetector(crate::detect::Utilization::default())
+            }
+            _ => return,
+        };
+        if self.spec(name).is_none() {
+            self.add(spec, "a profile names it");
+        }
+    }
+
     fn picker(
         &mut self,
         path: &str,
@@ -81,8 +100,10 @@ impl Builder<'_> {
             (Some((_, one)), None) => Ok(one),
             (Some((_, one)), Some((at, two))) => {
                 let (one, two) = (one.name, two.name);
-                let message =
-                    format!("failed to set '{two}' as picker, already have a picker '{one}'");
+                let message = format!(
+                    "failed to set '{two}' as picker, already have a picker '{one}'; a \
+                             profile has one"
+                );
                 // A profile that was made of all plugins has no place of its own.
                 let path = match self.config.scheduling_profiles.is_empty() {
                     true => "plugins".to_owned(),
@@ -112,10 +133,14 @@ impl Builder<'_> {
 fn check_weight(path: &str, name: &Name, kind: PluginKind, weight: f64) -> Result<(), PlanError> {
     let path = format!("{path}.weight");
     if !kind.is(Role::Scorer) {
-        return Err(error(path, format!("{name} is no scorer, it has no weight")));
+        return Err(error(
+            path,
+            format!("{name} is no scorer, it has no weight; leave the weight out"),
+        ));
     }
     if !weight.is_finite() || weight < 0.0 {
-        return Err(error(path, format!("{weight} must be finite and not negative")));
+        let message = format!("a weight is a number of 0 or more, not {weight}");
+        return Err(error(path, message));
     }
     Ok(())
 }

@@ -11,6 +11,18 @@ use crate::plugin::{PluginSpec, Role, known_names};
 const FLOW_CONTROL: &str = "flowControl";
 const FEATURE_GATES: [&str; 2] = [FLOW_CONTROL, "haPopulateNonLeaderDatastore"];
 
+/// Gates of older releases.
+const OLD_GATES: [&str; 3] = ["dataLayer", "prepareDataPlugins", "enableLegacyMetrics"];
+
+/// A gate's value, as Go reads it.
+fn truth(value: &str) -> Option<bool> {
+    match value.trim().to_ascii_lowercase().as_str() {
+        "1" | "t" | "true" => Some(true),
+        "0" | "f" | "false" => Some(false),
+        _ => None,
+    }
+}
+
 /// What the sections say.
 pub(super) struct Sections {
     pub parsers: Vec<ParserKind>,
@@ -24,15 +36,23 @@ impl Builder<'_> {
         for (at, gate) in self.config.feature_gates.iter().enumerate() {
             let path = format!("featureGates[{at}]");
             let (name, value) = gate.split_once('=').unwrap_or((gate, "true"));
+            if OLD_GATES.contains(&name) {
+                let message = format!(
+                    "feature gate '{name}' is unknown or unregistered: what it switched is always \
+                     on since llm-d v0.9; leave it out"
+                );
+                return Err(error(path, message));
+            }
             if !FEATURE_GATES.contains(&name) {
                 let known = known_names(name, FEATURE_GATES.into_iter());
                 let message =
                     format!("feature gate '{name}' is unknown or unregistered; known: {known}");
                 return Err(error(path, message));
             }
-            if !["true", "false"].contains(&value) {
+            if truth(value).is_none() {
                 let message = format!(
-                    "{value} is not a valid value for the feature gate {name}; true or false is"
+                    "'{value}' is not a valid value for the feature gate {name}; write true or \
+                     false"
                 );
                 return Err(error(path, message));
             }
@@ -43,7 +63,7 @@ impl Builder<'_> {
     fn is_on(&self, gate: &str) -> bool {
         let gates = self.config.feature_gates.iter().rev();
         let value = |given: &String| match given.split_once('=') {
-            Some((name, value)) if name == gate => Some(value == "true"),
+            Some((name, value)) if name == gate => truth(value),
             None if given == gate => Some(true),
             _ => None,
         };
@@ -73,8 +93,10 @@ impl Builder<'_> {
         }
         let given = current.or(older.map(|detector| ("saturationDetector", detector)));
         let (path, name) = match given {
-            Some((path, detector)) => (format!("{path}.pluginRef"), detector.plugin_ref.as_str()),
-            None => ("plugins".to_owned(), "utilization-detector"),
+            Some((path, detector)) if !detector.plugin_ref.is_empty() => {
+                (format!("{path}.pluginRef"), detector.plugin_ref.as_str())
+            }
+            _ => ("plugins".to_owned(), "utilization-detector"),
         };
         let why = "says how full the fleet is";
         let (name, spec) = self.find_or_add(&path, name, Role::Detector, why)?;
@@ -102,6 +124,9 @@ impl Builder<'_> {
                 }
             },
         );
+        if !on {
+            return Ok(());
+        }
         self.check_bands(flow)?;
         if let Some(name) = &flow.usage_limit_policy_plugin_ref {
             let path = "flowControl.usageLimitPolicyPluginRef";
@@ -114,7 +139,8 @@ impl Builder<'_> {
         for (at, band) in flow.priority_bands.iter().enumerate() {
             let path = format!("flowControl.priorityBands[{at}]");
             if flow.priority_bands[..at].iter().any(|other| other.priority == band.priority) {
-                let message = format!("duplicate priority level {}", band.priority);
+                let message =
+                    format!("duplicate priority level {}; a level has one band", band.priority);
                 return Err(error(format!("{path}.priority"), message));
             }
             self.check_band(&path, band)?;

@@ -200,7 +200,7 @@ fn mistakes_of_meaning_name_their_place() {
     let table: Vec<(String, String, &str)> =
         vec![
         (profile("{pluginRef: queu}"), format!("{path}.pluginRef"), "defined: queue-scorer"),
-        (profile("{weight: 1}"), path.into(), "missing a pluginRef"),
+        (profile("{weight: 1}"), path.into(), "missing a `pluginRef`"),
         (
             "plugins: [{type: decode-filter}]\nschedulingProfiles: [{name: p, plugins: \
              [{pluginRef: decode-filter, weight: 2}]}]"
@@ -208,19 +208,20 @@ fn mistakes_of_meaning_name_their_place() {
             format!("{path}.weight"),
             "no scorer",
         ),
-        (profile("{pluginRef: queue-scorer, weight: .nan}"), format!("{path}.weight"), "finite"),
+        (profile("{pluginRef: queue-scorer, weight: .nan}"), format!("{path}.weight"), "not NaN"),
         (two.into(), "plugins".into(), "already have a picker 'max-score-picker'"),
         (format!("{scorer}featureGates: [x]"), "featureGates[0]".into(), "flowControl"),
-        ("plugins: [{type: queue-scorer}, {type: queue-scorer}]".into(), "plugins[1].name".into(),
+        ("plugins: [{type: queue-scorer}, {type: queue-scorer}]".into(), "plugins[1].type".into(),
             "duplicate"),
         ("plugins: [{type: prefix-cache-scorer, parameters: {matchLengthScaleTokens: 0}}]".into(),
             "plugins[0].parameters.matchLengthScaleTokens".into(), "positive"),
         ("schedulingProfiles: [{plugins: []}]".into(), "schedulingProfiles[0].name".into(),
-            "missing a name"),
+            "missing a `name`"),
         ("schedulingProfiles: [{name: a}, {name: b}]".into(), "schedulingProfiles".into(),
             "no profile handler configured"),
         ("plugins: [{type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: x}}]"
-            .into(), "plugins[0].parameters".into(), "undefined plugin 'x'"),
+            .into(), "plugins[0].parameters.prefixMatchInfoProducerName".into(),
+            "undefined plugin 'x'"),
         ("plugins: [{type: single-profile-handler}, {type: single-profile-handler, name: b}]"
             .into(), "plugins[1].type".into(), "multiple profile handlers"),
     ];
@@ -285,6 +286,10 @@ fn durations_and_quantities_are_those_of_go_and_kubernetes() {
         ("99999999999999999999h", None),
     ] {
         assert_eq!(seconds(text), value, "{text:?}");
+    }
+    for text in ["200ms", "60s", "1500000ns", "0s"] {
+        let duration = GoDuration::parse(text).unwrap();
+        assert_eq!(serde_json::to_value(duration).unwrap(), text);
     }
     let quantity = |text| Quantity::parse(text).map(|q| q.0);
     for (text, value) in [

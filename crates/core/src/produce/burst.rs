@@ -56,7 +56,7 @@ pub struct BurstPrefix {
 }
 
 /// What a window's placement spreads evenly.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BalanceBy {
     /// Requests.

@@ -185,10 +185,11 @@ impl PrecisePrefix {
 
 impl Plugin for PrecisePrefix {
     fn check(&self) -> Result<(), String> {
-        for backend in self.indexer_config.kv_cache_backend_configs.iter().flatten() {
-            if !(0.0..=1.0).contains(&backend.weight) {
-                let CacheBackend { name, weight } = backend;
-                return Err(format!("weight {weight} of tier {name:?} is not in [0, 1]"));
+        let backends = self.indexer_config.kv_cache_backend_configs.iter().flatten();
+        for (at, CacheBackend { name, weight }) in backends.enumerate() {
+            if !(0.0..=1.0).contains(weight) {
+                let field = format!("indexerConfig.kvCacheBackendConfigs[{at}].weight");
+                return Err(format!("{field}: {weight} of tier {name:?} is not in [0, 1]"));
             }
         }
         Ok(())

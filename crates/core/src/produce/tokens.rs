@@ -100,7 +100,7 @@ pub struct ImageEstimate {
 }
 
 /// How the tokens of a picture are counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum CountMode {
     /// By its pixels.
@@ -215,7 +215,7 @@ pub struct Frames {
 }
 
 /// How the frames of a video are counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum FramesMode {
     /// At a rate of the model's own.

@@ -46,7 +46,7 @@ pub struct Latency {
 }
 
 /// Which endpoint that is in time is best.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum HeadroomSelectionStrategy {
     /// The one closest to the limit, so that faster ones stay free.

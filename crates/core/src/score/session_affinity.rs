@@ -50,7 +50,7 @@ pub struct SessionAffinity {
 }
 
 /// Where the pin of a session is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
     /// In a header of the response, which the client sends back with its next request.

@@ -58,7 +58,7 @@ pub struct HeaderSelector {
 }
 
 /// What a header selector does with a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SelectorMode {
     /// Only endpoints with that label, even if there are none.
@@ -93,7 +93,7 @@ impl Default for RevisionGating {
 }
 
 /// How revisions are weighed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GatingMode {
     /// By all their endpoints with a required role.
