@@ -27,7 +27,10 @@ pub struct EndpointPickerConfig {
     pub api_version: Option<ApiVersion>,
     /// May be left out.
     pub kind: Option<Kind>,
-    /// `name`, `name=true` or `name=false`.
+    /// `flowControl`, `haPopulateNonLeaderDatastore`; `name=false` switches one off.
+    #[schemars(inner(regex(
+        pattern = r"^(flowControl|haPopulateNonLeaderDatastore)(=(true|false|[tf01]))?$"
+    )))]
     pub feature_gates: Vec<String>,
     /// The plugins that profiles and other sections refer to by name.
     pub plugins: Vec<PluginEntry>,
@@ -49,6 +52,7 @@ pub struct EndpointPickerConfig {
 
 /// The key `kvroute`: every limit by its name, and `tests`.
 #[derive(Clone, Debug, Default, PartialEq, JsonSchema)]
+#[schemars(extend("additionalProperties" = false))]
 pub struct Kvroute {
     /// All limits.
     #[schemars(flatten)]
@@ -173,6 +177,7 @@ pub enum Kind {
 /// A reference to a plugin by name.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("required" = ["pluginRef"]))]
 pub struct PluginRef {
     /// Name of an entry of `plugins`.
     #[serde(default)]
@@ -182,6 +187,7 @@ pub struct PluginRef {
 /// One scheduling profile.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("required" = ["name"]))]
 pub struct ProfileEntry {
     /// Distinguishes profiles.
     #[serde(default)]
@@ -194,11 +200,13 @@ pub struct ProfileEntry {
 /// One plugin of a profile.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("required" = ["pluginRef"]))]
 pub struct ProfilePlugin {
     /// Name of an entry of `plugins`.
     #[serde(default)]
     pub plugin_ref: String,
     /// For scorers; 1 when left out.
+    #[schemars(range(min = 0.0))]
     pub weight: Option<f64>,
 }
 
@@ -548,6 +556,7 @@ written_schema! {
     Quantity, "Quantity" => |_| json_schema!({
         "type": ["integer", "string"],
         "minimum": 0,
+        "pattern": r"^[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]+)?$",
         "examples": [5000, "1G", "64Mi"],
     });
     Ignored, "Ignored" => |_| json_schema!({});

@@ -41,7 +41,7 @@ fn the_schema_knows_every_type_and_parameter() {
         let parameters = &rule["then"]["properties"]["parameters"]["anyOf"][0];
         assert!(parameters.is_object(), "{rule}");
     }
-    assert!(schema["$defs"]["Settings"]["properties"]["body_bytes_max"]["default"].is_u64());
+    assert!(schema["$defs"]["Kvroute"]["properties"]["body_bytes_max"]["default"].is_u64());
 }
 
 #[test]
