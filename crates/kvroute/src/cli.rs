@@ -188,7 +188,8 @@ pub struct Serve {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Exit code 0: the files load, their tests hold (and with --live nothing is wrong), 1: a test fails or
-an engine is not as it should be, 2: a file or a flag is wrong. docs/check.md lists every finding and its cure.
+an engine is not as it should be, 2: a file or a flag is wrong. docs/check.md lists every finding
+and its cure.
 
 Examples:
   kvroute check precise.yaml

@@ -6,6 +6,7 @@ use anyhow::{Context, anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::config_tests;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
+use kvroute_core::produce::PodDiscovery;
 use kvroute_router::{EndpointFlag, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
@@ -127,6 +128,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
              or list them in a file that the configuration's dataLayer.discovery names"
         );
     }
+    let events = configured_events(events(engines), &plan);
     let record = args.record.clone().map(|file| Record { file });
     let options = TokenizerOptions {
         cache_bytes_max: plan.settings.tokenizer_cache_bytes_max,
@@ -142,7 +144,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
         admin: args.admin,
         endpoints: endpoints(engines)?,
         endpoints_file: engines.endpoints_file.clone(),
-        events: events(engines),
+        events,
         default_model: engines.model.clone(),
         tls: match (&args.tls_cert, &args.tls_key) {
             (Some(cert), Some(key)) => Some(TlsFiles { cert: cert.clone(), key: key.clone() }),
@@ -165,6 +167,18 @@ pub fn events(engines: &cli::Engines) -> EventsSource {
     match engines.kv_events_port {
         Some(events) => EventsSource::Ports { events, replay: engines.kv_replay_port },
         None => EventsSource::Ask,
+    }
+}
+
+/// The same, where the configuration may name ports that are not the usual ones: then endpoints
+/// need not be asked. Flags come first.
+fn configured_events(flags: EventsSource, plan: &Plan) -> EventsSource {
+    let ports = plan.precise_producer().map(|p| &p.kv_events_config.pod_discovery_config);
+    match (flags, ports) {
+        (EventsSource::Ask, Some(ports)) if *ports != PodDiscovery::default() => {
+            EventsSource::Ports { events: ports.socket_port, replay: ports.replay_socket_port }
+        }
+        (flags, _) => flags,
     }
 }
 
@@ -228,6 +242,28 @@ mod tests {
         assert_eq!(plain(preset("blend").unwrap().0), plain(Plan::precise()));
         let error = format!("{:#}", preset_or_file("precis", Experimental::Refused).unwrap_err());
         assert!(error.contains("precise"), "{error}");
+    }
+
+    #[test]
+    fn ports_of_events_come_from_flags_then_from_the_configuration_then_from_the_engines() {
+        let plan = |ports: &str| {
+            let text = format!(
+                "plugins:\n- type: precise-prefix-cache-producer\n  parameters: {{kvEventsConfig: \
+                 {{podDiscoveryConfig: {{{ports}}}}}}}\n"
+            );
+            load_text(&text, "c.yaml", Experimental::Refused).unwrap()
+        };
+        let ports = |events, replay| EventsSource::Ports { events, replay };
+        let table = [
+            (EventsSource::Ask, "", EventsSource::Ask),
+            (EventsSource::Ask, "socketPort: 5557", EventsSource::Ask),
+            (EventsSource::Ask, "socketPort: 6000", ports(6000, None)),
+            (EventsSource::Ask, "replaySocketPort: 6001", ports(5557, Some(6001))),
+            (ports(1, None), "socketPort: 6000", ports(1, None)),
+        ];
+        for (flags, text, expected) in table {
+            assert_eq!(configured_events(flags, &plan(text)), expected, "{text}");
+        }
     }
 
     #[test]

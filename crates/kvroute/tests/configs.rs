@@ -159,191 +159,27 @@ fn the_published_benchmarks_files_load_with_notes_about_old_names() {
     }
 }
 
-const PREFIX_PROFILE: &str = "schedulingProfiles:
-- name: default
-  plugins:
-  - pluginRef: decode-filter
-  - pluginRef: prefix-cache-scorer
-    weight: 2
-  - pluginRef: max-score-picker
-";
+/// First line of files that need the flag.
+const WITH_FLAG: &str = "# --allow-experimental-plugins\n";
 
-/// Name, whether it needs the flag, plugins and whatever follows.
-fn like_the_guides() -> Vec<(&'static str, bool, String)> {
-    let split = |first: &str, scorer: &str| {
-        format!(
-            "{first}schedulingProfiles:\n- name: prefill\n  plugins:\n  - pluginRef: \
-             prefill-filter\n  - pluginRef: {scorer}\n    weight: 2\n- name: decode\n  plugins:\n  \
-             - pluginRef: decode-filter\n  - pluginRef: {scorer}\n    weight: 2\n"
-        )
-    };
-    let roles =
-        "plugins:\n- type: prefill-filter\n- type: decode-filter\n- type: max-score-picker\n";
-    let with = |more: &str| format!("plugins:\n{more}{PREFIX_PROFILE}");
-    let usual = "- type: decode-filter\n- type: prefix-cache-scorer\n- type: max-score-picker\n- \
-                 type: single-profile-handler\n";
-    vec![
-        ("the estimate", false, with(usual)),
-        (
-            "the estimate with its parameters",
-            false,
-            with(&format!(
-                "- type: approx-prefix-cache-producer\n  parameters: {{maxPrefixTokensToMatch: \
-                 8192, lruCapacityPerServer: 1000, blockSizeTokens: 64, autoTune: false}}\n{usual}"
-            )),
-        ),
-        (
-            "prefill and decode, the current handler",
-            false,
-            split(
-                &format!(
-                    "{roles}- type: prefix-cache-scorer\n- type: prefix-based-pd-decider\n  \
-                     parameters: {{nonCachedTokens: 512}}\n- type: disagg-profile-handler\n  \
-                     parameters: {{deciders: {{prefill: prefix-based-pd-decider}}}}\n"
-                ),
-                "prefix-cache-scorer",
-            ),
-        ),
-        (
-            "prefill and decode, the old handler and its headers",
-            false,
-            split(
-                &format!(
-                    "{roles}- type: prefill-header-handler\n- type: prefix-cache-scorer\n- type: \
-                     pd-profile-handler\n  parameters: {{deciderPluginName: mine}}\n- name: mine\n  \
-                     type: prefix-based-pd-decider\n"
-                ),
-                "prefix-cache-scorer",
-            ),
-        ),
-        (
-            "prefill and decode, flat parameters",
-            false,
-            split(
-                &format!(
-                    "{roles}- type: queue-scorer\n- type: always-disagg-pd-decider\n- type: \
-                     disagg-profile-handler\n  parameters: {{prefillProfile: prefill, \
-                     decodeProfile: decode, deciderPluginName: always-disagg-pd-decider}}\n"
-                ),
-                "queue-scorer",
-            ),
-        ),
-        (
-            "encode, prefill and decode",
-            false,
-            format!(
-                "{}- name: encode\n  plugins:\n  - pluginRef: encode-filter\n",
-                split(
-                    &format!(
-                        "{roles}- type: encode-filter\n- type: kv-cache-utilization-scorer\n- \
-                         type: disagg-profile-handler\n  parameters: {{deciders: {{encode: media, \
-                         prefill: always-disagg-pd-decider}}}}\n- type: \
-                         always-disagg-multimodal-decider\n  name: media\n- type: \
-                         always-disagg-pd-decider\n"
-                    ),
-                    "kv-cache-utilization-scorer",
-                )
-            ),
-        ),
-        (
-            "decode alone under the disaggregation handler",
-            false,
-            "plugins:\n- type: decode-filter\n- type: prefill-filter\n- type: prefix-cache-scorer\n\
-             - type: disagg-profile-handler\nschedulingProfiles:\n- name: decode\n  plugins:\n  - \
-             pluginRef: decode-filter\n  - pluginRef: prefix-cache-scorer\n"
-                .into(),
-        ),
-        (
-            "data parallel ranks behind one port",
-            false,
-            "plugins:\n- type: data-parallel-profile-handler\n- type: decode-filter\n".into(),
-        ),
-        (
-            "a probabilistic admitter",
-            false,
-            "plugins:\n- type: probabilistic-admitter\n  parameters: {queueDepthThreshold: 4, \
-             kvCacheUtilThreshold: 0.9, power: 4, k: 200}\n- type: queue-scorer\n- type: \
-             kv-cache-utilization-scorer\n"
-                .into(),
-        ),
-        (
-            "cold prompts spread",
-            false,
-            "plugins:\n- type: precise-prefix-cache-producer\n- type: prefix-cache-scorer\n  \
-             parameters: {prefixMatchInfoProducerName: precise-prefix-cache-producer}\n- type: \
-             no-hit-lru-scorer\n  parameters: {lruSize: 512, prefixMatchInfoProducerName: \
-             precise-prefix-cache-producer}\n"
-                .into(),
-        ),
-        (
-            "programs share fairly",
-            false,
-            "featureGates: [flowControl]\nplugins:\n- type: queue-scorer\n- type: \
-             program-aware-fairness\n  parameters: {strategy: las, lasHalfLifeSeconds: 30}\n\
-             flowControl:\n  defaultPriorityBand: {fairnessPolicyRef: program-aware-fairness}\n"
-                .into(),
-        ),
-        (
-            "queues, bands and a detector of one's own",
-            false,
-            "featureGates: [flowControl=true]\nplugins:\n- type: queue-scorer\n- type: \
-             round-robin-fairness-policy\n- type: concurrency-detector\n  name: full\n  \
-             parameters: {maxConcurrency: 64}\nflowControl:\n  maxBytes: 4Gi\n  maxRequests: 2k\n  \
-             defaultRequestTTL: 30s\n  saturationDetector: {pluginRef: full}\n  priorityBands:\n  - \
-             {priority: 10, maxRequests: \"300\", fairnessPolicyRef: round-robin-fairness-policy, \
-             orderingPolicyRef: fcfs-ordering-policy}\n  - {priority: -5, maxRequests: 20}\n"
-                .into(),
-        ),
-        (
-            "GPUs by their use",
-            true,
-            "plugins:\n- {type: dcgm-data-source, name: gpus}\n- {type: dcgm-extractor}\n- type: \
-             endpoint-attribute-scorer\n  parameters: {attributeKey: GPUUtilization, producer: \
-             dcgm-extractor, algorithm: {type: linear_lower_is_better, normalization: \
-             {adaptiveRange: {}}}}\ndataLayer: {sources: [{pluginRef: gpus, extractors: \
-             [{pluginRef: dcgm-extractor}]}]}\n"
-                .into(),
-        ),
-        (
-            "the chart's blend with predicted latency",
-            false,
-            "plugins:\n- type: queue-scorer\n- type: prefix-cache-scorer\n- type: \
-             predicted-latency-producer\n- type: latency-scorer\n- type: weighted-random-picker\n- \
-             type: slo-headroom-tier-filter\nschedulingProfiles:\n- name: default\n  plugins:\n  - \
-             pluginRef: predicted-latency-producer\n  - pluginRef: slo-headroom-tier-filter\n  - \
-             pluginRef: latency-scorer\n  - pluginRef: weighted-random-picker\n"
-                .into(),
-        ),
-        (
-            "the sticky default of the guides",
-            false,
-            "plugins:\n- type: prefix-cache-affinity-filter\n- type: token-load-scorer\n- type: \
-             max-score-picker\n"
-                .into(),
-        ),
-        (
-            "keys in the order of a chart",
-            false,
-            "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\nplugins:\n- name: load\n  \
-             parameters: {queueThresholdTokens: 100000}\n  type: token-load-scorer\n\
-             requestHandler: {parsers: [{pluginRef: openai-parser}]}\nschedulingProfiles:\n- name: \
-             default\n  plugins:\n  - {pluginRef: load, weight: 1.5}\n"
-                .into(),
-        ),
-    ]
-}
-
+/// Configurations of our own, in the form of llm-d's guides, samples and charts.
 #[test]
 fn configurations_in_the_form_of_the_guides_load() {
-    for (name, alpha, text) in like_the_guides() {
-        let plan = load_as(&text, Experimental::from(alpha));
-        let plan = plan.unwrap_or_else(|error| panic!("{name}: {error}\n{text}"));
-        assert!(added(&plan).len() < 8, "{name}");
-        assert_eq!(load(&text).is_ok(), !alpha, "{name}");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/configs");
+    let mut read = 0;
+    for entry in fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let plan = load_as(&text, Experimental::Allowed);
+        let plan = plan.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(!added(&plan).is_empty(), "{}", path.display());
+        assert_eq!(load(&text).is_ok(), !text.starts_with(WITH_FLAG), "{}", path.display());
+        read += 1;
     }
+    assert!(read >= 16, "{read} files");
 }
 
-/// Plugins, the rest, and whether llm-d's loader takes it.
+/// A name, and a configuration that llm-d's loader takes.
 const LOADER: &[(&str, &str)] = &[
     ("picker alone", "plugins: [{name: m, type: max-score-picker}]"),
     ("no profiles", "plugins: [{name: q, type: queue-scorer, parameters: {}}]"),
@@ -661,14 +497,16 @@ fn what_cannot_matter_is_said() {
         ),
         (
             "plugins: [{type: precise-prefix-cache-producer, parameters: {tokenProcessorConfig: \
-             {blockSize: 16}, kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', discoverPods: false}}}, \
-             {type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: \
+             {blockSize: 16}, kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', discoverPods: \
+             false}}}, {type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: \
              precise-prefix-cache-producer}}]"
                 .to_owned(),
             "zmqEndpoint: kvroute connects to the socket of each engine",
         ),
-        (profile(&format!("{queue}, {{type: decode-filter}}"), "{pluginRef: queue-scorer}"),
-         "decode-filter: in no profile"),
+        (
+            profile(&format!("{queue}, {{type: decode-filter}}"), "{pluginRef: queue-scorer}"),
+            "decode-filter: in no profile",
+        ),
     ];
     for (text, note) in table {
         let plan = load(&text).unwrap();

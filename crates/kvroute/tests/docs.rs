@@ -51,12 +51,13 @@ fn the_list_of_plugins_is_current() {
 
 const HEAD: &str = "# Plugins
 
-Every plugin type that a configuration may name, in the order of a request's way. This file follows from the program: types,
-parameters and defaults are those that `kvroute` reads. Formulas are llm-d's; where they differ, [differences](differences.md)
-says so and why. [Editors](check.md#editors) complete and check them.
+Every plugin type that a configuration may name, in the order of a request's way. This file follows
+from the program: types, parameters and defaults are those that `kvroute` reads. Formulas are
+llm-d's; where they differ, [differences](differences.md) says so and why.
+[Editors](check.md#editors) complete and check them.
 
-**Beta**: llm-d's, always there. **Alpha**: llm-d's, needs `--allow-experimental-plugins`. **kvroute**: our own. A plugin that has
-several roles stands under the first.
+**Beta**: llm-d's, always there. **Alpha**: llm-d's, needs `--allow-experimental-plugins`.
+**kvroute**: our own. A plugin that has several roles stands under the first.
 ";
 
 /// What roles are for, in the order of a request's way.
@@ -67,44 +68,35 @@ const ABOUT: [(Role, &str); 20] = [
     ),
     (
         Role::RequestHeader,
-        "Read request headers before anything is decided. They run when they are listed in `plugins`.",
+        "Read request headers before anything is decided. They run when `plugins` lists them.",
     ),
-    (Role::Admitter, "Let requests in or refuse them. They run when they are listed in `plugins`."),
-    (
-        Role::Detector,
-        "Say how full the fleet is. Named in `flowControl.saturationDetector`; in a profile they are filters.",
-    ),
+    (Role::Admitter, "Let requests in or refuse them. They run when `plugins` lists them."),
+    (Role::Detector, "Say how full the fleet is. Named in `flowControl.saturationDetector`."),
     (
         Role::Producer,
-        "Compute what other plugins read. A producer that is needed and not listed is added with its defaults.",
+        "Compute what other plugins read. One that is needed and not listed is added.",
     ),
     (
         Role::Screener,
-        "Remove endpoints before any profile runs. They run when they are listed in `plugins`.",
+        "Remove endpoints before any profile runs. They run when `plugins` lists them.",
     ),
     (Role::Handler, "Choose which profiles run for a request. There is one."),
     (
         Role::Decider,
-        "Say whether a request is served in several steps. Named in the parameters of a profile handler.",
+        "Say whether a request is served in several steps. Named by a profile handler.",
     ),
     (Role::Filter, "Remove endpoints, in the order of the profile."),
     (Role::Scorer, "Rate endpoints from 0 to 1; the sum of score times weight counts."),
-    (
-        Role::Picker,
-        "Choose from the scored endpoints. A profile has one; `max-score-picker` when it names none.",
-    ),
-    (Role::Reporter, "Report about answers. They run when they are listed in `plugins`."),
+    (Role::Picker, "Choose from the scored endpoints. A profile has one; else `max-score-picker`."),
+    (Role::Reporter, "Report about answers. They run when `plugins` lists them."),
     (Role::Source, "Where numbers come from. Named in `dataLayer.sources`."),
     (Role::Extractor, "What is read from a source. Named in `dataLayer.sources[].extractors`."),
     (Role::Discovery, "Which endpoints there are. Named in `dataLayer.discovery`."),
-    (
-        Role::Fairness,
-        "Between flows of one priority. Named in `flowControl.priorityBands[].fairnessPolicyRef`.",
-    ),
-    (Role::Ordering, "Within a flow. Named in `flowControl.priorityBands[].orderingPolicyRef`."),
+    (Role::Fairness, "Between flows of one priority. Named in `flowControl.priorityBands`."),
+    (Role::Ordering, "Within a flow. Named in `flowControl.priorityBands`."),
     (
         Role::UsageLimit,
-        "How much of the fleet a priority may use. Named in `flowControl.usageLimitPolicyPluginRef`.",
+        "How much a priority may use. Named in `flowControl.usageLimitPolicyPluginRef`.",
     ),
     (Role::EvictionFilter, "Which running requests may be evicted."),
     (Role::EvictionOrder, "Which of them goes first."),

@@ -646,8 +646,8 @@ mod tests {
     #[test]
     fn every_kind_of_value_is_read() {
         let text = "text: a\nsmall: 7\nsigned: -3\nshare: 2\nflag: true\nlist: [1, 2]\nmap: {x: \
-                    -1, 7: 2}\nnumbers: {8: eight}\nchoice: plain\npair: [1, 2]\ninner: {choice: {one: \
-                    3}, flag: null, inner: {choice: {fields: {a: 1}}, list: , map: }}\n";
+                    -1, 7: 2}\nnumbers: {8: eight}\nchoice: plain\npair: [1, 2]\ninner: {choice: \
+                    {one: 3}, flag: null, inner: {choice: {fields: {a: 1}}, list: , map: }}\n";
         let read: All = tree(text).read().unwrap();
         let expected = All {
             text: "a".into(),

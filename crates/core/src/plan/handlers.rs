@@ -27,7 +27,8 @@ impl Builder<'_> {
             }
             [at] => *at,
             [_, second, ..] => {
-                let message = "multiple profile handlers found; there is one for all profiles, leave the others out";
+                let message = "multiple profile handlers found; there is one for all profiles, \
+                               leave the others out";
                 return Err(error(format!("plugins[{second}].type"), message));
             }
         };
