@@ -189,7 +189,7 @@ pub struct Serve {
 #[command(after_help = "\
 Exit code 0: the files load, their tests hold (and with --live nothing is wrong), 1: a test fails or
 an engine is not as it should be, 2: a file or a flag is wrong. docs/check.md lists every finding
-and its cure.
+and its cure, docs/config-tests.md says how tests are written.
 
 Examples:
   kvroute check precise.yaml

@@ -97,7 +97,7 @@ fn condition(cell: &Cell, needed: f64) -> String {
     match (cell.scorer == COST, cell.raw) {
         (true, Some(raw)) if raw > 0.0 && needed > 0.0 => {
             let seconds = |score: f64| number(1.0 / score - 1.0);
-            format!("{text}: a cost below {} s (now {} s)", seconds(needed), seconds(raw))
+            format!("{text},\n      a cost below {} s (now {} s)", seconds(needed), seconds(raw))
         }
         _ => text,
     }
