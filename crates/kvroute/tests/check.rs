@@ -1,5 +1,7 @@
 //! What does `kvroute check` print, and with which exit code, without any engine?
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;

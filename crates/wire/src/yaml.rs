@@ -37,7 +37,7 @@ pub struct YamlError {
     /// Column of the fault, from 1.
     pub column: Option<u64>,
     /// What is wrong there, as `plugins[2].parameters.threshold`; empty where nothing has a name.
-    pub path: String,
+    pub path: Box<str>,
     /// What is wrong, without its place.
     pub message: String,
     /// The whole message, several lines.
@@ -51,7 +51,7 @@ impl YamlError {
             file: file.to_owned(),
             line: None,
             column: None,
-            path: String::new(),
+            path: Box::default(),
             message: message.to_owned(),
             rendered: format!("error in {file}: {message}"),
         }
@@ -69,7 +69,7 @@ impl YamlError {
 
     /// The same about something with a name.
     pub fn of_path(self, path: &str) -> YamlError {
-        YamlError { path: path.to_owned(), ..self }
+        YamlError { path: path.into(), ..self }
     }
 }
 

@@ -701,7 +701,7 @@ mod tests {
         ];
         for (text, path, place, message) in table {
             let error = tree(text).read::<All>().unwrap_err();
-            assert_eq!(error.path, path, "{text}\n{error}");
+            assert_eq!(&*error.path, path, "{text}\n{error}");
             let found = (error.line.unwrap_or(0), error.column.unwrap_or(0));
             assert_eq!(found, place, "{text}\n{error}");
             assert!(error.message.contains(message), "{text}\n{error}");
