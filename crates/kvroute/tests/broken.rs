@@ -2,6 +2,8 @@
 //! message beside it. `KVROUTE_BLESS=1 cargo test -p kvroute --test broken` writes the messages:
 //! read them as somebody who has made the mistake.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,8 @@
 //! beside the repository), and configurations of our own in the form of its guides, samples, charts
 //! and loader tests.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
@@ -31,6 +33,7 @@ fn texts(plan: &Plan, kind: NoteKind) -> String {
 }
 
 /// Files of a folder beside the repository; none, visibly, when it is not there.
+#[expect(clippy::print_stderr, reason = "what is skipped is seen")]
 fn shared(folder: &str) -> Vec<(String, String)> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data").join(folder);
     let Ok(entries) = fs::read_dir(&root) else {

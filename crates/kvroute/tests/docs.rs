@@ -1,6 +1,8 @@
 //! Are docs/plugins.md and docs/config.schema.json what the table of plugins says?
 //! `KVROUTE_BLESS=1 cargo test -p kvroute --test docs` writes both.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};

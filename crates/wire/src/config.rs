@@ -93,7 +93,7 @@ error in config/edge.yaml
         let precise = "plugins:\n- type: precise-prefix-cache-producer\n  parameters:\n    ";
         let unknown = format!("{precise}speculative: true\n");
         let deep = format!("plugins: {}{}", "[".repeat(200), "]".repeat(200));
-        let table: &[(&str, Option<u64>, &str)] = &[
+        let table: &[(&str, Option<u32>, &str)] = &[
             ("plugins:\n- type: queue-scoer\n", Some(2), "`queue-scoer`"),
             ("plugins:\n- type: queue-scoer\n", Some(2), "nearest first: queue-scorer"),
             ("plugin: []\n", Some(1), "valid: plugins, parser, kind, apiVersion"),

@@ -33,9 +33,9 @@ pub struct YamlError {
     /// The file, as the caller names it.
     pub file: String,
     /// Line of the fault, from 1; `None` when it has no place.
-    pub line: Option<u64>,
+    pub line: Option<u32>,
     /// Column of the fault, from 1.
-    pub column: Option<u64>,
+    pub column: Option<u32>,
     /// What is wrong there, as `plugins[2].parameters.threshold`; empty where nothing has a name.
     pub path: Box<str>,
     /// What is wrong, without its place.
@@ -63,7 +63,8 @@ impl YamlError {
             Some(shown) => format!("error in {file}\n --> {file}:{line}:{column}\n{shown}"),
             None => format!("error in {file}:{line}:{column}: {message}"),
         };
-        let (line, column) = (Some(line), Some(column));
+        let number = |value| Some(u32::try_from(value).unwrap_or(u32::MAX));
+        let (line, column) = (number(line), number(column));
         YamlError { line, column, rendered, ..YamlError::of_file(file, message) }
     }
 
