@@ -1,8 +1,9 @@
 //! Where do plugin parameters wait when they come before the plugin's `type`?
 //!
 //! Tools that sort keys (Helm's `toYaml`) write `name`, `parameters`, `type`. Parameters read
-//! before their type is known are kept here and read again, typed, afterwards. Only in that order
-//! do errors lose their column inside the parameters.
+//! before their type is known are kept here and read again, typed, afterwards. Files of users are
+//! read through `wire::yaml::Tree`, which gives `type` first, so that errors keep their place; this
+//! is for every other reader.
 
 use std::fmt;
 use std::marker::PhantomData;

@@ -205,7 +205,8 @@ fn requests_of_one_window_go_together_and_others_need_not_wait() {
     let yaml = "
 plugins:
 - type: burst-prefix-cache-producer
-- {type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: burst-prefix-cache-producer}}
+- type: prefix-cache-scorer
+  parameters: {prefixMatchInfoProducerName: burst-prefix-cache-producer}
 ";
     let mut host = fleet(yaml);
     let hold = |host: &mut Host, tokens: &[u32]| {
