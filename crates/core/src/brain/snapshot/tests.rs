@@ -1,8 +1,8 @@
 //! A restored brain decides as the original, and explaining leaves no trace.
 
 use super::*;
-use crate::blocks::{Chain, ChainSpec, PromptExtras, Root, chain};
-use crate::decision::{Headers, PromptChains, TokensKnown};
+use crate::blocks::{PromptExtras, Root, chain};
+use crate::decision::{Headers, PromptChains, Reason, ResponseEvent, TokensKnown};
 use crate::event::{BlockStored, EngineHash, EventBatch, GroupKind, KvEvent, Tier};
 use crate::fleet::EndpointSpec;
 use crate::journal::tests::{Chaos, plans};
@@ -100,23 +100,77 @@ fn stored(group: u32, kind: GroupKind, hashes: &[u64], tokens: &[u32], tier: Tie
     })
 }
 
+fn endpoint(brain: &mut Brain, name: &str) -> EndpointId {
+    let spec = EndpointSpec {
+        name: name.into(),
+        address: format!("{name}:80"),
+        labels: Default::default(),
+        rank: 0,
+        replay_available: false,
+        events_expected: true,
+    };
+    brain.add_endpoint(Time(0), spec).unwrap()
+}
+
+fn exact_chains(brain: &Brain, tokens: &[u32]) -> [PromptChains; 1] {
+    let (specs, extras) = (brain.chain_specs(), PromptExtras::default());
+    let chains = specs.exact().iter().map(|spec| chain(*spec, Root::Base, tokens, &extras));
+    [PromptChains { chains: chains.collect() }]
+}
+
+fn asking(prompts: &[PromptChains], prompt_tokens: u32) -> Request<'_> {
+    Request {
+        id: "r",
+        model: "m",
+        prompts,
+        prompt_tokens,
+        tokens_known: TokensKnown::Exact,
+        max_tokens: None,
+        skips_cache: false,
+        held: None,
+        media: &[],
+        priority: 0,
+        headers: Headers::NONE,
+        allowed: None,
+    }
+}
+
+/// Speeds of endpoints and of the fleet, and an engine that counts other prompt tokens.
+#[test]
+fn what_was_learned_and_concluded_is_kept() {
+    let mut brain = Brain::new(Plan::least_cost(), 1);
+    let tokens: Vec<u32> = (0..2400).collect();
+    for name in ["a", "b"] {
+        let id = endpoint(&mut brain, name);
+        let events = vec![stored(0, GroupKind::Full, &[1], &tokens[..4], Tier::Gpu)];
+        let batch = EventBatch { timestamp_s: 1.0, events, rank: None, events_bad: 0 };
+        let _ = brain.on_stream(Time(1), id, StreamInput::Batch { seq: 0, batch });
+    }
+    let mut now = Time::from_secs_f64(1.0);
+    for _ in 0..12 {
+        let prompts = exact_chains(&brain, &tokens);
+        let ticket = brain.decide(now, &asking(&prompts, 2400)).unwrap().ticket;
+        now = now + std::time::Duration::from_secs(3);
+        brain.on_response(now, ticket, ResponseEvent::FirstChunk);
+        let (prompt_tokens, cached_tokens) = (2399, Some(4));
+        let usage = ResponseEvent::Usage { prompt_tokens, cached_tokens, completion_tokens: 700 };
+        brain.on_response(now, ticket, usage);
+        now = now + std::time::Duration::from_secs(90);
+        brain.on_response(now, ticket, ResponseEvent::End { status: 200 });
+    }
+    endpoint(&mut brain, "unseen");
+    let prompts = exact_chains(&brain, &tokens);
+    let request = asking(&prompts, 2400);
+    let reasons = brain.explain(now, &request, None).unwrap().record.candidates;
+    assert!(reasons.iter().any(|known| known.reason == Reason::PromptDiffers), "{reasons:?}");
+    assert!(compare(&mut brain, now, &request, "learned"));
+}
+
 /// Sliding windows, tiers and a second name of one block.
 #[test]
 fn groups_and_tiers_are_kept() {
     let mut brain = Brain::new(Plan::precise(), 1);
-    let ids: Vec<EndpointId> = ["a", "b", "c"]
-        .map(|name| {
-            let spec = EndpointSpec {
-                name: name.into(),
-                address: format!("{name}:80"),
-                labels: Default::default(),
-                rank: 0,
-                replay_available: false,
-                events_expected: true,
-            };
-            brain.add_endpoint(Time(0), spec).unwrap()
-        })
-        .into();
+    let ids = ["a", "b", "c"].map(|name| endpoint(&mut brain, name));
     let tokens: Vec<u32> = (0..24).collect();
     let window = GroupKind::SlidingWindow { window: 6 };
     let full = |tier| stored(0, GroupKind::Full, &[11, 12, 13, 14, 15], &tokens[..20], tier);
@@ -129,29 +183,8 @@ fn groups_and_tiers_are_kept() {
         let batch = EventBatch { timestamp_s: 1.0, events, rank: None, events_bad: 0 };
         let _ = brain.on_stream(Time(1), *id, StreamInput::Batch { seq: 0, batch });
     }
-    let extras = PromptExtras::default();
-    let chains: Vec<Chain> = brain
-        .chain_specs()
-        .exact()
-        .to_vec()
-        .into_iter()
-        .map(|spec: ChainSpec| chain(spec, Root::Base, &tokens, &extras))
-        .collect();
-    let prompts = [PromptChains { chains }];
-    let request = Request {
-        id: "r",
-        model: "m",
-        prompts: &prompts,
-        prompt_tokens: 24,
-        tokens_known: TokensKnown::Exact,
-        max_tokens: None,
-        skips_cache: false,
-        held: None,
-        media: &[],
-        priority: 0,
-        headers: Headers::NONE,
-        allowed: None,
-    };
+    let prompts = exact_chains(&brain, &tokens);
+    let request = asking(&prompts, 24);
     let record = brain.explain(Time(2), &request, Some(3)).unwrap().record;
     let hits: Vec<u32> = record.candidates.iter().map(|c| c.hit.resident).collect();
     assert_eq!(hits, [3, 5, 5]);
