@@ -17,7 +17,7 @@ pub use inflight_load::{InflightLoad, uncached_tokens};
 pub use p2p_source::{Holding, P2pSource};
 pub use precise_prefix::{
     CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
-    PodDiscovery, PrecisePrefix, Redis, TokenProcessor,
+    PodDiscovery, PrecisePrefix, Redis, SOCKET_PORT, TokenProcessor,
 };
 pub use predicted_latency::{PredictedLatency, Slo};
 pub use session_id::SessionId;

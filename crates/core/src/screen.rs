@@ -2,7 +2,7 @@
 //! [`crate::stage::Filter`] that runs once, before all profiles.
 
 mod rollout;
-mod selector;
+pub(crate) mod selector;
 
 pub use rollout::{
     GatingMode, HeaderSelector, RequireRoles, RevisionGating, Rollout, RolloutScope, SelectorMode,

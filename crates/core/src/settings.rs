@@ -99,6 +99,9 @@ pub struct Settings {
     pub event_idle_watchdog_s: u32,
     /// Largest event message that is read.
     pub event_bytes_max: usize,
+    /// Engines that are connected to `zmqEndpoint` at once; each may hold one unfinished message
+    /// of `event_bytes_max`.
+    pub event_connections_max: u32,
     /// Between two looks at discovery files and host names.
     pub discovery_interval_ms: u32,
     /// Memory of the tokenizer's prefix cache.
@@ -164,6 +167,7 @@ impl Default for Settings {
             replay_timeout_ms: 30_000,
             event_idle_watchdog_s: 30,
             event_bytes_max: 64 * MIB,
+            event_connections_max: 4_096,
             discovery_interval_ms: 1_000,
             tokenizer_cache_bytes_max: 64 * MIB,
             tokenize_concurrency_max: 0,

@@ -9,7 +9,7 @@ use anyhow::{anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::config_tests::{self, TestOutcome};
 use kvroute_core::plan::{Experimental, Plan};
-use kvroute_router::ask;
+use kvroute_router::{EventsConfig, ask};
 use kvroute_tokens::TokenizerOptions;
 use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
 use serde_json::{Value, json};
@@ -61,7 +61,7 @@ pub fn main(args: &cli::Check) -> anyhow::Result<ExitCode> {
     let all_load = files.iter().all(|file| file.outcome.is_ok());
     // Engines are not held against a configuration that does not load.
     let report = match args.live && all_load {
-        true => Some(ask_engines(engines, expected(&files))?),
+        true => Some(ask_engines(engines, &events(engines, &files), expected(&files))?),
         false => None,
     };
     match args.json {
@@ -172,17 +172,29 @@ fn json(files: &[Checked], report: Option<&live::Report>) -> Value {
     object
 }
 
-/// Asks every engine that the flags name.
+/// Where events come from by the flags, or the first configuration that says it.
+fn events(args: &cli::Engines, files: &[Checked]) -> EventsConfig {
+    let plans = files.iter().filter_map(|file| file.outcome.as_ref().ok()).map(|good| &good.plan);
+    let built_in = Plan::least_cost();
+    let mut said = plans.map(|plan| config::events(args, plan));
+    let nothing = EventsConfig::default();
+    said.find(|events| *events != nothing).unwrap_or_else(|| config::events(args, &built_in))
+}
+
+/// Asks every engine that the flags name. `events` holds for those that say nothing about events.
 ///
 /// # Errors
 /// A flag or a file that is named by one is wrong, or a host name cannot be resolved.
-pub fn ask_engines(args: &cli::Engines, expected: live::Expected) -> anyhow::Result<live::Report> {
+pub fn ask_engines(
+    args: &cli::Engines,
+    events: &EventsConfig,
+    expected: live::Expected,
+) -> anyhow::Result<live::Report> {
     let flags = config::endpoints(args)?;
     let tokenizers = config::tokenizers(&args.tokenizers, &TokenizerOptions::default())?;
-    let events = config::events(args);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let engines = ask::engines(flags, args.endpoints_file.as_deref(), &events).await;
+        let engines = ask::engines(flags, args.endpoints_file.as_deref(), events).await;
         let engines = engines.map_err(|error| anyhow!(error))?;
         let question = live::Question::new(engines, tokenizers, expected, args.model.clone());
         Ok(live::run(question).await)

@@ -122,7 +122,7 @@ pub struct Engines {
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
 
-    /// First KV event port of every engine (rank N: port + N) instead of asking the engine.
+    /// First KV event port of every engine (rank N: port + N), whatever the configuration says.
     #[arg(long, value_name = "PORT")]
     pub kv_events_port: Option<u16>,
 
@@ -140,7 +140,8 @@ Examples:
   kvroute serve --endpoint http://gpu1:8000      # no tokenizer, no events: learns from history
 
 An endpoint may name its event sockets:  URL,events=tcp://HOST:PORT,replay=tcp://HOST:PORT
-Without them the engine is asked (GET /kv_event_sources).")]
+Without them the configuration's kvEventsConfig holds, or the engine is asked
+(GET /kv_event_sources), and one that cannot tell is expected to publish at port 5557 + rank.")]
 pub struct Serve {
     /// The engines.
     #[command(flatten)]
@@ -281,8 +282,9 @@ pub struct Explain {
 /// `kvroute engine`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
-Example:
-  kvroute engine --http 127.0.0.1:8000 --kv-events tcp://*:5557 --replay tcp://*:5558")]
+Examples:
+  kvroute engine --http 127.0.0.1:8000 --kv-events tcp://*:5557 --replay tcp://*:5558
+  kvroute engine --http 127.0.0.1:8000 --kv-events-connect tcp://127.0.0.1:5557")]
 pub struct Engine {
     /// Where clients connect.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = address)]
@@ -311,6 +313,15 @@ pub struct Engine {
     /// Publish KV events there.
     #[arg(long, value_name = "tcp://ADDR")]
     pub kv_events: Option<String>,
+
+    /// Connect to a router's `zmqEndpoint` and publish KV events there, too.
+    #[arg(long, value_name = "tcp://IP:PORT")]
+    pub kv_events_connect: Option<String>,
+
+    /// Topic of the events, which names the engine to such a router; kv@ADDR@NAME when left out,
+    /// of --http and --model.
+    #[arg(long, value_name = "TOPIC")]
+    pub kv_events_topic: Option<String>,
 
     /// Answer replay requests there.
     #[arg(long, value_name = "tcp://ADDR", requires = "kv_events")]

@@ -6,11 +6,13 @@ use anyhow::{Context, anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::config_tests;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
-use kvroute_core::produce::PodDiscovery;
-use kvroute_router::{EndpointFlag, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers};
+use kvroute_router::{
+    EndpointFlag, EventsConfig, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers,
+};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
 use kvroute_wire::yaml::Tree;
+use tracing::info;
 
 use crate::cli;
 
@@ -128,7 +130,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
              or list them in a file that the configuration's dataLayer.discovery names"
         );
     }
-    let events = configured_events(events(engines), &plan);
+    let events = events(engines, &plan);
     let record = args.record.clone().map(|file| Record { file });
     let options = TokenizerOptions {
         cache_bytes_max: plan.settings.tokenizer_cache_bytes_max,
@@ -162,24 +164,14 @@ pub fn endpoints(engines: &cli::Engines) -> anyhow::Result<Vec<EndpointFlag>> {
     flags.map(|text| text.parse().with_context(|| format!("--endpoint {text}"))).collect()
 }
 
-/// Where events come from of endpoints that do not say it themselves.
-pub fn events(engines: &cli::Engines) -> EventsSource {
-    match engines.kv_events_port {
-        Some(events) => EventsSource::Ports { events, replay: engines.kv_replay_port },
-        None => EventsSource::Ask,
+/// Where events come from: what flags say holds for every endpoint, else what the plan says.
+pub fn events(engines: &cli::Engines, plan: &Plan) -> EventsConfig {
+    let planned = EventsConfig::planned(plan);
+    let Some(events) = engines.kv_events_port else { return planned };
+    if planned != EventsConfig::default() {
+        info!(port = events, "--kv-events-port goes before the configuration's kvEventsConfig.");
     }
-}
-
-/// The same, where the configuration may name ports that are not the usual ones: then endpoints
-/// need not be asked. Flags come first.
-fn configured_events(flags: EventsSource, plan: &Plan) -> EventsSource {
-    let ports = plan.precise_producer().map(|p| &p.kv_events_config.pod_discovery_config);
-    match (flags, ports) {
-        (EventsSource::Ask, Some(ports)) if *ports != PodDiscovery::default() => {
-            EventsSource::Ports { events: ports.socket_port, replay: ports.replay_socket_port }
-        }
-        (flags, _) => flags,
-    }
+    EventsSource::Ports { events, replay: engines.kv_replay_port }.into()
 }
 
 /// Loads tokenizers: `FILE` is for every model, `MODEL=FILE` for one.
@@ -254,16 +246,24 @@ mod tests {
             load_text(&text, "c.yaml", Experimental::Refused).unwrap()
         };
         let ports = |events, replay| EventsSource::Ports { events, replay };
+        let ask = |replay| EventsSource::Ask { events: 5557, replay };
         let table = [
-            (EventsSource::Ask, "", EventsSource::Ask),
-            (EventsSource::Ask, "socketPort: 5557", EventsSource::Ask),
-            (EventsSource::Ask, "socketPort: 6000", ports(6000, None)),
-            (EventsSource::Ask, "replaySocketPort: 6001", ports(5557, Some(6001))),
-            (ports(1, None), "socketPort: 6000", ports(1, None)),
+            (None, "", ask(None)),
+            (None, "socketPort: 5557", ports(5557, None)),
+            (None, "socketPort: 6000", ports(6000, None)),
+            (None, "replaySocketPort: 6001", ask(Some(6001))),
+            (Some(1), "socketPort: 6000", ports(1, None)),
         ];
-        for (flags, text, expected) in table {
-            assert_eq!(configured_events(flags, &plan(text)), expected, "{text}");
+        for (kv_events_port, text, expected) in table {
+            let flags = cli::Engines { kv_events_port, ..cli::Engines::default() };
+            assert_eq!(events(&flags, &plan(text)), expected.into(), "{text}");
         }
+        let flags = cli::Engines { kv_events_port: Some(1), ..cli::Engines::default() };
+        let text = "plugins: [{type: precise-prefix-cache-scorer, parameters: {kvEventsConfig: \
+                    {zmqEndpoint: \"tcp://*:5557\"}}}]";
+        let bound = load_text(text, "c.yaml", Experimental::Refused).unwrap();
+        assert!(events(&cli::Engines::default(), &bound).bound.is_some());
+        assert_eq!(events(&flags, &bound).bound, None, "flags say where all events come from");
     }
 
     #[test]

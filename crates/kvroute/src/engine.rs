@@ -43,7 +43,10 @@ fn configure(args: &cli::Engine) -> anyhow::Result<EngineConfig> {
     config.adapters = args.adapters.iter().map(|name| adapter(name)).collect();
     config.events = socket(&args.kv_events).context("--kv-events")?;
     config.replay = socket(&args.replay).context("--replay")?;
-    config.topic = format!("kv@{}@{}", args.http, args.model);
+    let router = args.kv_events_connect.as_deref().map(engine::parse_endpoint);
+    config.events_to = router.transpose().context("--kv-events-connect")?;
+    let topic = || format!("kv@{}@{}", args.http, args.model);
+    config.topic = args.kv_events_topic.clone().unwrap_or_else(topic);
     config.block_size = args.block_size;
     config.kv_blocks = args.kv_blocks;
     config.hash = HashAlgorithm::from_name(&args.prefix_caching_hash_algo).ok_or_else(|| {

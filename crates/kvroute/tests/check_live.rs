@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kvroute::check::live::{Check, Expected, Finding, Question, Report, Status, run};
 use kvroute_lab::engine::{self, EngineConfig, EngineHandle};
-use kvroute_router::{EventsSource, Tokenizers, ask};
+use kvroute_router::{EventsConfig, EventsSource, Tokenizers, ask};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use serde_json::Value;
 use support::{MODEL, engine_config};
@@ -289,7 +289,7 @@ async fn flags_that_make_no_sense_are_refused() {
 
 async fn asked(engine: &EngineHandle, change: impl FnOnce(&mut Question)) -> Report {
     let flag = support::flag(engine).parse().unwrap();
-    let engines = ask::engines(vec![flag], None, &EventsSource::Ask).await.unwrap();
+    let engines = ask::engines(vec![flag], None, &EventsConfig::default()).await.unwrap();
     let expected = Expected { reads_events: true, wants_tokens: true, ..Expected::default() };
     let mut question = Question::new(engines, Tokenizers::default(), expected, None);
     change(&mut question);
@@ -339,7 +339,7 @@ async fn engines_that_differ_are_told_apart() {
     let (different, _) =
         started(|config| config.tokenizer = Tokenizer::demo_with(&other).unwrap()).await;
     let flags = [&same, &different].map(|engine| support::flag(engine).parse().unwrap());
-    let engines = ask::engines(flags.to_vec(), None, &EventsSource::Ask).await.unwrap();
+    let engines = ask::engines(flags.to_vec(), None, &EventsConfig::default()).await.unwrap();
     let tokenizers = Tokenizers { default: Some(Tokenizer::demo()), ..Tokenizers::default() };
     let expected = Expected { wants_tokens: true, ..Expected::default() };
     let report = run(Question::new(engines, tokenizers, expected, None)).await;

@@ -500,11 +500,10 @@ fn what_cannot_matter_is_said() {
         ),
         (
             "plugins: [{type: precise-prefix-cache-producer, parameters: {tokenProcessorConfig: \
-             {blockSize: 16}, kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', discoverPods: \
-             false}}}, {type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: \
-             precise-prefix-cache-producer}}]"
+             {blockSize: 16}, kvEventsConfig: {discoverPods: false}}}, {type: prefix-cache-scorer, \
+             parameters: {prefixMatchInfoProducerName: precise-prefix-cache-producer}}]"
                 .to_owned(),
-            "zmqEndpoint: kvroute connects to the socket of each engine",
+            "so no KV events come",
         ),
         (
             profile(&format!("{queue}, {{type: decode-filter}}"), "{pluginRef: queue-scorer}"),

@@ -4,8 +4,11 @@
 
 mod support;
 
-use kvroute_core::plan::Plan;
-use kvroute_lab::engine::{self, EngineHandle};
+use std::net::TcpListener;
+
+use kvroute_core::plan::{Experimental, Plan};
+use kvroute_lab::engine::{self, EngineConfig, EngineHandle};
+use kvroute_router::{EventsConfig, RouterConfig, RouterHandle};
 use support::*;
 
 async fn engines(count: usize) -> Vec<EngineHandle> {
@@ -24,13 +27,50 @@ fn flags(engines: &[EngineHandle]) -> Vec<String> {
 async fn what_is_predicted_is_delivered() {
     let engines = engines(3).await;
     let router = router(config(Plan::precise(), &flags(&engines)), &engines).await;
+    predictions_come_true(&router, &engines).await;
+}
+
+#[tokio::test]
+async fn what_engines_tell_that_connect_to_the_router_is_delivered() {
+    let reserved: Vec<TcpListener> =
+        (0..4).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let addresses: Vec<_> = reserved.iter().map(|l| l.local_addr().unwrap()).collect();
+    drop(reserved);
+    let [bound, http @ ..] = &addresses[..] else { panic!("{addresses:?}") };
+    let mut engines = Vec::new();
+    for &http in http {
+        let topic = format!("kv@{http}@{MODEL}");
+        let events_to = Some(*bound);
+        let no = EngineConfig { events: None, replay: None, ..engine_config() };
+        engines.push(engine::serve(EngineConfig { http, topic, events_to, ..no }).await.unwrap());
+    }
+    let text = format!(
+        "plugins:
+- type: precise-prefix-cache-producer
+  parameters:
+    kvEventsConfig: {{zmqEndpoint: 'tcp://{bound}', discoverPods: false}}
+- type: prefix-cache-scorer
+  parameters: {{prefixMatchInfoProducerName: precise-prefix-cache-producer}}
+- type: no-hit-lru-scorer
+  parameters: {{prefixMatchInfoProducerName: precise-prefix-cache-producer}}
+"
+    );
+    let plan = kvroute::config::load_text(&text, "bound.yaml", Experimental::Refused).unwrap();
+    let flags: Vec<String> = http.iter().map(|http| format!("http://{http}")).collect();
+    let events = EventsConfig::planned(&plan);
+    let router = router(RouterConfig { events, ..config(plan, &flags) }, &engines).await;
+    predictions_come_true(&router, &engines).await;
+}
+
+/// Three groups of questions come home, each time with the cached tokens that were expected.
+async fn predictions_come_true(router: &RouterHandle, engines: &[EngineHandle]) {
     let mut homes = Vec::new();
     for question in 0..4 {
         for group in 0..3 {
-            settled(&router, &engines.iter().collect::<Vec<_>>()).await;
-            let answer = complete(&router, &prompt(group, question)).await;
+            settled(router, &engines.iter().collect::<Vec<_>>()).await;
+            let answer = complete(router, &prompt(group, question)).await;
             assert_eq!(answer.status, 200, "{answer:?}");
-            let decision = decision(&router, &answer).await;
+            let decision = decision(router, &answer).await;
             let record = &decision["decision"];
             assert_eq!(record["chosen_tokens"], answer.cached_tokens(), "{record:#}");
             let usage = &answer.json()["usage"];
@@ -49,7 +89,7 @@ async fn what_is_predicted_is_delivered() {
     homes.sort();
     homes.dedup();
     assert_eq!(homes.len(), 3, "cold groups spread");
-    let ledger = &admin(&router, "/index").await["ledger"];
+    let ledger = &admin(router, "/index").await["ledger"];
     let reported = &ledger["reported"];
     assert_eq!(reported["chosen_tokens"], ledger["delivered_tokens"]);
     assert_eq!(ledger["verdicts"]["below"], 0);
@@ -150,7 +190,7 @@ async fn a_killed_engine_is_left_and_its_restart_forgets() {
     assert_eq!(record["chosen_tokens"], answer.cached_tokens(), "{record:#}");
 }
 
-async fn settled_after_restart(router: &kvroute_router::RouterHandle, engine: &EngineHandle) {
+async fn settled_after_restart(router: &RouterHandle, engine: &EngineHandle) {
     for _ in 0..1000 {
         let stream = stream(router, engine).await;
         if stream["state"] == "live" && stream["counters"]["restarts"].as_u64() >= Some(1) {

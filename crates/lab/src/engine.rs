@@ -65,6 +65,8 @@ pub struct EngineConfig {
     pub events: Option<SocketAddr>,
     /// Where the replay socket listens.
     pub replay: Option<SocketAddr>,
+    /// A router to which events are published over a connection that the engine makes, too.
+    pub events_to: Option<SocketAddr>,
     /// First frame of every event message.
     pub topic: String,
     /// Hardware.
@@ -97,6 +99,7 @@ impl EngineConfig {
             max_num_batched_tokens: 8192,
             events: Some(any),
             replay: Some(any),
+            events_to: None,
             topic: String::new(),
             profile,
             speed: 1.0,
@@ -207,19 +210,7 @@ pub async fn serve(mut config: EngineConfig) -> Result<EngineHandle, EngineError
     let http = listen("HTTP", config.http).await?;
     config.http = bound(&http, config.http);
     let mut tasks = JoinSet::new();
-    let mut publisher = None;
-    if let Some(address) = config.events {
-        let events = listen("the event socket", address).await?;
-        config.events = Some(bound(&events, address));
-        let publishing = Publisher::new(config.topic.clone());
-        tasks.spawn(publishing.clone().serve_events(events));
-        if let Some(address) = config.replay {
-            let replay = listen("the replay socket", address).await?;
-            config.replay = Some(bound(&replay, address));
-            tasks.spawn(publishing.clone().serve_replay(replay));
-        }
-        publisher = Some(publishing);
-    }
+    let publisher = publish(&mut config, &mut tasks).await?;
     let (commands, receiver) = mpsc::unbounded_channel();
     let (pace, pace_seen) = watch::channel(1.0 / config.speed);
     let (stop, stop_seen) = watch::channel(false);
@@ -240,6 +231,31 @@ pub async fn serve(mut config: EngineConfig) -> Result<EngineHandle, EngineError
     tasks.spawn(runner::run(shared.clone(), model, receiver, pace_seen));
     tasks.spawn(http::serve(shared.clone(), http, stop_seen));
     Ok(EngineHandle { shared, pace, stop, tasks })
+}
+
+/// Starts the event sockets that are wanted; ports that the system picks are noted.
+async fn publish(
+    config: &mut EngineConfig,
+    tasks: &mut JoinSet<()>,
+) -> Result<Option<Arc<Publisher>>, EngineError> {
+    if config.events.is_none() && config.events_to.is_none() {
+        return Ok(None);
+    }
+    let publisher = Publisher::new(config.topic.clone());
+    if let Some(router) = config.events_to {
+        tasks.spawn(publisher.clone().publish_to(router));
+    }
+    if let Some(address) = config.events {
+        let events = listen("the event socket", address).await?;
+        config.events = Some(bound(&events, address));
+        tasks.spawn(publisher.clone().serve_events(events));
+        if let Some(address) = config.replay {
+            let replay = listen("the replay socket", address).await?;
+            config.replay = Some(bound(&replay, address));
+            tasks.spawn(publisher.clone().serve_replay(replay));
+        }
+    }
+    Ok(Some(publisher))
 }
 
 fn model_config(config: &EngineConfig, text: &Text) -> ModelConfig {

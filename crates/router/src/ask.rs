@@ -11,7 +11,7 @@ use kvroute_core::settings::Settings;
 use kvroute_wire::kv_event;
 use thiserror::Error;
 
-use crate::config::{EndpointFlag, EventsSource};
+use crate::config::{EndpointFlag, EventsConfig, EventsSource};
 use crate::discover::{FileSource, NameSource, Target};
 use crate::events::place;
 pub use crate::events::place::Place;
@@ -52,7 +52,7 @@ impl From<&Target> for Engine {
 pub async fn engines(
     flags: Vec<EndpointFlag>,
     file: Option<&Path>,
-    events: &EventsSource,
+    events: &EventsConfig,
 ) -> Result<Vec<Engine>, String> {
     let mut names = NameSource::new(flags, events.clone());
     names.refresh().await?;
@@ -224,7 +224,7 @@ impl EventStream {
         let connected =
             Socket::connect(address, Role::Sub, CONNECT_MAX, limits.event_bytes_max).await;
         let mut socket = connected.map_err(|error| error.to_string())?;
-        socket.subscribe("").await.map_err(|error| error.to_string())?;
+        socket.subscribe(b"").await.map_err(|error| error.to_string())?;
         Ok(EventStream { socket })
     }
 

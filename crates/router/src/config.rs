@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use kvroute_core::filter::LabelSelector;
 use kvroute_core::plan::Plan;
+use kvroute_core::produce::SOCKET_PORT;
 use kvroute_tokens::Tokenizer;
 use thiserror::Error;
 
@@ -29,8 +31,8 @@ pub struct RouterConfig {
     pub endpoints: Vec<EndpointFlag>,
     /// Endpoints in a file (llm-d's file-discovery format), read again when it changes.
     pub endpoints_file: Option<PathBuf>,
-    /// Where KV events of endpoints come from that do not say it themselves.
-    pub events: EventsSource,
+    /// Where KV events come from.
+    pub events: EventsConfig,
     /// Tokenizers of the served models.
     pub tokenizers: Tokenizers,
     /// Model that requests without a `model` field mean.
@@ -49,14 +51,85 @@ pub struct Record {
     pub file: PathBuf,
 }
 
-/// Where an endpoint publishes its KV events.
+/// Where do the KV events of all endpoints come from?
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventsConfig {
+    /// Of endpoints that do not say it themselves.
+    pub source: EventsSource,
+    /// Only endpoints with these labels have that source; `None`: all.
+    pub selector: Option<LabelSelector>,
+    /// Where engines connect to the router.
+    pub bound: Option<BoundSocket>,
+}
+
+/// A socket of the router that engines connect to. What a message is about stands in its topic,
+/// `kv@ADDRESS@MODEL`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoundSocket {
+    /// A name or an address of this host; `*` is every address.
+    pub host: String,
+    /// 0 picks a free one.
+    pub port: u16,
+    /// What topics must begin with.
+    pub topic_filter: String,
+}
+
+impl EventsConfig {
+    /// What the precise producer's `kvEventsConfig` says.
+    pub fn planned(plan: &Plan) -> EventsConfig {
+        let Some(precise) = plan.precise_producer() else { return EventsConfig::default() };
+        let events = &precise.kv_events_config;
+        let bound = events.bound().map(|(host, port)| BoundSocket {
+            host: host.to_owned(),
+            port,
+            topic_filter: events.topic_filter().to_owned(),
+        });
+        let pods = &events.pod_discovery_config;
+        let replay = pods.replay_port();
+        let source = match (events.discovers(), pods.socket_port) {
+            (true, Some(port)) => EventsSource::Ports { events: port, replay },
+            (true, None) => EventsSource::Ask { events: SOCKET_PORT, replay },
+            (false, _) if bound.is_some() => EventsSource::Bound,
+            (false, _) => EventsSource::Off,
+        };
+        EventsConfig { source, selector: events.selector(), bound }
+    }
+
+    /// The source of an endpoint that does not say it itself.
+    pub fn of(&self, labels: &BTreeMap<String, String>) -> EventsSource {
+        match &self.selector {
+            Some(selector) if !selector.matches(labels) => match self.bound {
+                Some(_) => EventsSource::Bound,
+                None => EventsSource::Unselected,
+            },
+            _ => self.source.clone(),
+        }
+    }
+}
+
+impl From<EventsSource> for EventsConfig {
+    fn from(source: EventsSource) -> EventsConfig {
+        EventsConfig { source, ..EventsConfig::default() }
+    }
+}
+
+/// Where an endpoint publishes its KV events.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EventsSource {
     /// Nowhere: its cache is known only by what was routed to it.
     Off,
-    /// Ask the engine (`GET /kv_event_sources`, vLLM 0.32 and later).
-    #[default]
-    Ask,
+    /// Nowhere, because its labels do not match `podLabelSelector`.
+    Unselected,
+    /// It connects to the router's own socket.
+    Bound,
+    /// Ask the engine (`GET /kv_event_sources`, vLLM 0.32 and later). One that does not know the
+    /// question is expected at fixed ports, as with `Ports`.
+    Ask {
+        /// First port of the publishers.
+        events: u16,
+        /// First port of the replay sockets, also of engines that tell of none.
+        replay: Option<u16>,
+    },
     /// At fixed ports of the endpoint's host, the rank added to each.
     Ports {
         /// First port of the publishers.
@@ -71,6 +144,13 @@ pub enum EventsSource {
         /// Replay socket, `HOST:PORT`.
         replay: Option<String>,
     },
+}
+
+impl Default for EventsSource {
+    /// The engine is asked; one that cannot tell is expected at llm-d's port.
+    fn default() -> EventsSource {
+        EventsSource::Ask { events: SOCKET_PORT, replay: None }
+    }
 }
 
 /// Certificate and key, PEM.
@@ -200,7 +280,50 @@ pub(crate) fn tcp_address(text: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use kvroute_core::config::EndpointPickerConfig;
+    use kvroute_core::plan::Experimental;
+
     use super::*;
+
+    fn planned(events: &str) -> EventsConfig {
+        let config: EndpointPickerConfig = serde_json::from_str(&format!(
+            r#"{{"plugins": [{{"type": "precise-prefix-cache-producer", "parameters":
+                {{"kvEventsConfig": {events}}}}}]}}"#
+        ))
+        .unwrap();
+        EventsConfig::planned(&Plan::build(&config, Experimental::Refused).unwrap())
+    }
+
+    #[test]
+    fn a_plan_says_where_events_come_from() {
+        let pods = |text: &str| planned(&format!(r#"{{"podDiscoveryConfig": {{{text}}}}}"#));
+        let ask = |replay| EventsSource::Ask { events: 5557, replay };
+        assert_eq!(planned("{}"), EventsConfig::default());
+        assert_eq!(pods(r#""replaySocketPort": 7"#).source, ask(Some(7)));
+        assert_eq!(pods(r#""replaySocketPort": 0"#).source, ask(None));
+        let ports = EventsSource::Ports { events: 5557, replay: Some(6) };
+        assert_eq!(pods(r#""socketPort": 5557, "replaySocketPort": 6"#).source, ports);
+        assert_eq!(planned(r#"{"discoverPods": false}"#).source, EventsSource::Off);
+        let bound = planned(r#"{"discoverPods": false, "zmqEndpoint": "tcp://*:9"}"#);
+        assert_eq!(bound.source, EventsSource::Bound);
+        let socket = BoundSocket { host: "*".into(), port: 9, topic_filter: "kv@".into() };
+        assert_eq!(bound.bound, Some(socket));
+        let without = EventsConfig::planned(&Plan::baseline_round_robin());
+        assert_eq!(without, EventsConfig::default());
+    }
+
+    #[test]
+    fn labels_choose_who_is_subscribed_to() {
+        let labels = |value: &str| [("serves".to_owned(), value.to_owned())].into();
+        let selector = r#""podDiscoveryConfig": {"podLabelSelector": "serves=yes"}"#;
+        let own = planned(&format!("{{{selector}}}"));
+        assert_eq!(own.of(&labels("yes")), EventsSource::default());
+        assert_eq!(own.of(&labels("no")), EventsSource::Unselected);
+        assert_eq!(own.of(&BTreeMap::new()), EventsSource::Unselected);
+        let both = planned(&format!(r#"{{"zmqEndpoint": "tcp://*:9", {selector}}}"#));
+        assert_eq!(both.of(&labels("yes")), EventsSource::default());
+        assert_eq!(both.of(&labels("no")), EventsSource::Bound);
+    }
 
     #[test]
     fn endpoints_as_typed() {

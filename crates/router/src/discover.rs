@@ -13,7 +13,8 @@ use kvroute_core::fleet::EndpointSpec;
 use tracing::{info, warn};
 
 use crate::config::EventsSource;
-use crate::events;
+use crate::events::bound::Bound;
+use crate::events::{self, Subscription};
 use crate::metrics::ReasonLabel;
 use crate::shared::Shared;
 use crate::upstream::{Upstream, Whereabouts};
@@ -164,12 +165,12 @@ impl Discovery {
             labels: target.labels.clone(),
             rank: target.rank,
             replay_available: match &events {
-                EventsSource::Off => false,
-                EventsSource::Ask => true,
+                EventsSource::Off | EventsSource::Unselected | EventsSource::Bound => false,
+                EventsSource::Ask { .. } => true,
                 EventsSource::Ports { replay, .. } => replay.is_some(),
                 EventsSource::At { replay, .. } => replay.is_some(),
             },
-            events_expected: events != EventsSource::Off,
+            events_expected: !matches!(events, EventsSource::Off | EventsSource::Unselected),
         };
         let id = match shared.brain.lock().add_endpoint(shared.clock.now(), spec) {
             Ok(id) => id,
@@ -185,9 +186,19 @@ impl Discovery {
         let limits = shared.pool_limits();
         let primary_port = shared.primary_port;
         let upstream = Arc::new(Upstream::new(id, &target, metrics, limits, primary_port));
+        let (subscription, subscribes) = match events {
+            EventsSource::Off => (Subscription::Off, false),
+            EventsSource::Unselected => (Subscription::Unselected, false),
+            EventsSource::Bound => {
+                let socket = shared.bound.as_ref().map_or_else(String::new, Bound::address);
+                (Subscription::Awaited(socket), false)
+            }
+            _ => (Subscription::Searching, true),
+        };
+        *upstream.subscription.lock() = subscription;
         shared.upstreams.insert(Arc::clone(&upstream));
         shared.watch(Arc::clone(&upstream));
-        let subscriber = (events != EventsSource::Off).then(|| {
+        let subscriber = subscribes.then(|| {
             tokio::spawn(events::subscribe(Arc::clone(shared), Arc::clone(&upstream), events))
         });
         info!(endpoint = target.name, address = %target.address, "An endpoint joined.");

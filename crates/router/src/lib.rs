@@ -46,7 +46,8 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 pub use config::{
-    EndpointFlag, EndpointFlagError, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers,
+    BoundSocket, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource, Record, RouterConfig,
+    TlsFiles, Tokenizers,
 };
 use discover::{Discovery, FileSource, NameSource, Source};
 use shared::{Phase, Shared};
@@ -64,6 +65,17 @@ pub enum StartError {
     Listen {
         /// The address.
         address: SocketAddr,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// The socket that engines are to connect to cannot be had.
+    #[error(
+        "cannot listen for engines at zmqEndpoint {address}: {error}; it must be a free port of \
+         this host, such as tcp://*:5557"
+    )]
+    Bound {
+        /// The address.
+        address: String,
         /// What the system says.
         error: io::Error,
     },
@@ -91,6 +103,7 @@ pub struct RouterHandle {
     shared: Arc<Shared>,
     http_addr: SocketAddr,
     admin_addr: SocketAddr,
+    events_addr: Option<SocketAddr>,
     proxy: Option<JoinHandle<()>>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -102,7 +115,7 @@ pub struct RouterHandle {
 /// read, be they named here or in the plan's `dataLayer`. Host names that cannot be resolved do not
 /// prevent a start: they are tried again. So is a file of endpoints that turns bad later; its
 /// endpoints stay as they were.
-pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
+pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError> {
     let collect = &config.plan.collect;
     let collector = Arc::new(scrape::Collector::new(collect).map_err(StartError::Collect)?);
     let acceptor = tls::Acceptor::new(config.tls.as_ref())?;
@@ -120,6 +133,8 @@ pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
     }
     let (http, http_addr) = listen(config.http).await?;
     let (admin, admin_addr) = listen(config.admin).await?;
+    let engines = listen_for_engines(&mut config).await?;
+    let events_addr = engines.as_ref().and_then(|listener| listener.local_addr().ok());
     let (scraper, added) = mpsc::unbounded_channel();
     let (phase, phase_seen) = watch::channel(Phase::Serving);
     let shared = Arc::new(share(config, phase, scraper)?);
@@ -128,11 +143,14 @@ pub async fn start(config: RouterConfig) -> Result<RouterHandle, StartError> {
     let mut discovery = Discovery::new(Arc::clone(&shared), sources);
     discovery.refresh().await;
     tasks.push(tokio::spawn(discovery.run()));
+    if let Some(engines) = engines {
+        tasks.push(tokio::spawn(events::bound::serve(Arc::clone(&shared), engines)));
+    }
     tasks.push(tokio::spawn(tick(Arc::clone(&shared))));
     tasks.push(tokio::spawn(admin::serve(Arc::clone(&shared), admin)));
     let proxy = tokio::spawn(proxy::serve(Arc::clone(&shared), http, acceptor, phase_seen));
     info!(http = %http_addr, admin = %admin_addr, "The router listens.");
-    Ok(RouterHandle { shared, http_addr, admin_addr, proxy: Some(proxy), tasks })
+    Ok(RouterHandle { shared, http_addr, admin_addr, events_addr, proxy: Some(proxy), tasks })
 }
 
 fn share(
@@ -142,6 +160,9 @@ fn share(
 ) -> Result<Shared, StartError> {
     let settings = config.plan.settings.clone();
     let metrics = metrics::Metrics::new(settings.label_values_max);
+    let topics_max = settings.label_values_max;
+    let bound = config.events.bound.as_ref().filter(|_| config.plan.reads_events());
+    let bound = bound.map(|socket| events::bound::Bound::new(socket, topics_max));
     let recorder = record(&config, &metrics)?;
     let room = match settings.tokenize_concurrency_max {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -162,6 +183,7 @@ fn share(
         brain: Mutex::new(brain),
         recorder,
         upstreams: upstream::Upstreams::default(),
+        bound,
         metrics,
         decisions: decisions::Decisions::new(settings.decisions_bytes_max),
         config: config.config,
@@ -199,6 +221,18 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
     Ok((listener, bound))
 }
 
+/// The socket of the plan's `zmqEndpoint`. Its port is noted where the system picked it.
+async fn listen_for_engines(config: &mut RouterConfig) -> Result<Option<TcpListener>, StartError> {
+    let wanted = config.plan.reads_events();
+    let Some(socket) = config.events.bound.as_mut().filter(|_| wanted) else { return Ok(None) };
+    let address = format!("tcp://{}:{}", socket.host, socket.port);
+    let listener = events::bound::listen(socket).await;
+    let listener = listener.map_err(|error| StartError::Bound { address, error })?;
+    socket.port = listener.local_addr().map_or(socket.port, |address| address.port());
+    info!(host = socket.host, port = socket.port, "Engines may connect and tell their KV events.");
+    Ok(Some(listener))
+}
+
 /// Lets time pass in the brain and in the connection pools.
 async fn tick(shared: Arc<Shared>) {
     let mut reaped = tokio::time::Instant::now();
@@ -226,6 +260,11 @@ impl RouterHandle {
     /// Where metrics, health, decisions and the index are served.
     pub fn admin_addr(&self) -> SocketAddr {
         self.admin_addr
+    }
+
+    /// Where engines connect to tell their KV events, if the plan says so.
+    pub fn events_addr(&self) -> Option<SocketAddr> {
+        self.events_addr
     }
 
     /// The brain, locked: requests wait while it is held, so look and let go. Never hold it over

@@ -123,6 +123,10 @@ pub(crate) struct Metrics {
     pub engine_running: Family<EndpointLabel, Gauge>,
     pub engine_kv_usage: Family<EndpointLabel, GaugeF64>,
     pub discovery_errors: Family<ReasonLabel, Counter>,
+    /// Engines that have connected to the router's event socket.
+    pub bound_connections: Gauge,
+    /// Of their messages, or of connections, those that were not used.
+    pub bound_dropped: Family<ReasonLabel, Counter>,
     pub recording: RecorderMetrics,
     /// Pages of sources other than the first, which `scrapes` counts.
     pub source_scrapes: Family<EndpointSource, Counter>,
@@ -185,6 +189,8 @@ impl Metrics {
             engine_running: Family::default(),
             engine_kv_usage: Family::default(),
             discovery_errors: Family::default(),
+            bound_connections: Gauge::default(),
+            bound_dropped: Family::default(),
             recording: RecorderMetrics {
                 active: Gauge::default(),
                 bytes: Counter::default(),
@@ -204,6 +210,7 @@ impl Metrics {
         };
         metrics.register_requests();
         metrics.register_knowledge();
+        metrics.register_bound();
         metrics.register_recording();
         metrics
     }
@@ -313,6 +320,20 @@ impl Metrics {
             "discovery_errors",
             "Looks at a source of endpoints that failed; the endpoints stay as they were",
             self.discovery_errors.clone(),
+        );
+    }
+
+    fn register_bound(&mut self) {
+        let r = &mut self.registry;
+        r.register(
+            "bound_connections",
+            "Engines connected to the router's event socket",
+            self.bound_connections.clone(),
+        );
+        r.register(
+            "bound_dropped",
+            "Messages and connections at the router's event socket that were not used, by reason",
+            self.bound_dropped.clone(),
         );
     }
 

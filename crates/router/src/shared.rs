@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::config::Tokenizers;
 use crate::decisions::Decisions;
 use crate::error::RouteError;
+use crate::events::bound::Bound;
 use crate::metrics::{EndpointReason, Metrics};
 use crate::recorder::Recorder;
 use crate::upstream::{PoolLimits, Upstream, Upstreams};
@@ -42,6 +43,8 @@ pub(crate) struct Shared {
     /// Writes down what the brain hears.
     pub recorder: Option<Recorder>,
     pub upstreams: Upstreams,
+    /// Where engines connect to tell their KV events.
+    pub bound: Option<Bound>,
     pub metrics: Metrics,
     pub decisions: Decisions,
     /// Text of the configuration; empty: the built-in one.

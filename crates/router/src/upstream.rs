@@ -23,10 +23,11 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::discover::Target;
 use crate::events::Subscription;
+use crate::events::feed::Speaker;
 use crate::http1::{self, Framing, Head, Http1Error};
 use crate::metrics::EndpointMetrics;
 use crate::tls::{Tls, TlsStream};
@@ -256,8 +257,14 @@ pub(crate) struct Upstream {
     pub busy_ms: AtomicU64,
     /// Whether it answered the last scrape.
     pub up: AtomicBool,
+    /// Factor of the watchdog's patience with its events.
+    pub patience: AtomicU64,
     /// What its event subscriber is doing.
     pub subscription: Mutex<Subscription>,
+    /// Whose messages about it count.
+    pub speaker: watch::Sender<Speaker>,
+    /// Its events have had a connection before.
+    pub heard_before: AtomicBool,
     /// What the brain wants its subscriber to do.
     order: Mutex<StreamOrder>,
     ordered: Notify,
@@ -299,7 +306,10 @@ impl Upstream {
             metrics,
             busy_ms: AtomicU64::new(0),
             up: AtomicBool::new(false),
+            patience: AtomicU64::new(1),
             subscription: Mutex::default(),
+            speaker: watch::Sender::new(Speaker::Own),
+            heard_before: AtomicBool::new(false),
             order: Mutex::new(StreamOrder::None),
             ordered: Notify::new(),
             idle: Mutex::default(),
@@ -376,6 +386,7 @@ impl Upstream {
 #[derive(Debug, Default)]
 pub(crate) struct Upstreams {
     slots: ArcSwap<Vec<Option<Arc<Upstream>>>>,
+    version: AtomicU64,
 }
 
 impl Upstreams {
@@ -390,6 +401,20 @@ impl Upstreams {
         self.slots.load().iter().flatten().cloned().collect()
     }
 
+    /// Changes whenever an endpoint joins or leaves.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Whether another endpoint of the same rank has the same host.
+    pub fn shares_host(&self, upstream: &Upstream) -> bool {
+        let slots = self.slots.load();
+        slots.iter().flatten().any(|other| {
+            let same = (other.address.ip(), other.rank) == (upstream.address.ip(), upstream.rank);
+            same && other.id != upstream.id
+        })
+    }
+
     /// Adds an endpoint in its slot. One task changes the fleet, so no update is lost.
     pub fn insert(&self, upstream: Arc<Upstream>) {
         let mut slots = Vec::clone(&self.slots.load());
@@ -399,6 +424,7 @@ impl Upstreams {
         }
         slots[at] = Some(upstream);
         self.slots.store(Arc::new(slots));
+        self.version.fetch_add(1, Ordering::Release);
     }
 
     /// Removes an endpoint; requests on their way keep theirs.
@@ -407,6 +433,7 @@ impl Upstreams {
         let slot = slots.get_mut(usize::from(id.slot))?;
         let removed = slot.take_if(|u| u.id == id)?;
         self.slots.store(Arc::new(slots));
+        self.version.fetch_add(1, Ordering::Release);
         Some(removed)
     }
 }

@@ -1,4 +1,5 @@
-//! How does one read a ZeroMQ publisher? A ZMTP 3 client for SUB and DEALER over TCP.
+//! How does one read a ZeroMQ publisher? ZMTP 3 for SUB and DEALER over TCP, whoever of the two
+//! connects.
 //!
 //! Only what KV event streams need (RFC 23/ZMTP, NULL mechanism): greeting, READY, subscribe,
 //! messages, PING. Frames are read into one buffer with a limit, so that a length claimed by the
@@ -22,6 +23,8 @@ const FLAG_MORE: u8 = 1;
 const FLAG_LONG: u8 = 2;
 const FLAG_COMMAND: u8 = 4;
 const GREETING_BYTES: usize = 64;
+/// Largest READY command.
+const READY_BYTES_MAX: usize = 16 << 10;
 
 /// Why a connection cannot be used any more.
 #[derive(Debug, Error)]
@@ -35,8 +38,11 @@ pub(crate) enum ZmtpError {
     /// The peer speaks something else.
     #[error("the peer does not speak ZMTP 3 with the NULL mechanism; is this a KV event port?")]
     NotZmtp,
-    /// A frame of a size or count beyond the limits.
-    #[error("a frame of more than the allowed bytes, or a message of over {FRAMES_MAX} frames")]
+    /// The peer does something else, such as a subscriber that connected to its own port.
+    #[error("the peer is a `{0}` socket; engines publish KV events with PUB, replays with ROUTER")]
+    WrongPeer(String),
+    /// A message of a size or number of frames beyond the limits.
+    #[error("a message of more than the allowed bytes, or of over {FRAMES_MAX} frames")]
     TooLarge,
 }
 
@@ -54,34 +60,49 @@ pub(crate) enum Role {
 pub(crate) struct Socket {
     stream: TcpStream,
     buf: BytesMut,
-    frame_bytes_max: usize,
+    message_bytes_max: usize,
     /// Frames of the message that is being received.
     frames: Vec<Bytes>,
 }
 
 impl Socket {
-    /// Connects and shakes hands, within `timeout` in all. No frame may be larger than
-    /// `frame_bytes_max`.
+    /// Connects and shakes hands, within `timeout` in all. No message may be larger than
+    /// `message_bytes_max`.
     pub async fn connect(
         address: impl ToSocketAddrs,
         role: Role,
         timeout: Duration,
-        frame_bytes_max: usize,
+        message_bytes_max: usize,
     ) -> Result<Socket, ZmtpError> {
-        tokio::time::timeout(timeout, Socket::handshake(address, role, frame_bytes_max))
-            .await
-            .unwrap_or(Err(ZmtpError::Timeout(timeout)))
+        let connected = async {
+            let stream = TcpStream::connect(address).await?;
+            Socket::handshake(stream, role, message_bytes_max).await
+        };
+        let connected = tokio::time::timeout(timeout, connected).await;
+        connected.unwrap_or(Err(ZmtpError::Timeout(timeout)))
     }
 
-    async fn handshake(
-        address: impl ToSocketAddrs,
+    /// Shakes hands with a peer that has connected; the rest as [`Socket::connect`].
+    pub async fn accept(
+        stream: TcpStream,
         role: Role,
-        frame_bytes_max: usize,
+        timeout: Duration,
+        message_bytes_max: usize,
     ) -> Result<Socket, ZmtpError> {
-        let stream = TcpStream::connect(address).await?;
+        let accepted = Socket::handshake(stream, role, message_bytes_max);
+        let accepted = tokio::time::timeout(timeout, accepted).await;
+        accepted.unwrap_or(Err(ZmtpError::Timeout(timeout)))
+    }
+
+    /// The same on both sides: with the NULL mechanism none is the server.
+    async fn handshake(
+        stream: TcpStream,
+        role: Role,
+        message_bytes_max: usize,
+    ) -> Result<Socket, ZmtpError> {
         stream.set_nodelay(true)?;
         let (buf, frames) = (BytesMut::new(), Vec::new());
-        let mut socket = Socket { stream, buf, frame_bytes_max, frames };
+        let mut socket = Socket { stream, buf, message_bytes_max, frames };
         socket.stream.write_all(&greeting()).await?;
         while socket.buf.len() < GREETING_BYTES {
             socket.fill().await?;
@@ -93,17 +114,21 @@ impl Socket {
         }
         socket.stream.write_all(&ready(role)).await?;
         loop {
-            match decode_frame(&mut socket.buf, frame_bytes_max)? {
+            match decode_frame(&mut socket.buf, READY_BYTES_MAX)? {
                 None => socket.fill().await?,
-                Some((FLAG_COMMAND, body)) if body.starts_with(b"\x05READY") => return Ok(socket),
+                Some((FLAG_COMMAND, body)) => {
+                    let properties = body.strip_prefix(b"\x05READY").ok_or(ZmtpError::NotZmtp)?;
+                    check_peer(role, socket_type(properties))?;
+                    return Ok(socket);
+                }
                 Some(_) => return Err(ZmtpError::NotZmtp),
             }
         }
     }
 
     /// Asks a publisher for all messages whose topic starts with `topic`.
-    pub async fn subscribe(&mut self, topic: &str) -> Result<(), ZmtpError> {
-        let frame = [b"\x01", topic.as_bytes()].concat();
+    pub async fn subscribe(&mut self, topic: &[u8]) -> Result<(), ZmtpError> {
+        let frame = [b"\x01", topic].concat();
         self.send(&[&frame]).await
     }
 
@@ -120,7 +145,8 @@ impl Socket {
     /// The next message.
     pub async fn recv(&mut self) -> Result<Vec<Bytes>, ZmtpError> {
         loop {
-            match decode_frame(&mut self.buf, self.frame_bytes_max)? {
+            let so_far: usize = self.frames.iter().map(Bytes::len).sum();
+            match decode_frame(&mut self.buf, self.message_bytes_max.saturating_sub(so_far))? {
                 None => self.fill().await?,
                 Some((flags, body)) if flags & FLAG_COMMAND != 0 => self.command(&body).await?,
                 Some((flags, body)) => {
@@ -136,7 +162,7 @@ impl Socket {
         }
     }
 
-    /// Answers a PING with its context; other commands mean nothing to a client.
+    /// Answers a PING with its context; other commands mean nothing here.
     async fn command(&mut self, body: &Bytes) -> Result<(), ZmtpError> {
         if let Some(ping) = body.strip_prefix(b"\x04PING") {
             let context = ping.get(2..).unwrap_or_default();
@@ -157,7 +183,7 @@ impl Socket {
     }
 }
 
-/// Signature, version 3.0, mechanism NULL, client.
+/// Signature, version 3.0, mechanism NULL, not the server.
 fn greeting() -> [u8; GREETING_BYTES] {
     let mut out = [0; GREETING_BYTES];
     out[0] = 0xFF;
@@ -170,6 +196,40 @@ fn greeting() -> [u8; GREETING_BYTES] {
 fn check_signature(buf: &[u8]) -> Result<(), ZmtpError> {
     let wrong = |at: usize, byte: u8| buf.get(at).is_some_and(|&b| b != byte);
     if wrong(0, 0xFF) || wrong(9, 0x7F) { Err(ZmtpError::NotZmtp) } else { Ok(()) }
+}
+
+/// Publishers speak to subscribers, and whoever answers replays to dealers.
+fn check_peer(role: Role, theirs: &[u8]) -> Result<(), ZmtpError> {
+    let fits: &[&[u8]] = match role {
+        Role::Sub => &[b"PUB", b"XPUB"],
+        Role::Dealer => &[b"ROUTER", b"DEALER", b"REP"],
+    };
+    if fits.contains(&theirs) {
+        return Ok(());
+    }
+    let shown = &theirs[..theirs.len().min(16)];
+    Err(ZmtpError::WrongPeer(shown.escape_ascii().to_string()))
+}
+
+/// The value of `Socket-Type` among the properties of a READY; empty when there is none.
+fn socket_type(mut properties: &[u8]) -> &[u8] {
+    while let Some((name, value, rest)) = first_property(properties) {
+        if name.eq_ignore_ascii_case(b"Socket-Type") {
+            return value;
+        }
+        properties = rest;
+    }
+    &[]
+}
+
+/// Name and value of the first property, and what follows it.
+fn first_property(properties: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let (&length, rest) = properties.split_first()?;
+    let (name, rest) = rest.split_at_checked(usize::from(length))?;
+    let (length, rest) = rest.split_first_chunk::<4>()?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+    let (value, rest) = rest.split_at_checked(length)?;
+    Some((name, value, rest))
 }
 
 fn ready(role: Role) -> Vec<u8> {
@@ -278,5 +338,25 @@ mod tests {
         check_signature(&ours).unwrap();
         assert!(check_signature(b"HTTP/1.1 400").is_err());
         assert_eq!(ready(Role::Sub), b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03SUB");
+        assert_eq!(socket_type(&ready(Role::Dealer)[8..]), b"DEALER");
+    }
+
+    #[test]
+    fn only_publishers_are_subscribed_to() {
+        let table: [(&[u8], Option<&str>); 6] = [
+            (b"\x0bSocket-Type\0\0\0\x03PUB", None),
+            (b"\x01x\0\0\0\x01y\x0bsocket-type\0\0\0\x04XPUB", None),
+            (b"\x0bSocket-Type\0\0\0\x03SUB", Some("`SUB`")),
+            (b"", Some("``")),
+            (b"\x0bSocket-Type\xff\xff\xff\xffPUB", Some("``")),
+            (b"\xffSocket-Type", Some("``")),
+        ];
+        for (properties, refused) in table {
+            let checked = check_peer(Role::Sub, socket_type(properties));
+            match refused {
+                None => checked.unwrap(),
+                Some(named) => assert!(checked.unwrap_err().to_string().contains(named)),
+            }
+        }
     }
 }

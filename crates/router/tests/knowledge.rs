@@ -7,146 +7,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvroute_core::event::{BlockStored, EngineHash, EventBatch, GroupKind, KvEvent, Tier};
 use kvroute_core::settings::Settings;
-use kvroute_core::stream::StreamState;
 use kvroute_router::{EventsSource, RouterHandle, Tokenizers};
-use kvroute_wire::kv_event::encode_batch;
-use parking_lot::Mutex;
+use support::events::*;
 use support::*;
-use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
-
-/// One full block of its own, opening a prompt.
-fn stored(hash: u64) -> EventBatch {
-    let tokens = (0..16).map(|t| t + 1000 * u32::try_from(hash).unwrap()).collect();
-    let event = BlockStored {
-        hashes: vec![EngineHash(hash)],
-        parent: None,
-        tokens,
-        block_size: 16,
-        lora_name: None,
-        tier: Tier::Gpu,
-        extras: Vec::new(),
-        group: None,
-        kind: GroupKind::Full,
-    };
-    let events = vec![KvEvent::Stored(event)];
-    EventBatch { timestamp_s: 1.0, events, rank: Some(0), events_bad: 0 }
-}
-
-fn payload(batch: &EventBatch) -> Vec<u8> {
-    let mut out = Vec::new();
-    encode_batch(batch, &mut out);
-    out
-}
-
-fn message(frames: &[&[u8]]) -> ZmqMessage {
-    let frames: Vec<bytes::Bytes> =
-        frames.iter().map(|f| bytes::Bytes::copy_from_slice(f)).collect();
-    ZmqMessage::try_from(frames).unwrap()
-}
-
-/// A publisher with a replay socket, as in an engine.
-struct Publisher {
-    socket: PubSocket,
-    events: SocketAddr,
-    replay: SocketAddr,
-    /// What the replay socket still holds, from sequence number 0.
-    held: Arc<Mutex<Vec<Vec<u8>>>>,
-    next: u64,
-    replayer: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Publisher {
-    fn drop(&mut self) {
-        self.replayer.abort();
-    }
-}
-
-async fn free_port() -> SocketAddr {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    listener.local_addr().unwrap()
-}
-
-impl Publisher {
-    async fn start(events: SocketAddr, with_topic: bool) -> Publisher {
-        let mut socket = PubSocket::new();
-        // The port may still belong to the publisher before this one.
-        while socket.bind(&format!("tcp://{events}")).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let mut replies = RouterSocket::new();
-        let replay = free_port().await;
-        replies.bind(&format!("tcp://{replay}")).await.unwrap();
-        let held: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
-        let there = Arc::clone(&held);
-        let replayer = tokio::spawn(async move {
-            while let Ok(request) = replies.recv().await {
-                let frames = request.into_vec();
-                assert_eq!(frames.len(), 3, "identity, delimiter, number");
-                let from = u64::from_be_bytes(frames[2][..].try_into().unwrap());
-                let mut answers: Vec<(u64, Vec<u8>)> =
-                    there.lock().iter().cloned().enumerate().map(|(n, p)| (n as u64, p)).collect();
-                answers.retain(|(n, _)| *n >= from);
-                answers.push((u64::MAX, Vec::new()));
-                for (seq, payload) in answers {
-                    let seq = seq.to_be_bytes();
-                    let mut parts: Vec<&[u8]> = vec![&frames[0], b""];
-                    if with_topic {
-                        parts.push(b"kv@engine@m");
-                    }
-                    parts.extend([&seq[..], &payload[..]]);
-                    replies.send(message(&parts)).await.unwrap();
-                }
-            }
-        });
-        Publisher { socket, events, replay, held, next: 0, replayer }
-    }
-
-    /// Publishes a batch; what is `lost` or `garbled` is only kept for replay.
-    async fn publish(&mut self, batch: &EventBatch, lost: bool, garbled: bool) {
-        let good = payload(batch);
-        self.held.lock().push(good.clone());
-        let seq = self.next.to_be_bytes();
-        self.next += 1;
-        if !lost {
-            let sent: &[u8] = if garbled { b"\xc1garbage" } else { &good };
-            self.socket.send(message(&[b"", &seq, sent])).await.unwrap();
-        }
-    }
-
-    fn sources(&self) -> String {
-        format!(
-            r#"{{"0":{{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://*:{}",
-            "replay_endpoint":"tcp://*:{}","topic":""}}}}"#,
-            self.events.port(),
-            self.replay.port()
-        )
-    }
-}
-
-fn resident(router: &RouterHandle) -> usize {
-    let brain = router.brain();
-    let id = brain.fleet().iter().next().unwrap().id;
-    brain.index().endpoint_usage(id).resident
-}
-
-fn state(router: &RouterHandle) -> Option<StreamState> {
-    let brain = router.brain();
-    let id = brain.fleet().iter().next()?.id;
-    brain.stream_state(id)
-}
-
-async fn caught_up(router: &RouterHandle, blocks: usize) {
-    eventually(&format!("{blocks} blocks"), || {
-        resident(router) == blocks && state(router) == Some(StreamState::Live)
-    })
-    .await;
-}
 
 async fn events_router(engine: &Mock, events: EventsSource, settings: Settings) -> RouterHandle {
     let mut config = config(&[engine.addr], settings);
-    config.events = events;
+    config.events = events.into();
     kvroute_router::start(config).await.unwrap()
 }
 
@@ -158,7 +26,7 @@ async fn events_are_followed_through_loss_garbage_and_restart() {
         *engine.state.event_sources.lock() = Some(publisher.sources());
         publisher.publish(&stored(1), true, false).await;
         let limits = Settings { replay_cooldown_ms: 50, ..settings() };
-        let router = events_router(&engine, EventsSource::Ask, limits).await;
+        let router = events_router(&engine, EventsSource::default(), limits).await;
         caught_up(&router, 1).await;
 
         for hash in 2..5 {
@@ -209,7 +77,7 @@ async fn a_cache_reset_through_the_router_is_known_at_once() {
     let mut publisher = Publisher::start(free_port().await, true).await;
     *engine.state.event_sources.lock() = Some(publisher.sources());
     publisher.publish(&stored(1), true, false).await;
-    let router = events_router(&engine, EventsSource::Ask, settings()).await;
+    let router = events_router(&engine, EventsSource::default(), settings()).await;
     caught_up(&router, 1).await;
     engine.script(Script::Answer(500, "{}".to_owned()));
     send(router.http_addr(), post("/reset_prefix_cache", "")).await;
@@ -222,7 +90,8 @@ async fn a_cache_reset_through_the_router_is_known_at_once() {
 #[tokio::test]
 async fn a_publisher_that_is_missing_is_named_and_found_later() {
     let engine = Mock::start().await;
-    let router = events_router(&engine, EventsSource::Ask, settings()).await;
+    let nobody = EventsSource::Ask { events: free_port().await.port(), replay: None };
+    let router = events_router(&engine, nobody, settings()).await;
     let reason = |view: &serde_json::Value| {
         view["endpoints"][0]["stream"]["subscription"]["failed"].as_str().map(str::to_owned)
     };
@@ -241,6 +110,41 @@ async fn a_publisher_that_is_missing_is_named_and_found_later() {
     publisher.publish(&stored(1), true, false).await;
     *engine.state.event_sources.lock() = Some(publisher.sources());
     caught_up(&router, 1).await;
+}
+
+#[tokio::test]
+async fn an_engine_that_does_not_know_the_question_is_found_at_the_default_port() {
+    let engine = Mock::start().await;
+    let mut publisher = Publisher::start(free_port().await, true).await;
+    publisher.publish(&stored(1), true, false).await;
+    let port = publisher.events.port();
+    let guess = EventsSource::Ask { events: port, replay: Some(publisher.replay.port()) };
+    let router = events_router(&engine, guess.clone(), settings()).await;
+    caught_up(&router, 1).await;
+    let view = admin_json(&router, "/index").await;
+    let place = view["endpoints"][0]["stream"]["subscription"]["connected"].to_string();
+    for words in [&format!("127.0.0.1:{port}"), "default port", "answered with 404"] {
+        assert!(place.contains(words), "{words}: {place}");
+    }
+
+    // Whose events are these, when two engines of the host could publish them?
+    let other = Mock::start().await;
+    let mut config = config(&[engine.addr, other.addr], settings());
+    config.events = guess.into();
+    let router = kvroute_router::start(config).await.unwrap();
+    let until = tokio::time::Instant::now() + LONG;
+    loop {
+        let view = admin_json(&router, "/index").await;
+        let failed = |at: usize| {
+            let subscription = &view["endpoints"][at]["stream"]["subscription"];
+            subscription["failed"].to_string().contains("nobody knows whose events")
+        };
+        if failed(0) && failed(1) {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < until, "{view}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test]
@@ -270,7 +174,7 @@ async fn a_busy_engine_without_events_is_connected_to_again() {
     let publisher = Publisher::start(free_port().await, true).await;
     *engine.state.event_sources.lock() = Some(publisher.sources());
     let limits = Settings { event_idle_watchdog_s: 1, ..settings() };
-    let router = events_router(&engine, EventsSource::Ask, limits).await;
+    let router = events_router(&engine, EventsSource::default(), limits).await;
     let series = format!("kvroute_stream_reconnects_total{{endpoint=\"{}\"}}", engine.addr);
     let until = tokio::time::Instant::now() + LONG;
     while metric(&router, &series).await < 1.0 {

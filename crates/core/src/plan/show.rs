@@ -30,6 +30,9 @@ pub struct Shown {
     pub detector: Option<ShownPlugin>,
     /// What is known about each endpoint, and who reads it.
     pub producers: Vec<ShownProducer>,
+    /// Where KV events come from, if anything reads them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events: Option<String>,
     /// Which tokens requests come with.
     pub tokens: String,
     /// Who reads bodies, in order of preference.
@@ -135,6 +138,7 @@ impl Plan {
             admitters: all(&self.admitters),
             detector: self.detector.as_ref().map(|stage| self.plugin(stage)),
             producers: self.producers_in_words(),
+            events: self.precise_producer().map(|precise| precise.kv_events_config.to_string()),
             tokens: self.tokens_in_words().to_owned(),
             parsers: self.parsers.iter().map(|parser| parser.plugin_type().to_owned()).collect(),
             data: self.data_in_words(),
@@ -417,6 +421,7 @@ impl Shown {
             let knows = format!("{}{readers}", producer.knows);
             lines.push(line("producer", &producer.name, knows));
         }
+        lines.extend(self.events.iter().map(|events| line("events", events, String::new())));
         lines.push(line("tokens", &self.tokens, String::new()));
         lines.push(line("parsers", &self.parsers.join(", "), String::new()));
         lines.extend(self.data.iter().map(|data| line("data", &data.source, data.what.clone())));

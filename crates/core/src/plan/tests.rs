@@ -250,6 +250,27 @@ fn the_precise_scorer_brings_its_own_producer_or_uses_the_one_there_is() {
 }
 
 #[test]
+fn a_plan_says_where_events_come_from_however_they_are_configured() {
+    let given = "{zmqEndpoint: \"tcp://*:5557\", discoverPods: false}";
+    for plugin in [
+        "precise-prefix-cache-producer, parameters: {kvEventsConfig: ",
+        "precise-prefix-cache-scorer, parameters: {kvEventsConfig: ",
+        "prefix-cache-scorer, parameters: {mode: cache_tracking, kvEventsConfig: ",
+    ] {
+        let shown = plan(&format!("plugins: [{{type: {plugin}{given}}}}}]")).to_string();
+        let line = "events    engines connect to tcp://*:5557 (topics that begin with kv@)";
+        assert!(shown.lines().any(|l| l == line), "{shown}");
+    }
+    let nowhere = plan(
+        "plugins: [{type: precise-prefix-cache-producer, parameters: {kvEventsConfig: \
+         {discoverPods: false}}}]",
+    );
+    let warnings = texts(&nowhere, NoteKind::Warning);
+    assert!(warnings.iter().any(|text| text.contains("so no KV events come")), "{nowhere}");
+    assert!(nowhere.to_string().contains("events    from nowhere"), "{nowhere}");
+}
+
+#[test]
 fn built_in_plans_print_what_runs() {
     let text = Plan::precise().to_string();
     for line in [
@@ -260,6 +281,7 @@ fn built_in_plans_print_what_runs() {
         "  picker  max-score-picker",
         "producer  precise-prefix-cache-producer  cached prefixes, told by the engines' events; read by",
         "added     max-score-picker: the profile has no picker",
+        "events    each endpoint as it says itself, else at port 5557 + rank",
     ] {
         assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
     }

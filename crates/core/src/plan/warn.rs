@@ -125,10 +125,17 @@ fn of_plugin(name: &Name, spec: &PluginSpec, notes: &mut Notes) {
                     warn("lruCapacityPerServer: 0, so nothing is remembered and nothing matches");
                 }
             }
-            Some(ProducerKind::Precise(precise))
-                if precise.token_processor_config.block_size.is_some() =>
-            {
-                warn("tokenProcessorConfig.blockSize: deprecated; write blockSizeTokens");
+            Some(ProducerKind::Precise(precise)) => {
+                if precise.token_processor_config.block_size.is_some() {
+                    warn("tokenProcessorConfig.blockSize: deprecated; write blockSizeTokens");
+                }
+                let events = &precise.kv_events_config;
+                if !events.discovers() && events.bound().is_none() {
+                    warn(
+                        "kvEventsConfig: discoverPods is false and there is no zmqEndpoint, so no \
+                         KV events come and no cache is known precisely",
+                    );
+                }
             }
             _ => {}
         },

@@ -1,11 +1,15 @@
 //! `precise-prefix-cache-producer`: what do the engines' own events say they hold?
 
+use std::fmt;
+
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::config::GoDuration;
 use crate::event::Tier;
+use crate::filter::LabelSelector;
 use crate::index::TierWeights;
+use crate::screen::selector;
 use crate::stage::Plugin;
 
 /// Parameters of `precise-prefix-cache-producer`. Many describe the place and the hashes of
@@ -117,17 +121,19 @@ pub struct CacheBackend {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct KvEvents {
-    /// Without effect: an address that engines connect to; kvroute connects to theirs.
+    /// `tcp://HOST:PORT` where the router listens for engines that connect to it; `*` is every
+    /// address of its host. Empty: no engine connects.
     pub zmq_endpoint: String,
-    /// Without effect: what an event is about follows from the socket, so all topics are read.
+    /// What topics must begin with at `zmqEndpoint`; `kv@` when left out. An endpoint's own socket
+    /// is read whatever its topic is.
     pub topic_filter: Option<String>,
     /// Without effect.
     pub concurrency: Option<u32>,
     /// Without effect: the form of each event tells.
     pub engine_type: Option<EngineType>,
-    /// Without effect: every endpoint is subscribed to.
+    /// Subscribe to each endpoint's own socket; true when left out.
     pub discover_pods: Option<bool>,
-    /// Ports of the engines' sockets.
+    /// Which endpoints, and ports of their sockets.
     pub pod_discovery_config: PodDiscovery,
 }
 
@@ -142,27 +148,118 @@ pub enum EngineType {
 }
 
 /// `podDiscoveryConfig`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PodDiscovery {
-    /// Without effect here: the host's discovery decides.
+    /// Labels of the endpoints that are subscribed to, as `key=value,...`; all when left out.
     pub pod_label_selector: Option<String>,
     /// Without effect here.
     pub pod_namespace: Option<String>,
-    /// Event socket of rank 0; rank n is n above.
-    pub socket_port: u16,
-    /// Replay socket of rank 0; none: no replay.
-    pub replay_socket_port: Option<u16>,
+    /// Event socket of rank 0; rank n is n above. When left out, the engine is asked, and 5557 is
+    /// taken for one that cannot tell.
+    pub socket_port: Option<u16>,
+    /// Replay socket of rank 0; none, 0 or less: no replay.
+    pub replay_socket_port: Option<i32>,
 }
 
-impl Default for PodDiscovery {
-    fn default() -> PodDiscovery {
-        PodDiscovery {
-            pod_label_selector: None,
-            pod_namespace: None,
-            socket_port: 5557,
-            replay_socket_port: None,
+/// Port of rank 0's event socket where nothing tells another (llm-d's default).
+pub const SOCKET_PORT: u16 = 5557;
+/// What topics begin with where nothing tells otherwise (llm-d's default).
+const TOPIC_FILTER: &str = "kv@";
+/// Where mistakes are.
+const PODS: &str = "kvEventsConfig.podDiscoveryConfig";
+
+impl KvEvents {
+    /// What topics must begin with at [`KvEvents::bound`].
+    pub fn topic_filter(&self) -> &str {
+        self.topic_filter.as_deref().unwrap_or(TOPIC_FILTER)
+    }
+
+    /// Whether endpoints' own sockets are subscribed to.
+    pub fn discovers(&self) -> bool {
+        self.discover_pods.unwrap_or(true)
+    }
+
+    /// Host and port where engines connect to the router; `*` is every address. `None`: nowhere.
+    pub fn bound(&self) -> Option<(&str, u16)> {
+        let (host, port) = self.zmq_endpoint.strip_prefix("tcp://")?.rsplit_once(':')?;
+        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+        let port = port.parse().ok()?;
+        if host.is_empty() { None } else { Some((host, port)) }
+    }
+
+    /// Labels of the endpoints whose sockets are subscribed to; `None`: every endpoint.
+    pub fn selector(&self) -> Option<LabelSelector> {
+        // A selector that cannot be read does not pass `check`.
+        self.selector_as_written().and_then(Result::ok)
+    }
+
+    fn selector_as_written(&self) -> Option<Result<LabelSelector, String>> {
+        let text = self.pod_discovery_config.pod_label_selector.as_deref()?;
+        if text.trim().is_empty() { None } else { Some(selector::parse(text)) }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !self.zmq_endpoint.is_empty() && self.bound().is_none() {
+            return Err(format!(
+                "kvEventsConfig.zmqEndpoint: `{}` is not an address that engines can connect to; write \
+                 tcp://*:5557 (kvroute speaks TCP only)",
+                self.zmq_endpoint
+            ));
         }
+        if let Some(Err(error)) = self.selector_as_written() {
+            return Err(format!("{PODS}.podLabelSelector: {error}"));
+        }
+        let pods = &self.pod_discovery_config;
+        if pods.socket_port == Some(0) {
+            let message = "0 is no port; leave it out to ask the engines";
+            return Err(format!("{PODS}.socketPort: {message}"));
+        }
+        match pods.replay_socket_port {
+            Some(port) if port > i32::from(u16::MAX) => {
+                Err(format!("{PODS}.replaySocketPort: {port} is no port"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where events come from, in words.
+impl fmt::Display for KvEvents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.bound().is_some() {
+            write!(f, "engines connect to {}", self.zmq_endpoint)?;
+            match self.topic_filter() {
+                "" => {}
+                filter => write!(f, " (topics that begin with {filter})")?,
+            }
+        }
+        let pods = &self.pod_discovery_config;
+        match (self.discovers(), self.bound()) {
+            (false, None) => return write!(f, "from nowhere: discoverPods is false"),
+            (false, Some(_)) => return Ok(()),
+            (true, None) => write!(f, "each endpoint")?,
+            (true, Some(_)) => write!(f, "; of those that do not, each endpoint")?,
+        }
+        if self.selector().is_some() {
+            let selector = pods.pod_label_selector.as_deref().unwrap_or_default();
+            write!(f, " with labels {selector}")?;
+        }
+        match pods.socket_port {
+            Some(port) => write!(f, " at port {port} + rank")?,
+            None => write!(f, " as it says itself, else at port {SOCKET_PORT} + rank")?,
+        }
+        match pods.replay_port() {
+            Some(port) => write!(f, ", replays at port {port} + rank"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl PodDiscovery {
+    /// Replay socket of rank 0, if there is one.
+    pub fn replay_port(&self) -> Option<u16> {
+        self.replay_socket_port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0)
     }
 }
 
@@ -192,7 +289,7 @@ impl Plugin for PrecisePrefix {
                 return Err(format!("{field}: {weight} of tier {name:?} is not in [0, 1]"));
             }
         }
-        Ok(())
+        self.kv_events_config.check()
     }
 
     fn inert(&self) -> Vec<String> {
@@ -204,24 +301,16 @@ impl Plugin for PrecisePrefix {
         let events = &self.kv_events_config;
         let pods = &events.pod_discovery_config;
         let hashes = !processor.hash_seed.is_empty() || processor.hash_algorithm.is_some();
-        let selected = pods.pod_label_selector.is_some() || pods.pod_namespace.is_some();
+        let unused = !events.discovers() && *pods != PodDiscovery::default();
         [
             (hashes, "hashSeed and hashAlgorithm: engine hashes are opaque, events carry tokens"),
             (own_index, "kvBlockIndexConfig: the index is bounded by kvroute.index_bytes_max"),
             (events.concurrency.is_some(), "concurrency: every stream has a task of its own"),
             (events.engine_type.is_some(), "engineType: the form of each event tells"),
+            (unused, "podDiscoveryConfig: discoverPods is false"),
             (
-                !events.zmq_endpoint.is_empty(),
-                "zmqEndpoint: kvroute connects to the socket of each engine",
-            ),
-            (events.topic_filter.is_some(), "topicFilter: all topics are read"),
-            (
-                events.discover_pods == Some(false),
-                "discoverPods: every endpoint of the fleet is subscribed to",
-            ),
-            (
-                selected,
-                "podLabelSelector and podNamespace: every endpoint of the fleet is subscribed to",
+                pods.pod_namespace.is_some() && !unused,
+                "podNamespace: endpoints are found by flags and files, not in Kubernetes",
             ),
         ]
         .into_iter()
@@ -246,6 +335,83 @@ mod tests {
         assert!(producer.check().is_ok());
         producer.indexer_config.kv_cache_backend_configs = Some(vec![backend("gpu", 2.0)]);
         assert!(producer.check().is_err());
+    }
+
+    fn events(yaml: &str) -> KvEvents {
+        serde_json::from_str(yaml).unwrap()
+    }
+
+    #[test]
+    fn where_events_come_from_is_said_in_words() {
+        let table = [
+            ("{}", "each endpoint as it says itself, else at port 5557 + rank"),
+            (
+                r#"{"podDiscoveryConfig": {"socketPort": 5600, "replaySocketPort": 5700,
+                    "podLabelSelector": "a=b"}}"#,
+                "each endpoint with labels a=b at port 5600 + rank, replays at port 5700 + rank",
+            ),
+            (
+                r#"{"zmqEndpoint": "tcp://*:5557", "discoverPods": false}"#,
+                "engines connect to tcp://*:5557 (topics that begin with kv@)",
+            ),
+            (
+                r#"{"zmqEndpoint": "tcp://*:1", "topicFilter": ""}"#,
+                "engines connect to tcp://*:1; of those that do not, each endpoint as it says \
+                 itself, else at port 5557 + rank",
+            ),
+            (r#"{"discoverPods": false}"#, "from nowhere: discoverPods is false"),
+        ];
+        for (given, words) in table {
+            assert_eq!(events(given).to_string(), words, "{given}");
+        }
+        let off = events(r#"{"podDiscoveryConfig": {"replaySocketPort": -1}}"#);
+        assert_eq!(off.pod_discovery_config.replay_port(), None);
+    }
+
+    #[test]
+    fn addresses_and_labels_are_checked() {
+        let bound = |endpoint: &str| {
+            let events = KvEvents { zmq_endpoint: endpoint.to_owned(), ..KvEvents::default() };
+            events.check().map(|()| events.bound().map(|(host, port)| (host.to_owned(), port)))
+        };
+        for (endpoint, host, port) in [
+            ("tcp://*:5557", "*", 5557),
+            ("tcp://0.0.0.0:5557", "0.0.0.0", 5557),
+            ("tcp://[::]:5557", "::", 5557),
+            ("tcp://router.default.svc:1", "router.default.svc", 1),
+        ] {
+            assert_eq!(bound(endpoint), Ok(Some((host.to_owned(), port))), "{endpoint}");
+        }
+        assert_eq!(bound(""), Ok(None));
+        for wrong in ["tcp://*", "tcp://:5557", "*:5557", "ipc:///tmp/x", "tcp://a:70000"] {
+            assert!(bound(wrong).unwrap_err().contains(wrong), "{wrong}");
+        }
+        let pods = |text: &str| events(&format!(r#"{{"podDiscoveryConfig": {{{text}}}}}"#)).check();
+        assert!(pods(r#""podLabelSelector": "a=b=c""#).unwrap_err().contains("podLabelSelector"));
+        assert!(pods(r#""socketPort": 0"#).unwrap_err().contains("socketPort"));
+        assert!(pods(r#""replaySocketPort": 70000"#).unwrap_err().contains("70000"));
+        assert_eq!(pods(r#""podLabelSelector": """#), Ok(()));
+    }
+
+    #[test]
+    fn only_what_has_no_effect_is_called_so() {
+        let inert = |given: &str| {
+            let plugin = PrecisePrefix { kv_events_config: events(given), ..Default::default() };
+            plugin.inert().join("; ")
+        };
+        let effective = r#"{"zmqEndpoint": "tcp://*:1", "topicFilter": "x", "discoverPods": true,
+            "podDiscoveryConfig": {"socketPort": 1, "replaySocketPort": 2,
+            "podLabelSelector": "a=b"}}"#;
+        assert_eq!(inert(effective), "");
+        let words = inert(
+            r#"{"concurrency": 4, "engineType": "vllm",
+                "podDiscoveryConfig": {"podNamespace": "x"}}"#,
+        );
+        for field in ["concurrency", "engineType", "podNamespace"] {
+            assert!(words.contains(field), "{words}");
+        }
+        let words = inert(r#"{"discoverPods": false, "podDiscoveryConfig": {"socketPort": 1}}"#);
+        assert_eq!(words, "podDiscoveryConfig: discoverPods is false");
     }
 
     #[test]

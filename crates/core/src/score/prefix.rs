@@ -169,6 +169,7 @@ impl Plugin for Prefix {
     }
 
     fn check(&self) -> Result<(), String> {
+        self.older_tracking().check()?;
         check(self.match_length_weight, self.match_length_scale_tokens)
     }
 }

@@ -4,7 +4,7 @@ use crate::filter::{LabelExpression, LabelOperator, LabelSelector};
 
 /// Reads Kubernetes' short notation: conditions between commas, `key=value`, `key==value`,
 /// `key!=value`, `key in (a, b)`, `key notin (a, b)`, `key`, `!key`. `Err`: what is wrong with it.
-pub(super) fn parse(text: &str) -> Result<LabelSelector, String> {
+pub(crate) fn parse(text: &str) -> Result<LabelSelector, String> {
     let conditions = split(text)?;
     let match_expressions = conditions.into_iter().map(condition).collect::<Result<_, _>>()?;
     Ok(LabelSelector { match_expressions, ..LabelSelector::default() })

@@ -63,7 +63,7 @@ impl Fleet {
             admin: any,
             endpoints: endpoints.collect::<Result<_, _>>()?,
             endpoints_file: None,
-            events: EventsSource::Off,
+            events: EventsSource::Off.into(),
             tokenizers: Tokenizers { default: Some(tokenizer.clone()), ..Tokenizers::default() },
             default_model: None,
             tls: None,

@@ -42,7 +42,7 @@ pub async fn explain(
         admin: ([127, 0, 0, 1], 0).into(),
         endpoints: Vec::new(),
         endpoints_file: None,
-        events: EventsSource::Off,
+        events: EventsSource::Off.into(),
         tokenizers: config::tokenizers(&args.tokenizers, &TokenizerOptions::default())?,
         default_model: snapshot.host.default_model.clone(),
         tls: None,

@@ -48,7 +48,7 @@ pub fn config(plan: Plan, flags: &[String]) -> RouterConfig {
         admin: any,
         endpoints: flags.iter().map(|flag| flag.parse().unwrap()).collect(),
         endpoints_file: None,
-        events: EventsSource::Ask,
+        events: EventsSource::default().into(),
         tokenizers: Tokenizers { default: Some(Tokenizer::demo()), ..Tokenizers::default() },
         default_model: None,
         tls: None,

@@ -305,7 +305,7 @@ fn metrics(shared: &Shared) -> Answer {
 
 fn kv_event_sources(shared: &Shared) -> Answer {
     let config = &shared.config;
-    let Some(events) = config.events else {
+    let Some(events) = config.events.or(config.events_to) else {
         return json(StatusCode::OK, &serde_json::json!({}));
     };
     let replay = config.replay.map(endpoint);

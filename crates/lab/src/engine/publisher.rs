@@ -6,7 +6,9 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use kvroute_core::event::{EventBatch, KvEvent};
@@ -25,6 +27,9 @@ pub const SUBSCRIBER_QUEUE_MAX: usize = 100_000;
 
 /// Topics one subscriber may subscribe to.
 const TOPICS_PER_SUBSCRIBER_MAX: usize = 64;
+
+/// Wait before connecting again (libzmq's default).
+const RECONNECT: Duration = Duration::from_millis(100);
 
 const END_SEQUENCE: [u8; 8] = [0xff; 8];
 
@@ -144,6 +149,16 @@ impl Publisher {
                 }
                 Some(_) = connections.join_next() => {}
             }
+        }
+    }
+
+    /// Publishes to a subscriber that listens, over one connection after the other, until dropped.
+    pub(super) async fn publish_to(self: Arc<Publisher>, router: SocketAddr) {
+        loop {
+            if let Ok(stream) = TcpStream::connect(router).await {
+                self.clone().subscriber(stream).await;
+            }
+            tokio::time::sleep(RECONNECT).await;
         }
     }
 

@@ -13,6 +13,7 @@ use kvroute_core::stream::StreamState;
 use serde::Serialize;
 
 use crate::events::Subscription;
+use crate::events::bound::BoundView;
 use crate::metrics::{EndpointLabel, EndpointState, EndpointTier, STREAM_STATES, mirror};
 use crate::shared::Shared;
 use crate::upstream::Upstream;
@@ -24,6 +25,8 @@ pub(super) struct View {
     ledger: Account,
     decisions_by_reason: BTreeMap<&'static str, u64>,
     counters: CountersView,
+    /// The socket that engines connect to, if there is one.
+    bound: Option<BoundView>,
     endpoints: Vec<EndpointView>,
 }
 
@@ -122,6 +125,7 @@ pub(super) fn view(shared: &Shared) -> View {
         ledger: *brain.ledger().total(),
         decisions_by_reason: reasons.filter(|(_, n)| *n > 0).collect(),
         counters: counters_view(&counters),
+        bound: shared.bound.as_ref().map(|bound| bound.view(&shared.metrics)),
         endpoints: in_order(&brain, &upstreams).map(|u| endpoint_view(&brain, u)).collect(),
     }
 }

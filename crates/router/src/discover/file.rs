@@ -13,7 +13,7 @@ use kvroute_core::collect::DiscoveryPlan;
 use kvroute_wire::discovery::{self, FILE_BYTES_MAX, FileEndpoint};
 use tokio::io::AsyncReadExt;
 
-use crate::config::{EventsSource, tcp_address};
+use crate::config::{EventsConfig, EventsSource, tcp_address};
 
 use crate::upstream::Whereabouts;
 
@@ -41,7 +41,7 @@ struct Listed {
 #[derive(Debug)]
 pub(crate) struct FileSource {
     path: PathBuf,
-    events: EventsSource,
+    events: EventsConfig,
     watched: bool,
     clusters: bool,
     content: Option<Vec<u8>>,
@@ -51,14 +51,14 @@ pub(crate) struct FileSource {
 
 impl FileSource {
     /// `events` holds for endpoints whose labels say nothing about events.
-    pub fn new(path: PathBuf, events: EventsSource) -> FileSource {
+    pub fn new(path: PathBuf, events: EventsConfig) -> FileSource {
         let (watched, clusters) = (true, false);
         let (listed, targets) = (Vec::new(), Vec::new());
         FileSource { path, events, watched, clusters, content: None, listed, targets }
     }
 
     /// The file that a configuration names.
-    pub fn planned(plan: &DiscoveryPlan, events: EventsSource) -> FileSource {
+    pub fn planned(plan: &DiscoveryPlan, events: EventsConfig) -> FileSource {
         let source = FileSource::new(PathBuf::from(&plan.path), events);
         FileSource { watched: plan.watch, clusters: plan.clusters, ..source }
     }
@@ -138,7 +138,7 @@ impl FileSource {
         let events = match (address(EVENTS)?, address(REPLAY)?) {
             (Some(events), replay) => EventsSource::At { events, replay },
             (None, Some(_)) => return Err(wrong(EVENTS)),
-            (None, None) => self.events.clone(),
+            (None, None) => self.events.of(&endpoint.labels),
         };
         let of_it = |error: String| format!("endpoint {}: {error}", endpoint.name);
         let node = node_of(&endpoint.labels).map_err(of_it)?;

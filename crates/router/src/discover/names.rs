@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use crate::config::{EndpointFlag, EventsSource};
+use crate::config::{EndpointFlag, EventsConfig};
 
 use crate::upstream::Whereabouts;
 
@@ -13,13 +13,13 @@ use super::{Target, node_of};
 #[derive(Debug)]
 pub(crate) struct NameSource {
     flags: Vec<(EndpointFlag, Vec<SocketAddr>)>,
-    events: EventsSource,
+    events: EventsConfig,
     targets: Vec<Target>,
 }
 
 impl NameSource {
     /// `events` holds for flags that say nothing about events.
-    pub fn new(flags: Vec<EndpointFlag>, events: EventsSource) -> NameSource {
+    pub fn new(flags: Vec<EndpointFlag>, events: EventsConfig) -> NameSource {
         let flags = flags.into_iter().map(|flag| (flag, Vec::new())).collect();
         NameSource { flags, events, targets: Vec::new() }
     }
@@ -49,7 +49,7 @@ impl NameSource {
                     address,
                     rank: flag.rank,
                     labels: flag.labels.clone(),
-                    events: flag.events.clone().unwrap_or_else(|| self.events.clone()),
+                    events: flag.events.clone().unwrap_or_else(|| self.events.of(&flag.labels)),
                     whereabouts: Whereabouts {
                         host: flag.host.clone(),
                         node,

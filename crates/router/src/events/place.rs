@@ -19,6 +19,10 @@ pub struct Place {
     pub events: String,
     /// Of the replay socket.
     pub replay: Option<String>,
+    /// How they are known, for people.
+    pub known: String,
+    /// Nobody told them: they are the default.
+    pub guessed: bool,
 }
 
 /// One rank's entry of `GET /kv_event_sources` (vLLM 0.32).
@@ -41,31 +45,61 @@ pub(crate) async fn find(
     let ip = address.ip();
     match source {
         EventsSource::Off => Err("event streams are switched off".to_owned()),
-        EventsSource::At { events, replay } => {
-            Ok(Place { events: events.clone(), replay: replay.clone() })
-        }
+        EventsSource::Unselected => Err("its labels do not match podLabelSelector".to_owned()),
+        EventsSource::Bound => Err("engines connect to the router's zmqEndpoint".to_owned()),
+        EventsSource::At { events, replay } => Ok(Place {
+            events: events.clone(),
+            replay: replay.clone(),
+            known: "as configured for this endpoint".to_owned(),
+            guessed: false,
+        }),
         EventsSource::Ports { events, replay } => {
-            let port = |first: u16| {
-                let port = u32::from(first) + rank;
-                let port =
-                    u16::try_from(port).map_err(|_| format!("port {port} does not exist"))?;
-                Ok::<_, String>(SocketAddr::new(ip, port).to_string())
-            };
-            Ok(Place { events: port(*events)?, replay: replay.map(port).transpose()? })
+            at_ports(ip, rank, (*events, *replay), "the configured port".to_owned())
         }
-        EventsSource::Ask => {
+        EventsSource::Ask { events, replay } => {
             let request = format!("GET /kv_event_sources HTTP/1.1\r\nhost: {address}\r\n");
             let asked = once(address, request, b"", ANSWER_BYTES_MAX, timeout).await;
             let (head, answer) = asked.map_err(|e| format!("GET /kv_event_sources: {e}"))?;
             match head.status.as_u16() {
-                200 => understand(&answer, rank, ip),
-                status => Err(format!(
-                    "GET /kv_event_sources was answered with {status}; tell the ports of engines \
-                     older than vLLM 0.32 with --kv-events-port"
-                )),
+                200 => {
+                    let mut place = understand(&answer, rank, ip)?;
+                    if place.replay.is_none() {
+                        let at = replay.map(|first| at_port(ip, rank, first));
+                        place.replay = at.transpose()?;
+                    }
+                    Ok(place)
+                }
+                // It does not know the question: vLLM before 0.32, SGLang, another engine.
+                status @ (404 | 405 | 501) => {
+                    let known = format!(
+                        "the default port, because GET /kv_event_sources was answered with \
+                         {status}; another one is told by --kv-events-port or \
+                         podDiscoveryConfig.socketPort"
+                    );
+                    let place = at_ports(ip, rank, (*events, *replay), known)?;
+                    Ok(Place { guessed: true, ..place })
+                }
+                status => Err(format!("GET /kv_event_sources was answered with {status}")),
             }
         }
     }
+}
+
+fn at_ports(
+    ip: IpAddr,
+    rank: u32,
+    (events, replay): (u16, Option<u16>),
+    known: String,
+) -> Result<Place, String> {
+    let events = at_port(ip, rank, events)?;
+    let replay = replay.map(|first| at_port(ip, rank, first)).transpose()?;
+    Ok(Place { events, replay, known, guessed: false })
+}
+
+fn at_port(ip: IpAddr, rank: u32, first: u16) -> Result<String, String> {
+    let port = u64::from(first) + u64::from(rank);
+    let port = u16::try_from(port).map_err(|_| format!("port {port} does not exist"))?;
+    Ok(SocketAddr::new(ip, port).to_string())
 }
 
 fn understand(answer: &[u8], rank: u32, ip: IpAddr) -> Result<Place, String> {
@@ -88,7 +122,7 @@ fn understand(answer: &[u8], rank: u32, ip: IpAddr) -> Result<Place, String> {
         format!("the engine publishes at `{endpoint}`, which cannot be reached over TCP")
     })?;
     let replay = source.replay_endpoint.as_deref().and_then(|r| reachable(r, ip));
-    Ok(Place { events, replay })
+    Ok(Place { events, replay, known: "as the engine says".to_owned(), guessed: false })
 }
 
 /// The address to connect to for one that an engine binds: `*` means the engine's host.

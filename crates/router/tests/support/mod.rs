@@ -18,6 +18,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
+pub mod events;
+
 pub const LONG: Duration = Duration::from_secs(20);
 
 /// Waits until `condition` holds; panics with `what` when it never does.
@@ -338,7 +340,7 @@ pub fn config(endpoints: &[SocketAddr], settings: Settings) -> RouterConfig {
         admin: "127.0.0.1:0".parse().unwrap(),
         endpoints: endpoints.iter().map(|a| format!("http://{a}").parse().unwrap()).collect(),
         endpoints_file: None,
-        events: EventsSource::Off,
+        events: EventsSource::Off.into(),
         tokenizers: Tokenizers::default(),
         default_model: None,
         tls: None,

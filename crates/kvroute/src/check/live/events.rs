@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kvroute_core::event::{BlockStored, GroupKind, KvEvent};
 use kvroute_lab::model::{BlockHasher, HashAlgorithm, HashExtras};
+use kvroute_router::EventsSource;
 use kvroute_router::ask::{self, EventStream, Place};
 use kvroute_wire::engine_api::TokensRead;
 use serde_json::{Value, json};
@@ -52,6 +53,23 @@ pub(super) async fn check(asker: &mut Asker<'_>, about: &mut About) -> Result<To
     if !asker.question.expected.reads_events {
         let found = "not asked: no plugin of the configuration reads KV events";
         let finding = Finding::new((Check::Events, Status::Ok), "nothing", found);
+        return without_events(asker, about, finding).await;
+    }
+    let source = &asker.engine.events;
+    if matches!(source, EventsSource::Bound | EventsSource::Off | EventsSource::Unselected) {
+        let found = match source {
+            EventsSource::Bound => {
+                "not asked: the engine connects to the router (kvEventsConfig.zmqEndpoint); \
+                 /index of the running router shows whether it has"
+            }
+            EventsSource::Unselected => {
+                "nobody subscribes: its labels do not match kvEventsConfig's podLabelSelector"
+            }
+            _ => "nobody subscribes: kvEventsConfig has discoverPods: false and no zmqEndpoint",
+        };
+        let bound = *source == EventsSource::Bound;
+        let status = if bound { Status::Unknown } else { Status::Warning };
+        let finding = Finding::new((Check::Events, status), "nothing", found);
         return without_events(asker, about, finding).await;
     }
     let (place, mut stream) = match connect(asker).await {
@@ -155,8 +173,8 @@ async fn connect(asker: &Asker<'_>) -> Result<(Place, EventStream), Finding> {
         Ok(stream) => Ok((place, stream)),
         Err(reason) => {
             let found = format!(
-                "events are off, or the port is wrong: no publisher at tcp://{}: {reason}",
-                place.events
+                "events are off, or the port is wrong: no publisher at tcp://{} ({}): {reason}",
+                place.events, place.known
             );
             Err(wrong(asked, found))
         }
