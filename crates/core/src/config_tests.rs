@@ -31,6 +31,8 @@ pub const AFTER_MAX: usize = 100;
 pub const SEEDS_MAX: u32 = 1_000;
 /// Most tokens of one prompt.
 pub const TOKENS_MAX: u32 = 1_000_000;
+/// Most blocks that the endpoints of one test hold together, in blocks of the smallest size.
+pub const BLOCKS_MAX: usize = 1_000_000;
 
 /// Seeds of a test that names none.
 const SEEDS: u32 = 8;
@@ -145,6 +147,15 @@ pub struct Cached {
 impl Default for Cached {
     fn default() -> Cached {
         Cached { prompt: None, share: None, tokens: None, tier: Tier::Gpu }
+    }
+}
+
+impl Cached {
+    /// How many tokens of a prompt of so many it means.
+    fn tokens_of(&self, prompt: usize) -> usize {
+        let share = self.share.map(|share| (share * prompt as f64) as usize);
+        let count = share.or(self.tokens.map(|tokens| tokens as usize));
+        count.map_or(prompt, |count| count.min(prompt))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Can a test mean what it says?
 
 use super::{
-    AFTER_MAX, Cached, ConfigTest, Expect, FLEET_MAX, Names, SEEDS_MAX, TESTS_MAX, TOKENS_MAX,
-    TestEndpoint, TestRequest,
+    AFTER_MAX, BLOCKS_MAX, Cached, ConfigTest, Expect, FLEET_MAX, Names, SEEDS_MAX, TESTS_MAX,
+    TOKENS_MAX, TestEndpoint, TestRequest,
 };
 use crate::plan::PlanError;
 
@@ -52,6 +52,7 @@ fn check_one(path: &str, test: &ConfigTest) -> Checked {
         check_request(&format!("{path}.after[{at}]"), request)?;
     }
     check_request(&format!("{path}.request"), &test.request)?;
+    most(&format!("{path}.fleet"), blocks_of(test), BLOCKS_MAX, "cached blocks")?;
     check_expect(&format!("{path}.expect"), &test.expect, &test.fleet)
 }
 
@@ -80,6 +81,19 @@ fn check_endpoint(path: &str, endpoint: &TestEndpoint, request: &TestRequest) ->
         }
     }
     Ok(())
+}
+
+/// Blocks that the fleet holds, where all were of the smallest size: a chain of each size is kept.
+fn blocks_of(test: &ConfigTest) -> usize {
+    let size = test.fleet.iter().map(|endpoint| endpoint.block_size).min().unwrap_or(1).max(1);
+    let cached = test.fleet.iter().flat_map(|endpoint| &endpoint.cached);
+    let blocks = cached.map(|cached| {
+        let prompt = cached.prompt.as_ref().or(test.request.prompt.as_ref());
+        let counted = test.request.tokens.unwrap_or(0) as usize;
+        let tokens = prompt.map_or(counted, |text| text.len().div_ceil(4));
+        cached.tokens_of(tokens) / size as usize
+    });
+    blocks.fold(0, usize::saturating_add)
 }
 
 fn check_request(path: &str, request: &TestRequest) -> Checked {

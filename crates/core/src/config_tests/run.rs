@@ -69,9 +69,10 @@ pub fn run(plan: &Plan, tests: &[ConfigTest]) -> Vec<TestOutcome> {
 
 fn run_one(plan: &Plan, test: &ConfigTest) -> TestOutcome {
     let mut seeds = 0;
+    let fleet = snapshot(plan, test);
     let failure = (0..test.seeds).find_map(|seed| {
         seeds += 1;
-        match decide(plan, test, seed) {
+        match fleet.as_ref().map_err(Clone::clone).and_then(|f| decide(plan, test, f, seed)) {
             Ok(decided) => compare(&test.expect, seed, decided),
             Err(found) => {
                 let (expected, found) = ("a fleet that can be".to_owned(), found.to_string());
@@ -86,10 +87,10 @@ fn run_one(plan: &Plan, test: &ConfigTest) -> TestOutcome {
 fn decide(
     plan: &Plan,
     test: &ConfigTest,
+    fleet: &Snapshot,
     seed: u32,
 ) -> Result<Result<DecisionRecord, Reject>, SnapshotError> {
-    let snapshot = snapshot(plan, test)?;
-    let mut brain = Brain::restore(plan.clone(), &snapshot, Rng::seeded(seed.into()).next_u64())?;
+    let mut brain = Brain::restore(plan.clone(), fleet, Rng::seeded(seed.into()).next_u64())?;
     for (at, request) in test.after.iter().enumerate() {
         let decided = ask(&mut brain, request, &format!("after[{at}]"));
         if let (Ok(Decision { ticket, .. }), false) = (decided, request.in_flight) {
@@ -262,9 +263,7 @@ fn blocks_of(brain: &Brain, test: &ConfigTest, endpoint: &TestEndpoint) -> Block
 fn cached_tokens(cached: &Cached, request: &TestRequest) -> Vec<u32> {
     let prompt = cached.prompt.as_deref().map(quads).or_else(|| tokens_of(request));
     let mut tokens = prompt.unwrap_or_default();
-    let share = cached.share.map(|share| (share * tokens.len() as f64) as usize);
-    let count = share.or(cached.tokens.map(|tokens| tokens as usize));
-    tokens.truncate(count.unwrap_or(usize::MAX));
+    tokens.truncate(cached.tokens_of(tokens.len()));
     tokens
 }
 

@@ -141,6 +141,24 @@ fn what_can_mean_nothing_is_refused_with_its_place() {
     }
 }
 
+/// A few lines of text must not ask for more memory than a machine has.
+#[test]
+fn the_blocks_of_a_fleet_are_limited() {
+    let fleet = |endpoints: usize, size: u32| {
+        let one = |at| format!("{{name: e{at}, block_size: {size}, cached: [{{}}]}}");
+        let all = (0..endpoints).map(one).collect::<Vec<_>>().join(", ");
+        let request = "request: {tokens: 1000000}, expect: {endpoint: e0}";
+        let config = read(&format!("kvroute: {{tests: [{{name: t, {request}, fleet: [{all}]}}]}}"));
+        check(&config.kvroute.tests)
+    };
+    assert_eq!((fleet(16, 16), fleet(1, 1)), (Ok(()), Ok(())));
+    for (endpoints, size) in [(17, 16), (2, 1), (512, 16)] {
+        let error = fleet(endpoints, size).unwrap_err();
+        assert_eq!(error.path, "kvroute.tests[0].fleet");
+        assert!(error.message.contains("cached blocks, at most 1000000"), "{error}");
+    }
+}
+
 /// State that only some plugins read: sessions, requests in flight, adapters, models, failures.
 #[test]
 fn the_whole_state_of_a_fleet_can_be_said() {
