@@ -65,6 +65,19 @@ struct Slot {
     work: Work,
 }
 
+impl Slot {
+    /// How many of a chain's blocks requests in flight need. A block in flight implies all blocks
+    /// before it, so a binary search finds the first that is not.
+    fn shared(&self, chain: &[BlockKey]) -> usize {
+        let has = |key: &BlockKey| self.users.contains_key(&key.0);
+        // Most endpoints have not even the first block: they cost one look.
+        match chain.first() {
+            Some(first) if has(first) => chain.partition_point(has),
+            _ => 0,
+        }
+    }
+}
+
 impl Committed {
     /// Nothing yet. Of more than `keys_max` blocks in flight the rest counts as shared by nobody.
     pub fn new(keys_max: usize) -> Committed {
@@ -81,17 +94,9 @@ impl Committed {
         self.slot(id).map_or(Work::default(), |slot| slot.work)
     }
 
-    /// Tokens of a chain's blocks that no request in flight there needs already. A block in flight
-    /// implies all blocks before it, so a binary search finds the first that is not.
+    /// Tokens of a chain's blocks that no request in flight there needs already.
     pub fn added_tokens(&self, id: EndpointId, chain: &Chain) -> u64 {
-        let shared = self.slot(id).map_or(0, |slot| {
-            let has = |key: &BlockKey| slot.users.contains_key(&key.0);
-            // Most endpoints have not even the first block: they cost one look.
-            match chain.keys.first() {
-                Some(first) if has(first) => chain.keys.partition_point(has),
-                _ => 0,
-            }
-        });
+        let shared = self.slot(id).map_or(0, |slot| slot.shared(&chain.keys));
         (chain.keys.len() - shared) as u64 * u64::from(chain.spec.block_size)
     }
 
@@ -152,16 +157,14 @@ impl Committed {
         self.release(std::mem::replace(commitment, moved));
     }
 
-    /// What requests in flight need of an endpoint; of these keys only, where some are given.
+    /// What requests in flight need of an endpoint; of these chains only, where some are given.
     #[expect(clippy::disallowed_methods, reason = "the keys are sorted below")]
     pub fn state(&self, id: EndpointId, only: Option<&[&[BlockKey]]>) -> CommittedState {
         let Some(slot) = self.slot(id) else { return CommittedState::default() };
-        let used = |key: &u64| slot.users.contains_key(key);
         let mut keys: Vec<BlockKey> = match only {
             None => slot.users.keys().copied().map(BlockKey).collect(),
             Some(chains) => {
-                let all = chains.iter().flat_map(|chain| chain.iter());
-                all.filter(|key| used(&key.0)).copied().collect()
+                chains.iter().flat_map(|chain| &chain[..slot.shared(chain)]).copied().collect()
             }
         };
         keys.sort_unstable();

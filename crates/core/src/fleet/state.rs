@@ -1,5 +1,6 @@
 //! What is known about an endpoint, in a form that can be kept and taken up again?
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -87,7 +88,12 @@ impl Fleet {
         adapters: &[String],
     ) -> Result<Fleet, String> {
         let mut fleet = Fleet::default();
+        let mut places: BTreeMap<(&str, u32), &str> = BTreeMap::new();
         for state in endpoints {
+            let EndpointSpec { name, address, rank, .. } = &state.spec;
+            if let Some(other) = places.insert((address, *rank), name) {
+                return Err(format!("`{other}` and `{name}` are one address and rank"));
+            }
             fleet.restore_endpoint(state)?;
         }
         let mut order: Vec<u16> = fleet.order.clone();
@@ -99,10 +105,6 @@ impl Fleet {
 
     fn restore_endpoint(&mut self, state: &EndpointState) -> Result<(), String> {
         let EndpointState { id, spec, .. } = state;
-        let same = |e: &&Endpoint| e.address.as_str() == spec.address && e.rank == spec.rank;
-        if let Some(other) = self.iter().find(same) {
-            return Err(format!("`{}` and `{}` are one address and rank", other.name, spec.name));
-        }
         let slot = usize::from(id.slot);
         if self.slots.len() <= slot {
             self.slots.resize_with(slot + 1, Slot::default);
