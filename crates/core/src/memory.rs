@@ -5,6 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::Time;
 use crate::fleet::EndpointId;
 
+/// Bytes of an endpoint's slot and generation as text, with what stands around them.
+const ENDPOINT_BYTES: usize = 24;
+/// Bytes of a number as text, with a comma.
+const NUMBER_BYTES: usize = 21;
+
 /// The state of one plugin, as far as its next answers depend on it. A snapshot holds it; a
 /// plugin of the same type and parameters takes it up again.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -23,4 +28,24 @@ pub enum Memory {
     Items(Vec<(EndpointId, Vec<u64>)>),
     /// It remembers something that cannot be kept: what, in words.
     LeftOut(String),
+}
+
+impl Memory {
+    /// Bytes that it takes as text, about and from above.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Memory::Nothing => 0,
+            Memory::Endpoints(ids) => ids.len() * ENDPOINT_BYTES,
+            Memory::Sessions(sessions) => {
+                let one = |id: &str| id.len() + ENDPOINT_BYTES + NUMBER_BYTES;
+                sessions.iter().map(|(id, ..)| one(id)).sum()
+            }
+            Memory::Last(name) => name.as_ref().map_or(0, String::len),
+            Memory::Items(endpoints) => {
+                let one = |items: &[u64]| ENDPOINT_BYTES + items.len() * NUMBER_BYTES;
+                endpoints.iter().map(|(_, items)| one(items)).sum()
+            }
+            Memory::LeftOut(what) => what.len(),
+        }
+    }
 }

@@ -138,9 +138,16 @@ fn seed(text: &str) -> anyhow::Result<u64> {
 /// Readable by its owner alone: labels, models and session ids are nobody else's business.
 fn write_private(file: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut options = std::fs::OpenOptions::new();
-    let opened = options.write(true).create(true).truncate(true).mode(0o600).open(file);
-    let mut opened = opened.with_context(|| format!("cannot write {}", file.display()))?;
-    opened.write_all(bytes).with_context(|| format!("cannot write {}", file.display()))
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    let write = || {
+        let mut options = std::fs::OpenOptions::new();
+        let mut opened = options.write(true).create(true).truncate(true).mode(0o600).open(file)?;
+        // A file that was there keeps its mode when it is opened. What is no file (a pipe) is
+        // left as it is.
+        if opened.metadata()?.is_file() {
+            opened.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+        }
+        opened.write_all(bytes)
+    };
+    write().with_context(|| format!("cannot write {}", file.display()))
 }

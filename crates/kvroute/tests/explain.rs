@@ -4,14 +4,17 @@
 
 mod support;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use kvroute_core::plan::Plan;
 use kvroute_lab::engine::EngineHandle;
-use kvroute_router::RouterHandle;
+use kvroute_router::{RouterConfig, RouterHandle};
 use serde_json::{Value, json};
 use support::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const TOKENIZER: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/../tokens/assets/demo/tokenizer.json");
@@ -94,9 +97,12 @@ async fn online_offline_and_the_real_request_agree() {
     let (admin, request) = (scene.admin(), scene.request(2));
     let before = scene.router.brain().counters().decisions;
     let online = json_of(&["explain", &request, "--admin", &admin]).await;
-    let file = scene.dir.join("fleet.json").display().to_string();
+    // A file that others could read becomes one that they cannot.
+    let file = scene.file("fleet.json", "");
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
     let saved = kvroute(&["explain", "--save-snapshot", &file, "--admin", &admin]).await;
     assert!(saved.status.success(), "{saved:?}");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     let offline =
         json_of(&["explain", &request, "--snapshot", &file, "--tokenizer", TOKENIZER]).await;
     assert_eq!(scene.router.brain().counters().decisions, before, "nothing was decided");
@@ -195,7 +201,7 @@ async fn headers_and_paths_count() {
 
 async fn raw(addr: std::net::SocketAddr, request: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
+    let mut stream = TcpStream::connect(addr).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
@@ -211,7 +217,7 @@ async fn mistakes_say_what_to_do() {
     let nameless = scene.file("nameless.json", "{\"prompt\": \"x\"}");
     let future = scene.file("future.json", "{\"format\": 99, \"more\": 1}");
     let damaged = scene.file("damaged.json", "{\"format\": 1}");
-    let table: [(&[&str], &[&str]); 11] = [
+    let table: [(&[&str], &[&str]); 12] = [
         (&[&nonsense, "--admin", &admin], &["nonsense.json", "not JSON", "line 1"]),
         (&[&list, "--admin", &admin], &["JSON object"]),
         (&["nowhere.json", "--admin", &admin], &["cannot read nowhere.json"]),
@@ -222,6 +228,7 @@ async fn mistakes_say_what_to_do() {
         (&[&request, "--admin", &admin, "--header", "nope"], &["--header", "name: value"]),
         (&["--decision", "no such", "--admin", &admin], &["the last 1 are kept", "16777216"]),
         (&[&request, "--snapshot", &future], &["format 99", "take it again"]),
+        (&[&request, "--snapshot", "/dev/zero"], &["/dev/zero is longer", "limit of a snapshot"]),
         (&[&request, "--snapshot", &damaged], &["damaged.json is damaged", "--save-snapshot"]),
     ];
     for (args, parts) in table {
@@ -251,6 +258,37 @@ async fn a_snapshot_beyond_the_limit_is_refused_in_words() {
     assert!(big.body.contains("wrong=1"), "{}", big.body);
     let get = http(router.admin_addr(), "GET", "/explain", "").await;
     assert_eq!(get.status, 405);
+}
+
+/// Clients that do not read what they asked for hold no more than two snapshots in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_than_two_snapshots_wait_for_slow_clients() {
+    let engines = vec![engine().await];
+    let flags: Vec<String> = engines.iter().map(flag).collect();
+    // Longer than what sockets buffer.
+    let text = format!("# {}", "x".repeat(24 << 20));
+    let config = RouterConfig { config: text, ..config(Plan::least_cost(), &flags) };
+    let router = router(config, &engines).await;
+    let admin = router.admin_addr();
+    let slow = || async {
+        let mut stream = TcpStream::connect(admin).await.unwrap();
+        stream.write_all(b"GET /snapshot HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).await.unwrap();
+        assert_eq!(&head, b"HTTP/1.1 200");
+        stream
+    };
+    let waiting = [slow().await, slow().await];
+    let third = http(admin, "GET", "/snapshot", "").await;
+    assert_eq!(third.status, 503);
+    assert!(third.body.contains("ask again later"), "{}", third.body);
+    drop(waiting);
+    let again = async {
+        while http(admin, "HEAD", "/snapshot", "").await.status != 200 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, again).await.expect("places are given back");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -31,14 +31,36 @@ const CONNECTIONS_MAX: usize = 64;
 /// Decisions of one answer, at most and when nothing is said.
 const DECISIONS_MAX: usize = 10_000;
 const DECISIONS_DEFAULT: usize = 20;
+/// Snapshots at once, each from the first look to the last byte that is sent. One takes some twice
+/// `kvroute.snapshot_bytes_max`.
+const SNAPSHOTS_MAX: usize = 2;
+/// Requests that are explained at once, with their bodies; more wait. Each locks the brain for
+/// about as long as a decision, and for a copy of what plugins remember.
+const EXPLAINED_MAX: usize = 8;
 /// Patience with a request's head.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Answer = Response<Full<Bytes>>;
 
+/// Room for what costs memory and the brain's time.
+struct Rooms {
+    snapshots: Arc<Semaphore>,
+    explained: Semaphore,
+}
+
+impl Rooms {
+    fn new() -> Rooms {
+        Rooms {
+            snapshots: Arc::new(Semaphore::new(SNAPSHOTS_MAX)),
+            explained: Semaphore::new(EXPLAINED_MAX),
+        }
+    }
+}
+
 /// Answers until its task is aborted; draining does not end it.
 pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let rooms = Arc::new(Rooms::new());
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
         let stream = match listener.accept().await {
@@ -49,11 +71,11 @@ pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
                 continue;
             }
         };
-        let shared = Arc::clone(&shared);
+        let (shared, rooms) = (Arc::clone(&shared), Arc::clone(&rooms));
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let shared = Arc::clone(&shared);
-                async move { Ok::<_, std::convert::Infallible>(answer(&shared, request).await) }
+                let (shared, rooms) = (Arc::clone(&shared), Arc::clone(&rooms));
+                async move { Ok::<_, std::convert::Infallible>(answer(&shared, &rooms, request).await) }
             });
             let mut server = hyper::server::conn::http1::Builder::new();
             server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
@@ -65,11 +87,24 @@ pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-async fn answer(shared: &Arc<Shared>, request: Request<Incoming>) -> Answer {
+async fn answer(shared: &Arc<Shared>, rooms: &Rooms, request: Request<Incoming>) -> Answer {
     match (request.method(), request.uri().path()) {
-        (&Method::POST, "/explain") => explain::explain(shared, request).await,
+        (&Method::POST, "/explain") => {
+            let _place = rooms.explained.acquire().await;
+            explain::explain(shared, request).await
+        }
         (_, "/explain") => fault(StatusCode::METHOD_NOT_ALLOWED, "POST a client's request body"),
-        (&Method::GET | &Method::HEAD, "/snapshot") => explain::snapshot(shared).await,
+        (&Method::GET | &Method::HEAD, "/snapshot") => {
+            match Arc::clone(&rooms.snapshots).try_acquire_owned() {
+                Ok(place) => explain::snapshot(shared, place).await,
+                Err(_) => {
+                    let text = format!(
+                        "{SNAPSHOTS_MAX} snapshots are being taken or sent; ask again later"
+                    );
+                    fault(StatusCode::SERVICE_UNAVAILABLE, &text)
+                }
+            }
+        }
         (&Method::GET | &Method::HEAD, _) => look(shared, &request),
         _ => fault(StatusCode::METHOD_NOT_ALLOWED, "this address is read only; use GET"),
     }

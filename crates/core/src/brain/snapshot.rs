@@ -125,7 +125,9 @@ impl Snapshot {
             e.blocks.keys() + e.costs.as_ref().map_or(0, |costs| costs.committed.keys.len())
         };
         let keys: usize = self.endpoints.iter().map(keys).sum();
-        keys * KEY_BYTES + self.endpoints.len() * ENDPOINT_BYTES + self.host.config.len()
+        let memories: usize = self.memories.iter().map(|(.., memory)| memory.bytes()).sum();
+        let endpoints = self.endpoints.len() * ENDPOINT_BYTES;
+        keys * KEY_BYTES + endpoints + memories + self.host.config.len()
     }
 }
 

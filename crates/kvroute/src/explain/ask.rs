@@ -11,9 +11,15 @@ use serde_json::Value;
 
 use super::Question;
 
+/// Longest snapshot that is taken from a router, in bytes.
+pub const SNAPSHOT_BYTES_MAX: usize = 1 << 30;
+
 /// A snapshot may be large, and a prompt long.
-const LIMITS: AskLimits =
-    AskLimits { answer: Duration::from_secs(120), body_bytes_max: 1 << 30, event_bytes_max: 0 };
+const LIMITS: AskLimits = AskLimits {
+    answer: Duration::from_secs(120),
+    body_bytes_max: SNAPSHOT_BYTES_MAX,
+    event_bytes_max: 0,
+};
 
 /// The snapshot of the router's fleet, as it is to be kept.
 ///

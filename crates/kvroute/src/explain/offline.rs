@@ -1,5 +1,6 @@
 //! Where would a request have gone, by a snapshot of a router's fleet?
 
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
@@ -14,6 +15,9 @@ use serde_json::Value;
 
 use super::Question;
 use crate::{cli, config};
+
+/// Longest snapshot that is read, in bytes: as long as the longest that is asked for.
+const SNAPSHOT_BYTES_MAX: u64 = super::ask::SNAPSHOT_BYTES_MAX as u64;
 
 /// What every format of a snapshot begins with.
 #[derive(Deserialize)]
@@ -58,7 +62,14 @@ pub async fn explain(
 
 fn read(file: &Path) -> anyhow::Result<Snapshot> {
     let name = file.display();
-    let text = std::fs::read(file).with_context(|| format!("cannot read {name}"))?;
+    let mut text = Vec::new();
+    std::fs::File::open(file)
+        // One byte more than the limit tells that the file is too long.
+        .and_then(|open| open.take(SNAPSHOT_BYTES_MAX + 1).read_to_end(&mut text))
+        .with_context(|| format!("cannot read {name}"))?;
+    if text.len() as u64 > SNAPSHOT_BYTES_MAX {
+        bail!("{name} is longer than {SNAPSHOT_BYTES_MAX} bytes, the limit of a snapshot");
+    }
     let how = "write one with: kvroute explain --save-snapshot FILE --admin URL";
     let head: Head = serde_json::from_slice(&text)
         .map_err(|error| anyhow!("{name} is not a snapshot: {error}; {how}"))?;

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 pub const MODEL: &str = "demo";
 /// Long enough for a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub async fn engine() -> EngineHandle {
     engine::serve(engine_config()).await.unwrap()

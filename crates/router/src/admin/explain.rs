@@ -8,6 +8,7 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Answer, fault, json};
 use crate::explain::{Question, explain as explain_question, snapshot as take_snapshot};
@@ -77,16 +78,29 @@ pub(super) fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Written on a thread where it stalls nobody.
-pub(super) async fn snapshot(shared: &Arc<Shared>) -> Answer {
+/// A text that keeps a place until it is sent.
+struct Held {
+    text: Vec<u8>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.text
+    }
+}
+
+/// Written on a thread where it stalls nobody. The place is given back when the client has all of
+/// it, or has gone.
+pub(super) async fn snapshot(shared: &Arc<Shared>, place: OwnedSemaphorePermit) -> Answer {
     let there = Arc::clone(shared);
     let work = tokio::task::spawn_blocking(move || {
         let snapshot = take_snapshot(&there).map_err(|error| error.to_string())?;
-        Ok::<_, String>(serde_json::to_vec(&snapshot))
+        Ok::<_, String>(serde_json::to_vec(&snapshot).map(|text| Held { text, _place: place }))
     });
     match work.await {
-        Ok(Ok(Ok(text))) => {
-            let mut answer = Response::new(Full::new(Bytes::from(text)));
+        Ok(Ok(Ok(held))) => {
+            let mut answer = Response::new(Full::new(Bytes::from_owner(held)));
             let kind = HeaderValue::from_static("application/json");
             answer.headers_mut().insert(CONTENT_TYPE, kind);
             answer

@@ -55,6 +55,24 @@ fn a_restored_brain_decides_as_the_original_after_any_history() {
     assert!(decided > 300 && rejected > 5, "{decided} decided, {rejected} rejected");
 }
 
+/// The limit of a snapshot counts what plugins remember: it is written, too.
+#[test]
+fn what_plugins_remember_counts_in_bytes() {
+    let id = EndpointId { slot: u16::MAX, generation: u32::MAX };
+    let session = |at: u64| (format!("{at:0>200}"), id, Time(u64::MAX));
+    for memory in [
+        Memory::Sessions((0..10_000).map(session).collect()),
+        Memory::Items(vec![(id, vec![u64::MAX; 10_000])]),
+        Memory::Endpoints(vec![id; 10_000]),
+        Memory::Last(Some("e".repeat(10_000))),
+        Memory::LeftOut("w".repeat(10_000)),
+    ] {
+        let mut snapshot = Brain::new(sessions(), 1).snapshot(Time::ZERO);
+        snapshot.memories = vec![(String::new(), "p".to_owned(), memory)];
+        kept(&snapshot);
+    }
+}
+
 fn read(text: &str) -> Plan {
     let config = serde_saphyr::from_str(text).unwrap();
     Plan::build(&config, Experimental::Allowed).unwrap()
