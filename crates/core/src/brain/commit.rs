@@ -95,11 +95,11 @@ impl Brain {
         let mut headers = Vec::new();
         for other in &course.others {
             let Ok(outcome) = &other.outcome else { continue };
-            let name = match other.step {
-                Step::Encode => ENCODERS_HEADER,
-                Step::Prefill => PREFILLER_HEADER,
+            // One endpoint prefills, the one that is charged for it; encoders share the work.
+            let (name, offered) = match other.step {
+                Step::Encode => (ENCODERS_HEADER, self.pipelines[other.profile].endpoints_max()),
+                Step::Prefill => (PREFILLER_HEADER, 1),
             };
-            let offered = self.pipelines[other.profile].endpoints_max();
             let addresses = outcome.order.iter().take(offered).map(|id| self.address(*id));
             headers.push(RequestHeader { name, value: addresses.collect::<Vec<_>>().join(",") });
         }

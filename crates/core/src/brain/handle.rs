@@ -102,8 +102,12 @@ impl Brain {
         header: &str,
         default: &str,
     ) -> Result<usize, Reject> {
-        let name = request.headers.get(header).filter(|name| !name.is_empty()).unwrap_or(default);
         let mut profiles = self.plan.profiles.iter();
+        if profiles.len() == 1 {
+            return Ok(0);
+        }
+        let given = request.headers.get(header).map(str::trim);
+        let name = given.filter(|name| !name.is_empty()).unwrap_or(default);
         profiles.position(|profile| profile.name.as_str() == name).ok_or_else(|| {
             let names = self.plan.profiles.iter().map(|profile| profile.name.as_str());
             let names = names.collect::<Vec<_>>().join(", ");

@@ -1,7 +1,7 @@
 //! `disagg-profile-handler`: encode, prefill and decode on endpoints of their own.
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::de::{self, Deserialize, Deserializer};
 
 use crate::plugin::Role;
 use crate::stage::{Plugin, Reference};
@@ -13,7 +13,7 @@ const PD_DECIDER: &str = "prefix-based-pd-decider";
 /// images encoded (`x-encoder-hosts-ports`) and the prompt computed (`x-prefiller-host-port`)
 /// before. A step without a decider, or whose decider says no, does not run; a step that finds no
 /// endpoint is left to the decode endpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Disagg {
     /// Which of the two endpoints is chosen first.
@@ -37,7 +37,7 @@ pub struct Disagg {
 }
 
 /// Which endpoint is chosen first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, JsonSchema, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StageOrder {
     /// Decode, then, near it, encode and prefill.
@@ -47,8 +47,21 @@ pub enum StageOrder {
     PrefillFirst,
 }
 
+impl<'de> Deserialize<'de> for StageOrder {
+    /// llm-d also takes the words in other spellings: `prefillFirst`, `prefill_first`, `prefill`.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<StageOrder, D::Error> {
+        const NAMES: &[&str] = &["decode-first", "prefill-first"];
+        let written = String::deserialize(deserializer)?;
+        match written.replace(['-', '_'], "").to_ascii_lowercase().as_str() {
+            "" | "decodefirst" | "decode" => Ok(StageOrder::DecodeFirst),
+            "prefillfirst" | "prefill" => Ok(StageOrder::PrefillFirst),
+            _ => Err(de::Error::unknown_variant(&written, NAMES)),
+        }
+    }
+}
+
 /// Names of the profiles of each step.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct DisaggProfiles {
     /// Chooses who answers.
@@ -67,7 +80,7 @@ impl Default for DisaggProfiles {
 }
 
 /// Names of the deciders of each step; a step without one does not run.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Deciders {
     /// Whether the prompt is computed elsewhere.
@@ -77,7 +90,7 @@ pub struct Deciders {
 }
 
 /// `pd-profile-handler`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PrefillDecode {
     /// Chooses who answers.
@@ -89,6 +102,12 @@ pub struct PrefillDecode {
     /// With it, requests go to this port of the chosen host, and the chosen rank stands in
     /// `x-data-parallel-host-port`; 0: off.
     pub primary_port: u16,
+    /// Deprecated and without effect.
+    pub prefix_plugin_type: Option<String>,
+    /// Deprecated and without effect.
+    pub prefix_plugin_name: Option<String>,
+    /// Accepted: the decider reads the producer that is configured.
+    pub prefix_match_info_producer_name: Option<String>,
 }
 
 impl Default for PrefillDecode {
@@ -98,12 +117,15 @@ impl Default for PrefillDecode {
             prefill_profile: "prefill".into(),
             decider_plugin_name: PD_DECIDER.into(),
             primary_port: 0,
+            prefix_plugin_type: None,
+            prefix_plugin_name: None,
+            prefix_match_info_producer_name: None,
         }
     }
 }
 
 /// `disagg-headers-handler` and `prefill-header-handler`: the handler itself writes the headers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct DisaggHeaders {
     /// Accepted: the handler knows its prefill profile.
@@ -224,6 +246,18 @@ impl Plugin for PrefillDecode {
     fn references(&self) -> Vec<Reference<'_>> {
         self.stages().references()
     }
+
+    fn inert(&self) -> Vec<String> {
+        let given = [
+            (&self.prefix_plugin_type, "prefixPluginType: deprecated"),
+            (&self.prefix_plugin_name, "prefixPluginName: deprecated"),
+            (
+                &self.prefix_match_info_producer_name,
+                "prefixMatchInfoProducerName: the decider reads the producer that is configured",
+            ),
+        ];
+        given.iter().filter(|(given, _)| given.is_some()).map(|(_, t)| (*t).to_owned()).collect()
+    }
 }
 
 impl Plugin for DisaggHeaders {}
@@ -258,6 +292,22 @@ mod tests {
         assert_eq!(oldest.references()[0].path, "deciderPluginName");
         assert_eq!(names(&Disagg::default()).0, ["decode", "prefill", "encode"]);
         assert!(Disagg::default().references().is_empty());
+    }
+
+    #[test]
+    fn an_order_may_be_spelt_in_any_way_that_llm_d_takes() {
+        let order = |text: &str| {
+            let json = format!(r#"{{"stageOrder": "{text}"}}"#);
+            serde_json::from_str::<Disagg>(&json).map(|disagg| disagg.stage_order)
+        };
+        for text in ["", "decode-first", "decode_first", "DecodeFirst", "decode"] {
+            assert_eq!(order(text).unwrap(), StageOrder::DecodeFirst, "{text}");
+        }
+        for text in ["prefill-first", "prefillFirst", "PREFILL"] {
+            assert_eq!(order(text).unwrap(), StageOrder::PrefillFirst, "{text}");
+        }
+        let error = order("encode-first").unwrap_err().to_string();
+        assert!(error.contains("decode-first") && error.contains("prefill-first"), "{error}");
     }
 
     #[test]

@@ -11,26 +11,39 @@ use crate::stage::Plugin;
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Header {
     /// The request header that holds the profile's name. A name of no profile is refused with 400.
+    /// Where there is only one profile, it runs whatever the header says. Empty: `EPP-Profile`.
     pub header_name: String,
-    /// The profile of requests without the header.
+    /// The profile of requests without the header. Empty: `decode`.
     pub default_profile: String,
 }
 
+const HEADER: &str = "EPP-Profile";
+const PROFILE: &str = "decode";
+
 impl Default for Header {
     fn default() -> Header {
-        Header { header_name: "EPP-Profile".into(), default_profile: "decode".into() }
+        Header { header_name: HEADER.into(), default_profile: PROFILE.into() }
+    }
+}
+
+fn filled_or<'a>(text: &'a str, default: &'a str) -> &'a str {
+    Some(text.trim()).filter(|text| !text.is_empty()).unwrap_or(default)
+}
+
+impl Header {
+    /// The header that is read, lower case.
+    pub fn header(&self) -> String {
+        filled_or(&self.header_name, HEADER).to_ascii_lowercase()
+    }
+
+    /// The profile of requests without it.
+    pub fn profile_otherwise(&self) -> &str {
+        filled_or(&self.default_profile, PROFILE)
     }
 }
 
 impl Plugin for Header {
-    fn check(&self) -> Result<(), String> {
-        if self.header_name.is_empty() {
-            return Err("headerName must not be empty".into());
-        }
-        Ok(())
-    }
-
     fn headers(&self) -> Vec<String> {
-        vec![self.header_name.to_ascii_lowercase()]
+        vec![self.header()]
     }
 }

@@ -36,15 +36,17 @@ impl Builder<'_> {
         let path = format!("plugins[{at}].parameters");
         match &entry.spec {
             PluginSpec::HeaderProfileHandler(header) => {
-                let default = &header.default_profile;
-                if !profiles.iter().any(|profile| profile.name.as_str() == default) {
-                    let path = format!("{path}.defaultProfile");
-                    return Err(no_profile(&path, default, profiles));
+                let (header, default) = (header.header(), header.profile_otherwise().to_owned());
+                let has = |name| profiles.iter().any(|profile| profile.name.as_str() == name);
+                if profiles.len() > 1 && !has(default.as_str()) {
+                    let text = format!(
+                        "{}.defaultProfile: there is no profile '{default}', so requests without \
+                         the header {header} are refused",
+                        entry.name()
+                    );
+                    self.note(NoteKind::Warning, text);
                 }
-                Ok(HandlerPlan::Header {
-                    header: header.header_name.to_ascii_lowercase(),
-                    default: default.clone(),
-                })
+                Ok(HandlerPlan::Header { header, default })
             }
             PluginSpec::DisaggProfileHandler(disagg) => {
                 self.disagg(&path, &disagg.stages(), profiles)

@@ -175,6 +175,57 @@ schedulingProfiles:
 }
 
 #[test]
+fn one_profile_runs_whatever_the_header_says_and_a_missing_default_refuses_alone() {
+    let one = "
+plugins: [{type: header-profile-handler, parameters: {headerName: '', defaultProfile: ''}},
+  {type: queue-scorer}]
+schedulingProfiles: [{name: only, plugins: [{pluginRef: queue-scorer}]}]
+";
+    let ask = |host: &mut Host, value: Option<&str>| {
+        let headers: Vec<(&str, &str)> = value.map(|v| ("epp-profile", v)).into_iter().collect();
+        let headers = Headers(&headers);
+        let request = Request {
+            id: "r",
+            model: "model",
+            prompts: &[],
+            prompt_tokens: 5,
+            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
+            max_tokens: None,
+            skips_cache: false,
+            held: None,
+            media: &[],
+            priority: 0,
+            headers: &headers,
+            allowed: None,
+        };
+        host.brain.decide(host.now, &request).map(|decision| decision.record.profile.to_string())
+    };
+    let mut host = fleet(one);
+    assert_eq!(ask(&mut host, None).unwrap(), "only");
+    assert_eq!(ask(&mut host, Some("prefill")).unwrap(), "only");
+    let two = one.replace("plugins: [{pluginRef: queue-scorer}]}", "plugins: []}, {name: other}");
+    let mut host = fleet(&two);
+    assert_eq!(ask(&mut host, Some(" other ")).unwrap(), "other");
+    assert_eq!(ask(&mut host, None).unwrap_err().status(), 400);
+    let notes = &host.brain.plan().notes;
+    assert!(notes.iter().any(|note| note.text.contains("no profile 'decode'")), "{notes:?}");
+}
+
+/// Encoders share the work; one endpoint prefills, the one that is charged for it.
+#[test]
+fn further_choices_are_told_of_encoders_alone() {
+    let picker = "- {type: max-score-picker, parameters: {maxNumOfEndpoints: 2}}";
+    let mut host = fleet(
+        &always().replace("- type: decode-filter", &format!("{picker}\n- type: decode-filter")),
+    );
+    let labels = [("llm-d.ai/role".to_owned(), "encode".to_owned())].into();
+    host.brain.add_endpoint(Time::ZERO, EndpointSpec { labels, ..spec("x1") }).unwrap();
+    let image = host.try_ask(&prompt(2, 300), |request| request.media = &[7]).unwrap();
+    let count = |name| told(&image, name).unwrap().split(',').count();
+    assert_eq!((count("x-encoder-hosts-ports"), count("x-prefiller-host-port")), (2, 1));
+}
+
+#[test]
 fn ranks_of_one_host_share_a_port() {
     let yaml = "plugins: [{type: data-parallel-profile-handler, parameters: {primaryPort: 9000}},\
                 {type: queue-scorer}]";
