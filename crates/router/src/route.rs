@@ -347,11 +347,22 @@ pub(crate) fn scheduling_headers<'a>(
     headers: &'a HeaderMap,
     asked: &'a Asked,
 ) -> Vec<(&'a str, &'a str)> {
+    seen_headers(&shared.scheduling_headers, headers, asked.session_id.as_deref())
+}
+
+/// Every value of every header: HTTP/2 sends cookies one by one.
+fn seen_headers<'a>(
+    names: &'a [String],
+    headers: &'a HeaderMap,
+    session_id: Option<&'a str>,
+) -> Vec<(&'a str, &'a str)> {
     let mut seen = Vec::new();
-    for name in &shared.scheduling_headers {
-        let value = headers.get(name.as_str()).and_then(|v| v.to_str().ok());
-        let in_body = asked.session_id.as_deref().filter(|_| name == "x-session-id");
-        seen.extend(value.or(in_body).map(|value| (name.as_str(), value)));
+    for name in names {
+        let before = seen.len();
+        let values = headers.get_all(name.as_str()).iter().filter_map(|v| v.to_str().ok());
+        seen.extend(values.map(|value| (name.as_str(), value)));
+        let in_body = session_id.filter(|_| name == "x-session-id" && seen.len() == before);
+        seen.extend(in_body.map(|value| (name.as_str(), value)));
     }
     seen
 }
@@ -439,5 +450,23 @@ fn note_cache_reset(shared: &Shared, outgoing: &Outgoing, answer: &Answer) {
     if is_reset && answer.head.status.is_success() {
         info!(endpoint = answer.upstream.name, "An endpoint's prefix cache was reset.");
         shared.brain.lock().on_cache_reset(shared.clock.now(), answer.upstream.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cookies_of_several_headers_are_all_seen() {
+        let names = ["cookie".to_owned(), "x-session-id".to_owned()];
+        let mut headers = HeaderMap::new();
+        headers.append("cookie", HeaderValue::from_static("a=1"));
+        headers.append("cookie", HeaderValue::from_static("sid=42"));
+        let seen = seen_headers(&names, &headers, Some("body"));
+        assert_eq!(seen, [("cookie", "a=1"), ("cookie", "sid=42"), ("x-session-id", "body")]);
+        headers.insert("x-session-id", HeaderValue::from_static("head"));
+        let seen = seen_headers(&names, &headers, Some("body"));
+        assert_eq!(seen.last(), Some(&("x-session-id", "head")));
     }
 }

@@ -251,15 +251,17 @@ impl<'de> Deserializer<'de> for &'de Node {
         }
     }
 
+    /// A field without a value is left out, as in Go: its default stays.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _name: &'static str,
-        _fields: &'static [&'static str],
+        fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Fault> {
         match self {
             // Derived code would take a list as fields in their order.
             Node::List(_) => Err(de::Error::invalid_type(Unexpected::Seq, &MAP)),
+            Node::Map(entries) => visitor.visit_map(Entries::of_fields(entries, fields)),
             _ => self.deserialize_map(visitor),
         }
     }
@@ -340,6 +342,14 @@ impl<'t> Entries<'t> {
         left.sort_by_key(|(key, _)| key.value != "type");
         left.reverse();
         Entries { left, value: None }
+    }
+
+    fn of_fields(entries: &'t [(Spanned<String>, Spanned<Node>)], fields: &[&str]) -> Entries<'t> {
+        let mut all = Entries::new(entries);
+        let is_left_out =
+            |key: &str, value: &Node| matches!(value, Node::Null) && fields.contains(&key);
+        all.left.retain(|(key, value)| !is_left_out(&key.value, &value.value));
+        all
     }
 }
 
@@ -672,6 +682,8 @@ mod tests {
         assert_eq!(read, expected);
         let words = tree("text: yes\nflag: On").read::<All>().unwrap();
         assert_eq!((words.text.as_str(), words.flag), ("yes", Some(true)));
+        let empty = tree("text:\nsmall: null\nshare: ~\nchoice:\npair:").read::<All>().unwrap();
+        assert_eq!(empty, All::default());
         assert_eq!(tree("").read::<All>().unwrap(), All::default());
         assert_eq!(tree("# nothing\n").read::<All>().unwrap(), All::default());
     }

@@ -120,18 +120,35 @@ impl Brain {
         rng: &mut Rng,
         mut base: Survivors,
     ) -> Result<Course, Reject> {
-        self.admit_request(asked, rng, &base.rows)?;
-        self.remove_builtin(asked.now, asked.request, &mut base);
+        self.shed(asked, &base.rows)?;
+        self.remove_other_models(asked.request, &mut base);
         self.screen(asked, rng, &mut base)?;
-        let course = self.run_handler(asked, rng, base)?;
+        self.admit_request(asked, rng, &base.rows)?;
+        let with_failing = self.remove_failing(asked.now, &mut base);
+        let course = match (self.run_handler(asked, rng, base), with_failing) {
+            // Those that do not fail cannot serve it: one that failed a moment ago perhaps can.
+            (Err(Reject::Saturated { .. }), Some(all)) => self.run_handler(asked, rng, all),
+            (course, _) => course,
+        }?;
         let outcomes = course.others.iter().filter_map(|other| other.outcome.as_ref().ok());
         let missing = outcomes.map(|outcome| outcome.scores_missing).sum::<u32>();
         self.counters.scores_missing += u64::from(course.primary.outcome.scores_missing + missing);
         Ok(course)
     }
 
-    /// A request of negative priority gives way when the fleet is full; admitters have their say
-    /// about every request.
+    /// A request of negative priority gives way when the fleet is full.
+    fn shed(&self, asked: &Asked<'_>, rows: &[Row]) -> Result<(), Reject> {
+        let priority = asked.request.priority;
+        let Some(detector) = self.detector.as_ref().filter(|_| priority < PRIORITY_KEPT) else {
+            return Ok(());
+        };
+        let inputs = asked.inputs(&self.fleet, None);
+        let view = inputs.view(rows, detector.wants());
+        let saturation = saturation_by_stage(&*detector.plugin, &view);
+        admit_below_saturation(priority, saturation).map_err(|_| Reject::Shed)
+    }
+
+    /// Admitters have their say about every request, and about the endpoints that screeners leave.
     fn admit_request(
         &mut self,
         asked: &Asked<'_>,
@@ -139,14 +156,6 @@ impl Brain {
         rows: &[Row],
     ) -> Result<(), Reject> {
         let inputs = asked.inputs(&self.fleet, None);
-        let priority = asked.request.priority;
-        if priority < PRIORITY_KEPT
-            && let Some(detector) = &self.detector
-        {
-            let view = inputs.view(rows, detector.wants());
-            let saturation = saturation_by_stage(&*detector.plugin, &view);
-            admit_below_saturation(priority, saturation).map_err(|_| Reject::Shed)?;
-        }
         for admitter in &self.admitters {
             let view = inputs.view(rows, admitter.wants());
             if let Err(why) = admitter.plugin.admit(&view, rng) {
@@ -275,9 +284,9 @@ impl Brain {
         known.unwrap_or_else(|| Known::nothing(Reason::NotConfigured))
     }
 
-    /// Stages of every plan: endpoints that just failed, and endpoints that are known to serve
-    /// other models only, are passed over while others remain.
-    fn remove_builtin(&mut self, now: Time, request: &Request<'_>, survivors: &mut Survivors) {
+    /// A stage of every plan: endpoints that are known to serve other models only are passed over
+    /// while others are known to serve the request's.
+    fn remove_other_models(&mut self, request: &Request<'_>, survivors: &mut Survivors) {
         let fleet = &self.fleet;
         let serves = |row: &Row| fleet.get(row.id).and_then(|e| e.serves(request.model));
         let before = survivors.rows.len();
@@ -286,14 +295,22 @@ impl Brain {
         {
             survivors.retain(&self.builtin.model, |_, row| serves(row) != Some(false));
         }
-        let left = survivors.rows.len();
-        self.counters.avoided_model += (before - left) as u64;
+        self.counters.avoided_model += (before - survivors.rows.len()) as u64;
+    }
+
+    /// Another one: endpoints that just failed are passed over while others remain. The answer is
+    /// who remained before, if that makes a difference.
+    fn remove_failing(&mut self, now: Time, survivors: &mut Survivors) -> Option<Survivors> {
+        let fleet = &self.fleet;
         let fails = |row: &Row| fleet.get(row.id).is_some_and(|e| e.is_avoided(now));
         let failing = survivors.rows.iter().filter(|row| fails(row)).count();
-        if failing > 0 && failing < left {
-            survivors.retain(&self.builtin.failing, |_, row| !fails(row));
-            self.counters.avoided_failing += failing as u64;
+        if failing == 0 || failing == survivors.rows.len() {
+            return None;
         }
+        let before = survivors.clone();
+        survivors.retain(&self.builtin.failing, |_, row| !fails(row));
+        self.counters.avoided_failing += failing as u64;
+        Some(before)
     }
 }
 

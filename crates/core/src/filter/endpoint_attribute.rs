@@ -30,6 +30,7 @@ pub struct EndpointAttribute {
 pub enum OnMissing {
     /// It is kept.
     #[default]
+    #[serde(alias = "")]
     Pass,
     /// It is removed.
     Fail,

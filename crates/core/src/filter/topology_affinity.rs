@@ -41,6 +41,7 @@ pub struct TopologyAffinity {
 pub enum Nearness {
     /// Label `kubernetes.io/hostname`.
     #[default]
+    #[serde(alias = "")]
     Host,
     /// Label `topology.kubernetes.io/rack`.
     Rack,

@@ -10,7 +10,7 @@ use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role, Stability, known_names};
 use crate::produce::{TokenEstimate, Tokens};
-use crate::stage::{LOAD_DEFAULT, PREFIX_DEFAULT, Plugin, ProducerRef};
+use crate::stage::{PREFIX_DEFAULT, Plugin, ProducerRef};
 
 /// Checks and completes a configuration.
 pub(super) fn build(
@@ -128,6 +128,10 @@ impl<'a> Builder<'a> {
         if self.spec(name).is_none()
             && let Some(spec) = default_spec(name).filter(|spec| need_not_be_listed(spec, role))
         {
+            if let Err(text) = spec.plugin().check() {
+                let message = format!("plugin '{name}' must be listed: {text}");
+                return Err(error(path, message));
+            }
             self.add(spec, why);
         }
         let spec = self.spec(name).cloned();
@@ -243,7 +247,7 @@ impl<'a> Builder<'a> {
         let producers = self.producers();
         let precise = producers.iter().position(|p| matches!(p.kind, ProducerKind::Precise(_)));
         let main = precise.or(if producers.is_empty() { None } else { Some(0) });
-        let load = self.load(&producers, main)?;
+        let load = self.load(&producers, main);
         let latency = self.latency(&producers, main);
         let peers = self.peers(&producers, main);
         let tokens = self.tokens(!producers.is_empty(), precise.is_some());
@@ -304,7 +308,7 @@ impl<'a> Builder<'a> {
 
     /// Load is always charged. It subtracts the matches of the named producer, else of the default
     /// one where it runs, else of the main one.
-    fn load(&self, producers: &[ProducerPlan], main: Option<usize>) -> Result<LoadPlan, PlanError> {
+    fn load(&mut self, producers: &[ProducerPlan], main: Option<usize>) -> LoadPlan {
         let configured = self.plugins.iter().find_map(|(_, spec)| match spec {
             PluginSpec::InflightLoadProducer(producer) => Some(producer.clone()),
             _ => None,
@@ -312,16 +316,20 @@ impl<'a> Builder<'a> {
         let producer = configured.unwrap_or_default();
         let position = |name: &str| producers.iter().position(|p| p.name.as_str() == name);
         let prefix = match producer.prefix_match_info_producer_name.as_deref() {
-            Some(name) if !name.is_empty() => match position(name) {
-                Some(at) => Some(at),
-                None => {
-                    let path = self.path_of(LOAD_DEFAULT);
-                    return Err(self.undefined(path, name));
+            Some(name) if !name.is_empty() => {
+                let at = position(name);
+                if at.is_none() {
+                    let text = format!(
+                        "inflight-load-producer: prefixMatchInfoProducerName: no producer is \
+                         called '{name}', so nothing is subtracted from prompts"
+                    );
+                    self.note(NoteKind::Warning, text);
                 }
-            },
+                at
+            }
             _ => position(PREFIX_DEFAULT).or(main),
         };
-        Ok(LoadPlan { producer, prefix })
+        LoadPlan { producer, prefix }
     }
 
     /// The first producer of predicted latencies serves all readers.

@@ -1,6 +1,6 @@
 //! Producers: who reads what, and what must be added so that it is there.
 
-use super::build::{Around, Builder, default_spec, error};
+use super::build::{Around, Builder, error};
 use super::{PlanError, ProducerKind, ProfilePlan, StagePlan};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role};
@@ -9,6 +9,9 @@ use crate::stage::{Inputs, ProducerRef};
 
 /// Where plugins name a producer of prefix matches.
 const PREFIX_FIELD: &str = "prefixMatchInfoProducerName";
+/// The same for in-flight load and predicted latencies.
+const LOAD_FIELD: &str = "inFlightLoadProducerName";
+const LATENCY_FIELD: &str = "latencyPredictionInfoProducerName";
 
 impl Builder<'_> {
     /// Finds the producers of every plugin that runs, adds those that are missing, and those that
@@ -101,16 +104,21 @@ impl Builder<'_> {
                 }
             }
         }
-        let others = [
-            ("inFlightLoadProducerName", inputs.load),
-            ("latencyPredictionInfoProducerName", inputs.latency),
-            ("producerName", inputs.media),
-            ("sessionIdConfig", inputs.session),
-        ];
-        for (field, wanted) in others {
-            let Some(wanted) = wanted else { continue };
+        for (field, kind, what, wanted) in [
+            (LOAD_FIELD, PluginKind::InflightLoadProducer, "in-flight load", inputs.load),
+            (LATENCY_FIELD, PluginKind::PredictedLatencyProducer, "latencies", inputs.latency),
+            ("producerName", PluginKind::EncoderCacheProducer, "encoder caches", inputs.media),
+            ("sessionIdConfig", PluginKind::SessionIdProducer, "sessions", inputs.session),
+        ] {
+            let Some(name) = wanted.map(ProducerRef::name) else { continue };
             let path = format!("{}.{field}", self.path_of(reader.as_str()));
-            self.find_or_add(&path, wanted.name(), Role::Producer, &why)?;
+            let configured = self.spec(name).map(PluginSpec::kind);
+            if configured.or(PluginKind::of_name(name)).is_some_and(|other| other != kind) {
+                let message =
+                    format!("plugin '{name}' does not produce {what}; {} does", kind.name());
+                return Err(error(path, message));
+            }
+            self.find_or_add(&path, name, Role::Producer, &why)?;
         }
         Ok(())
     }
@@ -139,13 +147,11 @@ impl Builder<'_> {
             (Some(PluginKind::ApproxPrefixProducer), _) => {
                 Ok(PluginSpec::ApproxPrefixProducer(ApproxPrefix::default()))
             }
-            _ => default_spec(name).filter(|spec| ProducerKind::of(spec).is_some()).ok_or_else(
-                || {
-                    let path = format!("{}.{PREFIX_FIELD}", self.path_of(reader.as_str()));
-                    let fits = |spec: &PluginSpec| ProducerKind::of(spec).is_some();
-                    self.none_fitting(&path, name, "producer of prefix matches", fits)
-                },
-            ),
+            _ => {
+                let path = format!("{}.{PREFIX_FIELD}", self.path_of(reader.as_str()));
+                let fits = |spec: &PluginSpec| ProducerKind::of(spec).is_some();
+                Err(self.none_fitting(&path, name, "producer of prefix matches", fits))
+            }
         }
     }
 }

@@ -128,7 +128,7 @@ impl Builder<'_> {
             return Ok(());
         }
         self.check_bands(flow)?;
-        if let Some(name) = &flow.usage_limit_policy_plugin_ref {
+        if let Some(name) = flow.usage_limit_policy_plugin_ref.as_ref().filter(|n| !n.is_empty()) {
             let path = "flowControl.usageLimitPolicyPluginRef";
             self.find_or_add(path, name, Role::UsageLimit, "flowControl names it")?;
         }
@@ -163,7 +163,7 @@ impl Builder<'_> {
             ("orderingPolicyRef", &band.ordering_policy_ref, Role::Ordering),
         ];
         for (field, name, role) in policies {
-            if let Some(name) = name {
+            if let Some(name) = name.as_ref().filter(|name| !name.is_empty()) {
                 self.find_or_add(&format!("{path}.{field}"), name, role, "flowControl names it")?;
             }
         }

@@ -235,6 +235,54 @@ fn mistakes_of_meaning_name_their_place() {
 }
 
 #[test]
+fn empty_references_mean_the_default() {
+    let plan = plan(
+        "plugins: [{type: queue-scorer}]\nsaturationDetector: {pluginRef: ''}\nflowControl: \
+         {saturationDetector: {pluginRef: ''}, usageLimitPolicyPluginRef: '', priorityBands: \
+         [{priority: 1, fairnessPolicyRef: '', orderingPolicyRef: ''}]}\nfeatureGates: [flowControl]",
+    );
+    assert_eq!(plan.detector.unwrap().name.as_str(), "utilization-detector");
+}
+
+/// Defaults are added; what llm-d calls Alpha must be listed, and needs the flag.
+#[test]
+fn producers_that_are_not_listed_are_of_the_wanted_kind_and_stable() {
+    let built = |name: &str, parameter: &str, producer: &str| {
+        let yaml = format!("plugins: [{{type: {name}, parameters: {{{parameter}: {producer}}}}}]");
+        Plan::build(&parse(&yaml).unwrap(), Experimental::Refused).map_err(|e| e.to_string())
+    };
+    let prefix = |producer| built("prefix-cache-scorer", "prefixMatchInfoProducerName", producer);
+    assert!(prefix("precise-prefix-cache-producer").is_ok());
+    let burst = prefix("burst-prefix-cache-producer").unwrap_err();
+    assert!(burst.contains("undefined plugin 'burst-prefix-cache-producer'"), "{burst}");
+    let load = |producer| built("active-request-scorer", "inFlightLoadProducerName", producer);
+    assert!(load("inflight-load-producer").is_ok());
+    let other = load("approx-prefix-cache-producer").unwrap_err();
+    assert!(other.contains("in-flight load"), "{other}");
+}
+
+#[test]
+fn several_producers_of_a_kind_that_runs_once_are_a_warning() {
+    let plan = plan(
+        "plugins: [{type: active-request-scorer}, {type: inflight-load-producer}, {type: \
+         inflight-load-producer, name: second}]",
+    );
+    let warnings = texts(&plan, NoteKind::Warning);
+    assert!(warnings.iter().any(|text| text.starts_with("second: ")), "{warnings:?}");
+}
+
+#[test]
+fn load_that_subtracts_what_nobody_produces_is_a_warning() {
+    let plan = plan(
+        "plugins: [{type: active-request-scorer}, {type: inflight-load-producer, parameters: \
+         {prefixMatchInfoProducerName: approx-prefix-cache-producer}}]",
+    );
+    assert_eq!((plan.load.prefix, plan.producers.len()), (None, 0));
+    let warnings = texts(&plan, NoteKind::Warning);
+    assert!(warnings.iter().any(|text| text.contains("no producer is called")), "{warnings:?}");
+}
+
+#[test]
 fn the_precise_scorer_brings_its_own_producer_or_uses_the_one_there_is() {
     let alone = plan(
         "plugins: [{type: precise-prefix-cache-scorer, parameters: {tokenProcessorConfig: \

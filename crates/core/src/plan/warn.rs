@@ -31,7 +31,27 @@ impl Builder<'_> {
                 notes.push((NoteKind::Inert, format!("{name}: in no profile")));
             }
         }
+        self.once_only(&mut notes);
         notes.into_iter().for_each(|(kind, text)| self.note(kind, text));
+    }
+
+    /// Of some producers the first serves all readers.
+    fn once_only(&self, notes: &mut Notes) {
+        for kind in [
+            PluginKind::InflightLoadProducer,
+            PluginKind::PredictedLatencyProducer,
+            PluginKind::TokenProducer,
+            PluginKind::BurstPrefixProducer,
+            PluginKind::P2pSourceProducer,
+        ] {
+            let mut all = self.plugins.iter().filter(|(_, spec)| spec.kind() == kind);
+            let Some((first, _)) = all.next() else { continue };
+            for (name, _) in all {
+                let text =
+                    format!("{name}: {first} is used in its place, one {} runs", kind.name());
+                notes.push((NoteKind::Warning, text));
+            }
+        }
     }
 
     /// Whether a decider or another producer reads prefix matches of this one. What load subtracts

@@ -11,7 +11,7 @@ use crate::stage::{Plugin, PrefixMatch};
 pub struct InflightLoad {
     /// Whether the expected output is charged as well as the prompt.
     pub add_estimated_output_tokens: bool,
-    /// Expected output tokens per prompt token.
+    /// Expected output tokens per prompt token, 0 or more.
     pub output_ratio: f64,
     /// Upper end of that expectation, in tokens; `max_tokens` of the request is one, too.
     pub max_estimated_output_tokens: Option<u32>,
@@ -40,7 +40,7 @@ impl InflightLoad {
         if !self.add_estimated_output_tokens {
             return 0;
         }
-        let estimate = (f64::from(prompt_tokens) * self.output_ratio).max(0.0) as u32;
+        let estimate = (f64::from(prompt_tokens) * self.output_ratio).round() as u32;
         let limit = self.max_estimated_output_tokens.unwrap_or(u32::MAX);
         estimate.min(limit).min(max_tokens.unwrap_or(u32::MAX))
     }
@@ -56,6 +56,13 @@ pub fn uncached_tokens(prompt_tokens: u32, prefix: PrefixMatch) -> u32 {
 }
 
 impl Plugin for InflightLoad {
+    fn check(&self) -> Result<(), String> {
+        if self.output_ratio.is_finite() && self.output_ratio >= 0.0 {
+            return Ok(());
+        }
+        Err(format!("outputRatio {} must not be negative", self.output_ratio))
+    }
+
     fn inert(&self) -> Vec<String> {
         let text = "syncCrossReplicaState: replicas do not tell each other what is in flight";
         let given = self.sync_cross_replica_state.filter(|wanted| *wanted);
@@ -83,6 +90,8 @@ mod tests {
         let capped = InflightLoad { max_estimated_output_tokens: Some(50), ..on.clone() };
         assert_eq!(InflightLoad::default().output_tokens(100, None), 0);
         assert_eq!(on.output_tokens(100, None), 150);
+        assert_eq!(on.output_tokens(1, None), 2);
+        assert!(InflightLoad { output_ratio: -1.0, ..on.clone() }.check().is_err());
         assert_eq!(on.output_tokens(100, Some(20)), 20);
         assert_eq!(capped.output_tokens(100, None), 50);
     }

@@ -51,6 +51,7 @@ pub struct Latency {
 pub enum HeadroomSelectionStrategy {
     /// The one closest to the limit, so that faster ones stay free.
     #[default]
+    #[serde(alias = "")]
     Least,
     /// The one furthest from it.
     Most,

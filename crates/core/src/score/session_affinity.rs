@@ -55,6 +55,7 @@ pub struct SessionAffinity {
 pub enum Strategy {
     /// In a header of the response, which the client sends back with its next request.
     #[default]
+    #[serde(alias = "")]
     EncodedEndpointHeader,
     /// In the router's memory, by session id.
     SessionId,

@@ -251,6 +251,62 @@ fn a_full_fleet_refuses_low_priorities_alone() {
     assert_eq!(host.brain.counters().rejected_shed, 1);
 }
 
+/// Endpoints that remain when the failing ones are passed over may all be of another role.
+#[test]
+fn the_only_endpoint_of_a_role_is_tried_although_it_failed() {
+    let mut host = fleet(&always());
+    let [d0, d1] = [host.ids[0], host.ids[1]];
+    host.brain.remove_endpoint(host.now, d1);
+    host.brain.on_endpoint_failed(host.now, d0);
+    let decision = host.ask(&prompt(1, 300));
+    assert_eq!(decision.endpoint, d0);
+    assert_eq!(decision.record.candidates[0].removed_by, None);
+    assert!(decision.record.filters.iter().all(|filter| !filter.name.as_str().contains("failing")));
+    host.brain.remove_endpoint(host.now, d0);
+    assert!(matches!(host.try_ask(&prompt(2, 300), |_| {}), Err(Reject::Saturated { .. })));
+}
+
+/// Admitters judge by the endpoints that the request may go to.
+#[test]
+fn admitters_do_not_count_endpoints_that_screeners_removed() {
+    let yaml = "
+plugins:
+- {type: probabilistic-admitter, parameters: {power: 1, k: 1000}}
+- type: disaggregatedset-rollout-screener
+  parameters:
+    scope: {labelSelector: llm-d.ai/role}
+    headerSelectors: [{name: role, headerName: x-role, labelKey: llm-d.ai/role, mode: strict}]
+    revisionGating: {mode: disabled}
+- type: queue-scorer
+- {type: concurrency-detector}
+flowControl: {saturationDetector: {pluginRef: concurrency-detector}}
+schedulingProfiles: [{name: all, plugins: [{pluginRef: queue-scorer}]}]
+";
+    let mut host = fleet(yaml);
+    host.metrics(host.ids[2], 50, 1.0);
+    let ask = |host: &mut Host, role: &str| {
+        let headers = [("x-role", role)];
+        let headers = Headers(&headers);
+        let request = Request {
+            id: "r",
+            model: "model",
+            prompts: &[],
+            prompt_tokens: 5,
+            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
+            max_tokens: None,
+            skips_cache: false,
+            held: None,
+            media: &[],
+            priority: -1,
+            headers: &headers,
+            allowed: None,
+        };
+        host.brain.decide(host.now, &request).map(|_| ())
+    };
+    assert_eq!(ask(&mut host, "decode"), Ok(()));
+    assert!(matches!(ask(&mut host, "prefill"), Err(Reject::NotAdmitted { .. })));
+}
+
 #[test]
 fn requests_of_one_window_go_together_and_others_need_not_wait() {
     let yaml = "
