@@ -167,6 +167,8 @@ pub struct BrainCounters {
     pub rejected_not_admitted: u64,
     /// The request named a profile that does not exist.
     pub rejected_no_profile: u64,
+    /// Nothing of the prompt was cached, and the request prefers no answer then.
+    pub rejected_not_cached: u64,
     /// Candidates passed over because they had just failed.
     pub avoided_failing: u64,
     /// Candidates passed over because they do not serve the model.

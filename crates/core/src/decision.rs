@@ -316,6 +316,15 @@ pub enum Reject {
         /// The profiles that there are.
         names: String,
     },
+    /// The request wants an endpoint that has some of its prompt cached, or none.
+    #[error(
+        "endpoint {endpoint:?} has nothing of the prompt cached, and the request prefers none \
+             then (prefer: if-available)"
+    )]
+    NotCached {
+        /// Who would have served it.
+        endpoint: Name,
+    },
     /// The router has reached its limit.
     #[error("{requests_max} requests are in flight, the router's limit; retry later")]
     TooManyInFlight {
@@ -342,6 +351,7 @@ impl Reject {
         match self {
             Reject::NoEndpoints { .. } | Reject::Screened { .. } => 503,
             Reject::NoProfile { .. } => 400,
+            Reject::NotCached { .. } => 412,
             Reject::Saturated { .. }
             | Reject::TooManyInFlight { .. }
             | Reject::Shed
@@ -354,6 +364,7 @@ impl Reject {
         match self {
             Reject::NoEndpoints { .. } | Reject::Screened { .. } => "rejected-no-endpoints",
             Reject::NoProfile { .. } => "rejected-other",
+            Reject::NotCached { .. } => "not-cached",
             Reject::Saturated { .. }
             | Reject::TooManyInFlight { .. }
             | Reject::Shed
@@ -397,6 +408,9 @@ pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 pub const ENCODERS_HEADER: &str = "x-encoder-hosts-ports";
 /// From whom it takes cached blocks.
 pub const KV_SOURCE_HEADER: &str = "x-kv-cache-source-host-port";
+/// Request header of preferences (RFC 7240): with `if-available`, a request that nothing of is
+/// cached is refused.
+pub const PREFER_HEADER: &str = "prefer";
 /// The chosen rank, where one port takes the requests of all.
 pub const DATA_PARALLEL_HEADER: &str = "x-data-parallel-host-port";
 

@@ -124,7 +124,7 @@ impl RouteError {
             headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
         }
         if let RouteError::Rejected(reject) = self
-            && status != StatusCode::BAD_REQUEST
+            && matches!(status.as_u16(), 429 | 503)
         {
             headers.insert(DROPPED_REASON, HeaderValue::from_static(reject.dropped_reason()));
         }

@@ -1,7 +1,7 @@
 //! What a decision says, and what comes of it: record, reservations, history, expectations.
 
 use super::decide::Considered;
-use super::handle::{Other, Ran, Step};
+use super::handle::{Course, Other, Ran, Step};
 use super::{Alternative, Brain, InFlight};
 use crate::Time;
 use crate::blocks::{BlockKey, Chain, TokenSpace};
@@ -125,7 +125,8 @@ impl Brain {
         let prefill = prefills.filter_map(Other::chosen).next();
         let computing = prefill.unwrap_or(course.primary.chosen());
         let column = self.knowledge.columns.get(peers.prefix?)?;
-        let held = rows.iter().zip(&column.known).map(|(row, known)| {
+        let reached = rows.iter().zip(&column.known).filter(|(row, _)| self.may_help(course, row));
+        let held = reached.map(|(row, known)| {
             let hit = &known.hit;
             let tiers = known.reason.mode() == Mode::Precise;
             Holding {
@@ -137,6 +138,15 @@ impl Brain {
             }
         });
         peers.producer.source(request.id, computing, &held.collect::<Vec<_>>())
+    }
+
+    /// Whether an endpoint may work for the request at all: profiles may have removed it, but
+    /// nothing before them.
+    fn may_help(&self, course: &Course, row: &Row) -> bool {
+        let removed_by = course.primary.survivors.removed_by.get(row.at as usize);
+        let Some(by) = removed_by.and_then(Option::as_ref) else { return true };
+        let screens = self.screeners.iter().any(|screener| screener.name == *by);
+        !screens && *by != self.builtin.failing && *by != self.builtin.model
     }
 
     fn candidate(&self, now: Time, row: &Row, removed_by: Option<Name>) -> Candidate {
@@ -160,7 +170,7 @@ impl Brain {
         }
     }
 
-    fn name(&self, id: EndpointId) -> Name {
+    pub(super) fn name(&self, id: EndpointId) -> Name {
         self.fleet.get(id).map_or_else(|| Name::from(""), |endpoint| endpoint.name.clone())
     }
 

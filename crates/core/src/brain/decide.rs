@@ -7,7 +7,7 @@ use super::handle::Course;
 use crate::admit::admit_below_saturation;
 use crate::blocks::TokenSpace;
 use crate::cost::Costing;
-use crate::decision::{Decision, NoEndpoints, Reason, Reject, Request, TokensKnown};
+use crate::decision::{Decision, NoEndpoints, PREFER_HEADER, Reason, Reject, Request, TokensKnown};
 use crate::detect::saturation_by_stage;
 use crate::fleet::{Endpoint, EndpointId, Name};
 use crate::journal::{Call, Entry};
@@ -19,6 +19,9 @@ use crate::score::AGENT_IDENTITY;
 use crate::stage::{Latency, MediaMatch, PrefixMatch, Row};
 use crate::stream::StreamState;
 use crate::{Rng, Time};
+
+/// The preference (RFC 7240) for an answer from cache alone.
+const IF_AVAILABLE: &str = "if-available";
 
 /// Priorities below it may be shed.
 const PRIORITY_KEPT: i32 = 0;
@@ -89,6 +92,7 @@ impl Brain {
             Err(Reject::Shed) => counters.rejected_shed += 1,
             Err(Reject::NotAdmitted { .. }) => counters.rejected_not_admitted += 1,
             Err(Reject::NoProfile { .. }) => counters.rejected_no_profile += 1,
+            Err(Reject::NotCached { .. }) => counters.rejected_not_cached += 1,
         }
     }
 
@@ -130,10 +134,32 @@ impl Brain {
             (Err(Reject::Saturated { .. }), Some(all)) => self.run_handler(asked, rng, all),
             (course, _) => course,
         }?;
+        self.check_preference(asked, &course)?;
         let outcomes = course.others.iter().filter_map(|other| other.outcome.as_ref().ok());
         let missing = outcomes.map(|outcome| outcome.scores_missing).sum::<u32>();
         self.counters.scores_missing += u64::from(course.primary.outcome.scores_missing + missing);
         Ok(course)
+    }
+
+    /// A request may prefer no answer to one that must be computed from the start: a coordinator
+    /// asks so whether a decode endpoint alone will do.
+    fn check_preference(&self, asked: &Asked<'_>, course: &Course) -> Result<(), Reject> {
+        let preferred = asked.request.headers.get(PREFER_HEADER).unwrap_or_default();
+        let mut preferences = preferred.split(',').map(str::trim);
+        let chosen = course.primary.chosen();
+        let mut rows = course.primary.survivors.rows.iter();
+        let found = rows.find(|row| row.id == chosen).and_then(|row| self.main_match(asked, row));
+        let is_cached = found.is_some_and(|found| found.blocks > 0);
+        match preferences.any(|one| one.eq_ignore_ascii_case(IF_AVAILABLE)) && !is_cached {
+            true => Err(Reject::NotCached { endpoint: self.name(chosen) }),
+            false => Ok(()),
+        }
+    }
+
+    /// What the main producer finds on a candidate.
+    pub(super) fn main_match(&self, asked: &Asked<'_>, row: &Row) -> Option<PrefixMatch> {
+        let column = self.plan.producer_main.and_then(|at| asked.columns.get(at))?;
+        column.prefix.get(row.at as usize).copied()
     }
 
     /// A request of negative priority gives way when the fleet is full.

@@ -9,7 +9,6 @@ use crate::handle::StageOrder;
 use crate::pipeline::{Outcome, Survivors};
 use crate::plan::{DisaggPlan, HandlerPlan};
 use crate::produce::uncached_tokens;
-use crate::stage::PrefixMatch;
 
 /// What the profile handler concluded.
 pub(super) struct Course {
@@ -151,9 +150,8 @@ impl Brain {
     fn uncached_on(&self, request: &Request<'_>, asked: &Asked<'_>, ran: &Ran) -> u32 {
         let chosen = ran.chosen();
         let row = ran.survivors.rows.iter().find(|row| row.id == chosen);
-        let column = self.plan.producer_main.and_then(|at| asked.columns.get(at));
-        let found = row.zip(column).and_then(|(row, column)| column.prefix.get(row.at as usize));
-        uncached_tokens(request.prompt_tokens, found.copied().unwrap_or(PrefixMatch::default()))
+        let found = row.and_then(|row| self.main_match(asked, row));
+        uncached_tokens(request.prompt_tokens, found.unwrap_or_default())
     }
 
     fn primary(

@@ -40,6 +40,11 @@ impl Header {
     pub fn profile_otherwise(&self) -> &str {
         filled_or(&self.default_profile, PROFILE)
     }
+
+    /// Whether that profile was chosen by the user.
+    pub fn names_default(&self) -> bool {
+        self.profile_otherwise() != PROFILE
+    }
 }
 
 impl Plugin for Header {

@@ -7,6 +7,7 @@ use super::{
     ProducerKind, ProducerPlan, ProfilePlan, StagePlan, TokensNeed,
 };
 use crate::config::{ApiVersion, Buffered, EndpointPickerConfig};
+use crate::decision::PREFER_HEADER;
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role, Stability, known_names};
 use crate::produce::{TokenEstimate, Tokens};
@@ -254,6 +255,7 @@ impl<'a> Builder<'a> {
         self.warn(&profiles, &producers);
         let mut headers: Vec<String> =
             self.plugins.iter().flat_map(|(_, spec)| spec.plugin().headers()).collect();
+        headers.push(PREFER_HEADER.to_owned());
         headers.sort_unstable();
         headers.dedup();
         let Around { screeners, admitters, detector } = around;

@@ -36,17 +36,22 @@ impl Builder<'_> {
         let path = format!("plugins[{at}].parameters");
         match &entry.spec {
             PluginSpec::HeaderProfileHandler(header) => {
-                let (header, default) = (header.header(), header.profile_otherwise().to_owned());
+                let default = header.profile_otherwise().to_owned();
                 let has = |name| profiles.iter().any(|profile| profile.name.as_str() == name);
                 if profiles.len() > 1 && !has(default.as_str()) {
+                    if header.names_default() {
+                        let path = format!("{path}.defaultProfile");
+                        return Err(no_profile(&path, &default, profiles));
+                    }
                     let text = format!(
                         "{}.defaultProfile: there is no profile '{default}', so requests without \
-                         the header {header} are refused",
-                        entry.name()
+                         the header {} are refused",
+                        entry.name(),
+                        header.header()
                     );
                     self.note(NoteKind::Warning, text);
                 }
-                Ok(HandlerPlan::Header { header, default })
+                Ok(HandlerPlan::Header { header: header.header(), default })
             }
             PluginSpec::DisaggProfileHandler(disagg) => {
                 self.disagg(&path, &disagg.stages(), profiles)

@@ -239,7 +239,8 @@ fn empty_references_mean_the_default() {
     let plan = plan(
         "plugins: [{type: queue-scorer}]\nsaturationDetector: {pluginRef: ''}\nflowControl: \
          {saturationDetector: {pluginRef: ''}, usageLimitPolicyPluginRef: '', priorityBands: \
-         [{priority: 1, fairnessPolicyRef: '', orderingPolicyRef: ''}]}\nfeatureGates: [flowControl]",
+         [{priority: 1, fairnessPolicyRef: '', orderingPolicyRef: ''}]}\n\
+         featureGates: [flowControl]",
     );
     assert_eq!(plan.detector.unwrap().name.as_str(), "utilization-detector");
 }

@@ -92,7 +92,8 @@ impl World {
             + counters.rejected_in_flight
             + counters.rejected_shed
             + counters.rejected_not_admitted
-            + counters.rejected_no_profile;
+            + counters.rejected_no_profile
+            + counters.rejected_not_cached;
         for (name, counted, called) in [
             ("decisions and rejections", decisions + rejected, calls.decided),
             ("rejections", rejected, calls.rejected),

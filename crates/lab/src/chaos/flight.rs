@@ -211,6 +211,7 @@ impl World {
             Reject::Shed => "rejected: shed",
             Reject::NotAdmitted { .. } => "rejected: not admitted",
             Reject::NoProfile { .. } => "rejected: no profile",
+            Reject::NotCached { .. } => "rejected: not cached",
         });
         self.ended(no, "rejected")
     }

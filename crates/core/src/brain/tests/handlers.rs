@@ -147,7 +147,7 @@ schedulingProfiles:
 - {name: decode, plugins: [{pluginRef: decode-filter}]}
 ";
     let mut host = fleet(yaml);
-    assert_eq!(host.brain.plan().headers, ["epp-profile"]);
+    assert_eq!(host.brain.plan().headers, ["epp-profile", "prefer"]);
     let mut profile_of = |value: Option<&str>| {
         let headers: Vec<(&str, &str)> = value.map(|v| ("EPP-Profile", v)).into_iter().collect();
         let headers = Headers(&headers);
@@ -223,6 +223,86 @@ fn further_choices_are_told_of_encoders_alone() {
     let image = host.try_ask(&prompt(2, 300), |request| request.media = &[7]).unwrap();
     let count = |name| told(&image, name).unwrap().split(',').count();
     assert_eq!((count("x-encoder-hosts-ports"), count("x-prefiller-host-port")), (2, 1));
+}
+
+/// A coordinator asks first whether a decode endpoint has the prompt.
+#[test]
+fn a_request_that_prefers_a_cached_answer_is_refused_without_one() {
+    let mut host = fleet(&always());
+    let tokens = prompt(1, 300);
+    let prefer = |host: &mut Host, value: &str| {
+        let headers = [("prefer", value)];
+        let prompts = host.chains(&tokens, TokensKnown::Exact);
+        let request = Request {
+            id: "r",
+            model: "model",
+            prompts: &prompts,
+            prompt_tokens: 300,
+            tokens_known: TokensKnown::Exact,
+            max_tokens: None,
+            skips_cache: false,
+            held: None,
+            media: &[],
+            priority: 0,
+            headers: &Headers(&headers),
+            allowed: None,
+        };
+        host.brain.decide(host.now, &request).map(|decision| decision.endpoint)
+    };
+    let refused = prefer(&mut host, "wait=10, If-Available").unwrap_err();
+    assert_eq!((refused.status(), host.brain.inflight_requests()), (412, 0));
+    let served = prefer(&mut host, "wait=10").unwrap();
+    assert_eq!(prefer(&mut host, "if-available"), Ok(served));
+    assert_eq!(host.brain.counters().rejected_not_cached, 1);
+}
+
+/// Revisions may not understand each other's cache.
+#[test]
+fn blocks_are_not_fetched_from_endpoints_that_screeners_removed() {
+    let yaml = "
+plugins:
+- type: p2p-source-producer
+- type: disaggregatedset-rollout-screener
+  parameters:
+    scope: {labelSelector: llm-d.ai/role}
+    headerSelectors: [{name: role, headerName: x-role, labelKey: llm-d.ai/role, mode: strict}]
+    revisionGating: {mode: disabled}
+- type: queue-scorer
+schedulingProfiles: [{name: all, plugins: [{pluginRef: queue-scorer}]}]
+";
+    let mut host = fleet(yaml);
+    for at in [1, 2, 4] {
+        host.brain.remove_endpoint(host.now, host.ids[at]);
+    }
+    host.metrics(host.ids[3], 5, 0.0);
+    let tokens = prompt(1, 300);
+    let mut ask = |role: &str| {
+        let headers = [("x-role", role)];
+        let prompts = host.chains(&tokens, TokensKnown::Exact);
+        let request = Request {
+            id: "r",
+            model: "model",
+            prompts: &prompts,
+            prompt_tokens: 300,
+            tokens_known: TokensKnown::Exact,
+            max_tokens: None,
+            skips_cache: false,
+            held: None,
+            media: &[],
+            priority: 0,
+            headers: &Headers(&headers),
+            allowed: None,
+        };
+        let decision = host.brain.explain(host.now, &request, Some(1)).unwrap();
+        if role == "prefill" {
+            host.brain.decide(host.now, &request).unwrap();
+        }
+        let source = decision.request_headers.first().map(|header| header.value.clone());
+        (decision.record.endpoint.to_string(), source)
+    };
+    assert_eq!(ask("prefill"), ("p1".to_owned(), None));
+    assert_eq!(ask(""), ("d0".to_owned(), Some("p1:8000".to_owned())));
+    assert_eq!(ask("decode"), ("d0".to_owned(), None));
 }
 
 #[test]
