@@ -4,6 +4,7 @@
 //! `/endpoints`, `/snapshot`, and `POST /explain`, which changes nothing either. Everything but the
 //! metrics is JSON, indented for people but for the snapshot.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,7 +76,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
                 let (shared, rooms) = (Arc::clone(&shared), Arc::clone(&rooms));
-                async move { Ok::<_, std::convert::Infallible>(answer(&shared, &rooms, request).await) }
+                async move { Ok::<_, Infallible>(answer(&shared, &rooms, request).await) }
             });
             let mut server = hyper::server::conn::http1::Builder::new();
             server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
