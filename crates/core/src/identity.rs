@@ -39,7 +39,12 @@ impl AgentIdentity {
     /// The request's flow: as the client names it, else the session; `None`: there is neither,
     /// which makes it part of [`DEFAULT_FLOW`]. An empty header names nothing.
     pub fn fairness_id<'a>(&self, headers: &Headers<'a>) -> Option<&'a str> {
-        named_flow(headers).or_else(|| first(headers, self.session_headers()))
+        named_flow(headers).or_else(|| self.session(headers))
+    }
+
+    /// The agent's session, whatever flow the client names: a flow may be a whole tenant.
+    pub fn session<'a>(&self, headers: &Headers<'a>) -> Option<&'a str> {
+        first(headers, self.session_headers())
     }
 
     fn session_headers(&self) -> impl Iterator<Item = &str> {
@@ -94,6 +99,8 @@ mod tests {
         for (plugin, pairs, expected) in table {
             assert_eq!(plugin.fairness_id(&Headers(pairs)), expected, "{pairs:?}");
         }
+        let tenant = Headers(&[("x-llm-d-inference-fairness-id", "all"), ("session-id", "s")]);
+        assert_eq!((plain.fairness_id(&tenant), plain.session(&tenant)), (Some("all"), Some("s")));
         let both = [(FAIRNESS_HEADERS[1], "old"), (FAIRNESS_HEADERS[0], "new")];
         assert_eq!(named_flow(&Headers(&both)), Some("new"));
     }

@@ -258,18 +258,25 @@ impl Plan {
 
     /// What the index may grow to under this plan.
     pub fn index_limits(&self) -> IndexLimits {
-        let history = self.producers.iter().map(|producer| match &producer.kind {
-            ProducerKind::Approx(approx) => approx.lru_capacity_per_server,
-            ProducerKind::Precise(_) | ProducerKind::Burst(_) => 0,
-        });
-        let history = history.max().unwrap_or(0);
         let settings = &self.settings;
         IndexLimits {
             bytes_max: settings.index_bytes_max,
-            history_blocks_per_endpoint_max: settings.history_blocks_per_endpoint_max.max(history),
+            history_blocks_per_endpoint_max: self.history_blocks_max(),
             pending_blocks_per_endpoint_max: settings.pending_blocks_per_endpoint_max,
             speculations_max: settings.speculations_max,
         }
+    }
+
+    fn history_blocks_max(&self) -> u32 {
+        let given = self.settings.history_blocks_per_endpoint_max;
+        let wanted = self.producers.iter().filter_map(|producer| match &producer.kind {
+            ProducerKind::Approx(approx) => Some(approx.lru_capacity_per_server),
+            ProducerKind::Precise(_) | ProducerKind::Burst(_) => None,
+        });
+        let Some(most) = wanted.max() else { return given };
+        // Precise knowledge falls back on history, and does not ask for so little.
+        let is_default = given == Settings::default().history_blocks_per_endpoint_max;
+        if is_default && !self.reads_events() { most } else { most.max(given) }
     }
 
     /// The port of each host that requests go to, when not the endpoints' own.

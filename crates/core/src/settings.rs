@@ -29,7 +29,8 @@ pub struct Settings {
     /// Memory of the residency index.
     pub index_bytes_max: usize,
     /// Routing history per endpoint, in blocks. An `approx-prefix-cache-producer` that asks for
-    /// more (`lruCapacityPerServer`) raises it.
+    /// more (`lruCapacityPerServer`) raises it; left at its default, one that asks for less lowers
+    /// it, unless there is a precise producer.
     pub history_blocks_per_endpoint_max: u32,
     /// Blocks per endpoint that wait for their parent to become known.
     pub pending_blocks_per_endpoint_max: u32,

@@ -218,7 +218,7 @@ impl Brain {
                 Some((name.clone(), producer.session(request.headers)?))
             }
             PluginSpec::AgentIdentity(identity) => {
-                let id = identity.fairness_id(request.headers)?;
+                let id = identity.session(request.headers)?;
                 Some((Name::from(AGENT_IDENTITY), id.to_owned()))
             }
             _ => None,

@@ -2,6 +2,7 @@
 
 mod handlers;
 mod log;
+mod plans;
 mod rules;
 
 use std::collections::BTreeMap;

@@ -69,6 +69,21 @@ fn two_producers_of_one_type_are_told_apart_by_name() {
 }
 
 #[test]
+fn history_is_as_long_as_the_producer_asks_for() {
+    let limit = |more: &str| {
+        let yaml = format!(
+            "plugins: [{{type: approx-prefix-cache-producer, parameters: {{lruCapacityPerServer: \
+             900}}}}, {{type: prefix-cache-scorer}}{more}"
+        );
+        plan(&yaml).index_limits().history_blocks_per_endpoint_max
+    };
+    assert_eq!(limit("]"), 900);
+    assert_eq!(limit("]\nkvroute: {history_blocks_per_endpoint_max: 2000}"), 2_000);
+    assert_eq!(limit("]\nkvroute: {history_blocks_per_endpoint_max: 500}"), 900);
+    assert_eq!(limit(", {type: precise-prefix-cache-scorer}]"), 31_250);
+}
+
+#[test]
 fn estimates_reach_the_plan() {
     let plan = plan(
         "plugins: [{type: tokenizer, parameters: {estimate: {image: {mode: static, static: \
