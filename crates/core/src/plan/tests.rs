@@ -278,6 +278,18 @@ fn producers_that_are_not_listed_are_of_the_wanted_kind_and_stable() {
 }
 
 #[test]
+fn metrics_that_are_stale_between_two_readings_are_a_warning() {
+    let warns = |more: &str| {
+        let plan = plan(&format!("plugins: [{{type: queue-scorer}}{more}"));
+        texts(&plan, NoteKind::Warning).iter().any(|text| text.contains("metricsStaleness"))
+    };
+    assert!(!warns("]"));
+    assert!(!warns(", {type: metrics-data-source, parameters: {interval: 200ms}}]"));
+    assert!(warns(", {type: metrics-data-source, parameters: {interval: 250ms}}]"));
+    assert!(warns("]\nkvroute: {scrape_interval_ms: 1000}"));
+}
+
+#[test]
 fn several_producers_of_a_kind_that_runs_once_are_a_warning() {
     let plan = plan(
         "plugins: [{type: active-request-scorer}, {type: inflight-load-producer}, {type: \

@@ -4,6 +4,7 @@ use super::build::{Builder, is_stage_only};
 use super::{NoteKind, ProducerKind, ProducerPlan, ProfilePlan, StagePlan};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role};
+use crate::settings::ms;
 
 /// Smallest block of an approximate producer; see its `blockSizeTokens`.
 const APPROX_BLOCK_TOKENS_MIN: u32 = 64;
@@ -32,7 +33,29 @@ impl Builder<'_> {
             }
         }
         self.once_only(&mut notes);
+        self.too_old(&mut notes);
         notes.into_iter().for_each(|(kind, text)| self.note(kind, text));
+    }
+
+    /// Metrics that are stale before the next ones come make every endpoint look full.
+    fn too_old(&self, notes: &mut Notes) {
+        let intervals = self.plugins.iter().filter_map(|(_, spec)| match spec {
+            PluginSpec::MetricsDataSource(source) => source.interval,
+            _ => None,
+        });
+        let every = intervals.map(|interval| interval.0).max();
+        let every = every.unwrap_or(ms(self.config.kvroute.limits.scrape_interval_ms));
+        for (name, spec) in &self.plugins {
+            let PluginSpec::UtilizationDetector(detector) = spec else { continue };
+            let threshold = detector.metrics_staleness_threshold.0;
+            if every > threshold {
+                let text = format!(
+                    "{name}.metricsStalenessThreshold: {threshold:?} is less than the {every:?} \
+                     between two readings of metrics, so that endpoints look full between them"
+                );
+                notes.push((NoteKind::Warning, text));
+            }
+        }
     }
 
     /// Of some producers the first serves all readers.

@@ -29,8 +29,9 @@ const BLOCKS_DEFAULT: u32 = 2_048;
 const WINDOWS_MAX: usize = 1_024;
 /// Blocks of all requests that wait, 8 bytes each; beyond it requests are not held.
 const BLOCKS_HELD_MAX: usize = 8 << 20;
-/// A member that is not decided so long after its window has closed is forgotten.
-const FORGET_AFTER: Duration = Duration::from_secs(10);
+/// A member that is not decided so long after its window has closed is forgotten. Longer than any
+/// window: those of one that filled early still wait until it would have closed.
+const FORGET_AFTER: Duration = Duration::from_secs(20);
 
 /// Parameters of `burst-prefix-cache-producer`. It finds a full match on the endpoint where the
 /// request belongs, and none elsewhere; let a `prefix-cache-scorer` read it by
