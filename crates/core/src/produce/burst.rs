@@ -2,8 +2,8 @@
 //!
 //! Many requests of one prompt that come at once find every cache cold, and load balancing
 //! scatters them. So each waits until its window closes; then the whole window is placed at once
-//! ([`place`]), and every member learns its endpoint when it is decided. A pure state machine: the
-//! host lets a request wait until [`Held::until`] and then decides with [`Held::id`].
+//! (`burst/place.rs`), and every member learns its endpoint when it is decided. A pure state
+//! machine: the host lets a request wait until [`Held::until`] and then decides with [`Held::id`].
 
 mod place;
 
