@@ -8,12 +8,14 @@ mod probabilistic;
 pub use latency_slo::LatencySlo;
 pub use probabilistic::Probabilistic;
 
-/// What a client reads whose request was refused by [`admit_below_saturation`]: llm-d's words.
-pub const SATURATED: &str = "system saturated, sheddable request dropped";
+/// Whether a request may have to give way at all.
+pub fn is_sheddable(priority: i32) -> bool {
+    priority < 0
+}
 
 /// llm-d's rule without flow control: a full fleet serves nobody whose priority is below 0.
-pub fn admit_below_saturation(priority: i32, saturation: f64) -> Result<(), String> {
-    if priority < 0 && saturation >= 1.0 { Err(SATURATED.to_owned()) } else { Ok(()) }
+pub fn is_shed(priority: i32, saturation: f64) -> bool {
+    is_sheddable(priority) && saturation >= 1.0
 }
 
 #[cfg(test)]
@@ -31,11 +33,7 @@ mod tests {
             (0, 1.0, true),
             (9, 7.5, true),
         ] {
-            let outcome = admit_below_saturation(priority, saturation);
-            assert_eq!(outcome.is_ok(), admitted, "{priority} {saturation}");
-            if let Err(words) = outcome {
-                assert_eq!(words, "system saturated, sheddable request dropped");
-            }
+            assert_eq!(is_shed(priority, saturation), !admitted, "{priority} {saturation}");
         }
     }
 }

@@ -364,7 +364,7 @@ fn tail_tokens(request: &Request<'_>, spec: Option<ChainSpec>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decision::{Headers, PromptChains, TokensKnown};
+    use crate::decision::{PromptChains, TokensKnown};
     use crate::fleet::{EndpointSpec, EngineMetrics, Fleet};
     use crate::load::Load;
     use crate::stage::Signals;
@@ -406,13 +406,7 @@ mod tests {
                 prompts: &[PromptChains { chains: Vec::new() }],
                 prompt_tokens: tokens,
                 tokens_known: TokensKnown::Exact,
-                max_tokens: None,
-                skips_cache: false,
-                held: None,
-                media: &[],
-                priority: 0,
-                headers: Headers::NONE,
-                allowed: None,
+                ..Request::default()
             };
             let endpoint = self.fleet.get(self.id).unwrap();
             let row = Row {
@@ -515,16 +509,9 @@ mod tests {
         let request = Request {
             id: "",
             model: "m",
-            prompts: &[],
             prompt_tokens: 10,
             tokens_known: TokensKnown::Exact,
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
-            headers: Headers::NONE,
-            allowed: None,
+            ..Request::default()
         };
         let endpoint = host.fleet.get(host.id).unwrap();
         let costing = host.costs.costing(host.now, endpoint, &request, None);

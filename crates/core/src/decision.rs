@@ -100,6 +100,26 @@ pub struct Request<'a> {
     pub allowed: Option<&'a [EndpointId]>,
 }
 
+/// Nothing is asked: for requests of which only a part matters.
+impl Default for Request<'_> {
+    fn default() -> Self {
+        Request {
+            id: "",
+            model: "",
+            prompts: &[],
+            prompt_tokens: 0,
+            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
+            max_tokens: None,
+            skips_cache: false,
+            held: None,
+            media: &[],
+            priority: 0,
+            headers: Headers::NONE,
+            allowed: None,
+        }
+    }
+}
+
 /// What a response said about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]

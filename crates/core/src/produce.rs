@@ -19,6 +19,7 @@ pub use precise_prefix::{
     CacheBackend, CostAware, EngineType, HashAlgorithm, InMemory, Indexer, KvBlockIndex, KvEvents,
     PodDiscovery, PrecisePrefix, Redis, SOCKET_PORT, TokenProcessor,
 };
+pub(crate) use predicted_latency::TTFT_HEADERS;
 pub use predicted_latency::{PredictedLatency, Slo};
 pub use session_id::SessionId;
 pub(crate) use session_id::filled;

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::Brain;
 use super::handle::Course;
-use crate::admit::admit_below_saturation;
+use crate::admit::{is_shed, is_sheddable};
 use crate::blocks::TokenSpace;
 use crate::cost::Costing;
 use crate::decision::{Decision, NoEndpoints, PREFER_HEADER, Reason, Reject, Request, TokensKnown};
@@ -22,9 +22,6 @@ use crate::{Rng, Time};
 
 /// The preference (RFC 7240) for an answer from cache alone.
 const IF_AVAILABLE: &str = "if-available";
-
-/// Priorities below it may be shed.
-const PRIORITY_KEPT: i32 = 0;
 
 /// What was concluded about a request, before anything comes of it.
 pub(super) struct Considered {
@@ -165,13 +162,13 @@ impl Brain {
     /// A request of negative priority gives way when the fleet is full.
     fn shed(&self, asked: &Asked<'_>, rows: &[Row]) -> Result<(), Reject> {
         let priority = asked.request.priority;
-        let Some(detector) = self.detector.as_ref().filter(|_| priority < PRIORITY_KEPT) else {
+        let Some(detector) = self.detector.as_ref().filter(|_| is_sheddable(priority)) else {
             return Ok(());
         };
         let inputs = asked.inputs(&self.fleet, None);
         let view = inputs.view(rows, detector.wants());
         let saturation = saturation_by_stage(&*detector.plugin, &view);
-        admit_below_saturation(priority, saturation).map_err(|_| Reject::Shed)
+        if is_shed(priority, saturation) { Err(Reject::Shed) } else { Ok(()) }
     }
 
     /// Admitters have their say about every request, and about the endpoints that screeners leave.

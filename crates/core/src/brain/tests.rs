@@ -136,13 +136,7 @@ impl Host {
             prompts: &exact,
             prompt_tokens: tokens.len() as u32,
             tokens_known: TokensKnown::Exact,
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
-            headers: Headers::NONE,
-            allowed: None,
+            ..Request::default()
         };
         change(&mut request);
         match request.tokens_known {

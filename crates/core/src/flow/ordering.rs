@@ -11,10 +11,8 @@ use serde::Deserialize;
 
 use crate::Time;
 use crate::decision::Headers;
+use crate::produce::TTFT_HEADERS;
 use crate::stage::Plugin;
-
-/// Headers with a client's limit for the first token, milliseconds; the current one first.
-const SLO_TTFT_HEADERS: [&str; 2] = ["x-llm-d-slo-ttft-ms", "x-slo-ttft-ms"];
 
 /// The moment of those that have no deadline: after all others.
 const NO_DEADLINE: Time = Time(u64::MAX);
@@ -40,7 +38,7 @@ pub type OrderKey = (Time, Time, u64);
 /// The client's limit for the first token; `None`: none, or none that is a number of milliseconds
 /// of 0 or more.
 pub fn slo_ttft(headers: &Headers<'_>) -> Option<Duration> {
-    let text = SLO_TTFT_HEADERS.iter().find_map(|name| headers.get(name))?.trim();
+    let text = TTFT_HEADERS.iter().find_map(|name| headers.get(name))?.trim();
     let ms: i64 = text.parse().ok()?;
     u64::try_from(ms).ok().map(Duration::from_millis)
 }
@@ -89,7 +87,7 @@ impl Plugin for Edf {}
 
 impl Plugin for SloDeadline {
     fn headers(&self) -> Vec<String> {
-        SLO_TTFT_HEADERS.map(String::from).into()
+        TTFT_HEADERS.map(String::from).into()
     }
 }
 

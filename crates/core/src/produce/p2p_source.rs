@@ -6,9 +6,6 @@ use serde::Deserialize;
 use crate::fleet::EndpointId;
 use crate::stage::{Inputs, PREFIX_DEFAULT, Plugin, ProducerRef};
 
-/// Request header that names the peer to fetch from, `host:port`. A client's own value is dropped.
-pub const KV_CACHE_SOURCE_HEADER: &str = "x-kv-cache-source-host-port";
-
 /// Parameters of `p2p-source-producer`. Names a peer that holds more of the prompt than the
 /// endpoint that computes it, in `x-kv-cache-source-host-port`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]

@@ -11,7 +11,7 @@ use crate::stage::{
 };
 
 /// Header of the limit for the first token in milliseconds, and the name that it had before.
-const TTFT_HEADERS: [&str; 2] = ["x-llm-d-slo-ttft-ms", "x-slo-ttft-ms"];
+pub(crate) const TTFT_HEADERS: [&str; 2] = ["x-llm-d-slo-ttft-ms", "x-slo-ttft-ms"];
 /// The same for each further token.
 const TPOT_HEADERS: [&str; 2] = ["x-llm-d-slo-tpot-ms", "x-slo-tpot-ms"];
 /// Value of the role label of endpoints that generate no tokens.
@@ -210,7 +210,6 @@ mod tests {
     use crate::committed::Work;
     use crate::config::Buffered;
     use crate::cost::Costing;
-    use crate::decision::{NoTokens, TokensKnown};
     use crate::fleet::{EndpointSpec, Fleet};
     use crate::learn::{Learned, Speed};
     use crate::load::Load;
@@ -239,20 +238,7 @@ mod tests {
     }
 
     fn request<'a>(headers: &'a Headers<'a>) -> Request<'a> {
-        Request {
-            id: "",
-            model: "m",
-            prompts: &[],
-            prompt_tokens: 1_000,
-            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
-            headers,
-            allowed: None,
-        }
+        Request { id: "", model: "m", prompt_tokens: 1_000, headers, ..Request::default() }
     }
 
     fn predict(producer: &PredictedLatency, row: &Row, sent: &[(&str, &str)]) -> Option<Latency> {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::blocks::{PromptExtras, Root, chain};
-use crate::decision::{Headers, PromptChains, Reason, ResponseEvent, TokensKnown};
+use crate::decision::{PromptChains, Reason, ResponseEvent, TokensKnown};
 use crate::event::{BlockStored, EngineHash, EventBatch, GroupKind, KvEvent, Tier};
 use crate::fleet::EndpointSpec;
 use crate::journal::tests::{Chaos, plans};
@@ -143,13 +143,7 @@ fn asking(prompts: &[PromptChains], prompt_tokens: u32) -> Request<'_> {
         prompts,
         prompt_tokens,
         tokens_known: TokensKnown::Exact,
-        max_tokens: None,
-        skips_cache: false,
-        held: None,
-        media: &[],
-        priority: 0,
-        headers: Headers::NONE,
-        allowed: None,
+        ..Request::default()
     }
 }
 

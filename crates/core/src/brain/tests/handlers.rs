@@ -155,16 +155,9 @@ schedulingProfiles:
         let request = Request {
             id: "r",
             model: "model",
-            prompts: &[],
             prompt_tokens: 5,
-            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
             headers: &headers,
-            allowed: None,
+            ..Request::default()
         };
         host.brain.decide(host.now, &request).map(|decision| decision.record.profile.to_string())
     };
@@ -187,16 +180,9 @@ schedulingProfiles: [{name: only, plugins: [{pluginRef: queue-scorer}]}]
         let request = Request {
             id: "r",
             model: "model",
-            prompts: &[],
             prompt_tokens: 5,
-            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
             headers: &headers,
-            allowed: None,
+            ..Request::default()
         };
         host.brain.decide(host.now, &request).map(|decision| decision.record.profile.to_string())
     };
@@ -239,13 +225,8 @@ fn a_request_that_prefers_a_cached_answer_is_refused_without_one() {
             prompts: &prompts,
             prompt_tokens: 300,
             tokens_known: TokensKnown::Exact,
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
             headers: &Headers(&headers),
-            allowed: None,
+            ..Request::default()
         };
         host.brain.decide(host.now, &request).map(|decision| decision.endpoint)
     };
@@ -285,13 +266,8 @@ schedulingProfiles: [{name: all, plugins: [{pluginRef: queue-scorer}]}]
             prompts: &prompts,
             prompt_tokens: 300,
             tokens_known: TokensKnown::Exact,
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
             headers: &Headers(&headers),
-            allowed: None,
+            ..Request::default()
         };
         let decision = host.brain.explain(host.now, &request, Some(1)).unwrap();
         if role == "prefill" {
@@ -370,16 +346,10 @@ schedulingProfiles: [{name: all, plugins: [{pluginRef: queue-scorer}]}]
         let request = Request {
             id: "r",
             model: "model",
-            prompts: &[],
             prompt_tokens: 5,
-            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
             priority: -1,
             headers: &headers,
-            allowed: None,
+            ..Request::default()
         };
         host.brain.decide(host.now, &request).map(|_| ())
     };
@@ -404,13 +374,7 @@ plugins:
             prompts: &prompts,
             prompt_tokens: tokens.len() as u32,
             tokens_known: TokensKnown::Exact,
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
-            headers: Headers::NONE,
-            allowed: None,
+            ..Request::default()
         };
         host.brain.hold(host.now, &request)
     };
@@ -440,13 +404,7 @@ fn an_explanation_changes_nothing() {
         prompts: &prompts,
         prompt_tokens: 300,
         tokens_known: TokensKnown::Exact,
-        max_tokens: None,
-        skips_cache: false,
-        held: None,
-        media: &[],
-        priority: 0,
-        headers: Headers::NONE,
-        allowed: None,
+        ..Request::default()
     };
     let seed = host.ask(&tokens).record.seed;
     let before = (*host.brain.counters(), host.brain.inflight_requests());
@@ -478,16 +436,9 @@ plugins:
         let request = Request {
             id: "r",
             model: "model",
-            prompts: &[],
             prompt_tokens: 5,
-            tokens_known: TokensKnown::None(NoTokens::NoPrompt),
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
-            media: &[],
-            priority: 0,
             headers: &headers,
-            allowed: None,
+            ..Request::default()
         };
         host.brain.decide(host.now, &request).unwrap().endpoint
     };

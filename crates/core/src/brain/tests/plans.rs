@@ -141,13 +141,10 @@ impl Run {
             prompts: &prompts,
             prompt_tokens: tokens.len() as u32,
             tokens_known: TokensKnown::Exact,
-            max_tokens: None,
-            skips_cache: false,
-            held: None,
             media: &media[..items],
             priority,
             headers: &Headers(&headers),
-            allowed: None,
+            ..Request::default()
         };
         request.held = self.host.brain.hold(self.host.now, &request).map(|held| held.id);
         let decided = self.host.brain.decide(self.host.now, &request);
