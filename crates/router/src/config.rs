@@ -12,6 +12,10 @@ use kvroute_core::produce::SOCKET_PORT;
 use kvroute_tokens::Tokenizer;
 use thiserror::Error;
 
+pub use tls::{CipherSuite, ServerCertificate, ServerTls, TlsFiles, TlsNameError, TlsVersion};
+
+mod tls;
+
 /// How to start a router. All limits are in `plan`'s settings.
 #[derive(Debug)]
 pub struct RouterConfig {
@@ -151,15 +155,6 @@ impl Default for EventsSource {
     fn default() -> EventsSource {
         EventsSource::Ask { events: SOCKET_PORT, replay: None }
     }
-}
-
-/// Certificate and key, PEM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TlsFiles {
-    /// Certificate chain.
-    pub cert: PathBuf,
-    /// Private key.
-    pub key: PathBuf,
 }
 
 /// Which tokenizer belongs to which model?

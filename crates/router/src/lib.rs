@@ -46,8 +46,8 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 pub use config::{
-    BoundSocket, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource, Record, RouterConfig,
-    TlsFiles, Tokenizers,
+    BoundSocket, CipherSuite, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource, Record,
+    RouterConfig, ServerCertificate, ServerTls, TlsFiles, TlsNameError, TlsVersion, Tokenizers,
 };
 use discover::{Discovery, FileSource, NameSource, Source};
 use shared::{Phase, Shared};
