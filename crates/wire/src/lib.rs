@@ -9,8 +9,10 @@ pub mod config;
 pub mod discovery;
 pub mod engine_api;
 pub mod error_body;
+pub mod ext_proc;
 #[doc(hidden)]
 pub mod fuzz_entry;
+pub mod grpc;
 pub mod kv_event;
 pub mod media;
 pub mod models;
