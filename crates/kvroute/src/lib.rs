@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod engine;
+pub mod envoy;
 pub mod explain;
 pub mod fit;
 pub mod recording;
