@@ -175,6 +175,10 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
+    /// Publish llm-d's metrics (`llm_d_epp_*`) beside kvroute's own, for dashboards made for it.
+    #[arg(long)]
+    pub upstream_metric_names: bool,
+
     /// Seed of tie-breaks.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,

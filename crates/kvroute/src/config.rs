@@ -8,6 +8,7 @@ use kvroute_core::config_tests;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
 use kvroute_router::{
     EndpointFlag, EventsConfig, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers,
+    UpstreamNames,
 };
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
@@ -141,6 +142,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
         plan,
         config,
         record,
+        upstream_metric_names: args.upstream_metric_names.then(UpstreamNames::default),
         seed: args.seed,
         http: args.http,
         admin: args.admin,

@@ -45,6 +45,24 @@ pub struct RouterConfig {
     pub tls: Option<TlsFiles>,
     /// Record everything that decides, for a replay.
     pub record: Option<Record>,
+    /// Publish llm-d's names of metrics beside our own.
+    pub upstream_metric_names: Option<UpstreamNames>,
+}
+
+/// llm-d's metrics, `llm_d_epp_*`, for dashboards that were made for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamNames {
+    /// Label `name` of the gauges of the whole fleet.
+    pub pool: String,
+    /// Also those of ext_proc streams (`--enable-grpc-stream-metrics`).
+    pub streams: bool,
+}
+
+impl Default for UpstreamNames {
+    /// The pool is called as llm-d calls one without a name.
+    fn default() -> UpstreamNames {
+        UpstreamNames { pool: "epp".to_owned(), streams: false }
+    }
 }
 
 /// A recording of all that the core hears and decides; see `kvroute_core::journal`. It holds no

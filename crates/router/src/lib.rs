@@ -48,6 +48,7 @@ use tracing::info;
 pub use config::{
     BoundSocket, CipherSuite, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource, Record,
     RouterConfig, ServerCertificate, ServerTls, TlsFiles, TlsNameError, TlsVersion, Tokenizers,
+    UpstreamNames,
 };
 use discover::{Discovery, FileSource, NameSource, Source};
 use shared::{Phase, Shared};

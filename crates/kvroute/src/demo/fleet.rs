@@ -68,6 +68,7 @@ impl Fleet {
             default_model: None,
             tls: None,
             record: None,
+            upstream_metric_names: None,
         };
         Ok(kvroute_router::start(config).await?)
     }

@@ -51,6 +51,7 @@ pub async fn explain(
         default_model: snapshot.host.default_model.clone(),
         tls: None,
         record: None,
+        upstream_metric_names: None,
     };
     let offline = Offline::new(config, snapshot)?;
     let Question { body, path, headers, seed } = question;

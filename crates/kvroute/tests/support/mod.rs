@@ -53,6 +53,7 @@ pub fn config(plan: Plan, flags: &[String]) -> RouterConfig {
         default_model: None,
         tls: None,
         record: None,
+        upstream_metric_names: None,
     }
 }
 

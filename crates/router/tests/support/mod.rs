@@ -345,6 +345,7 @@ pub fn config(endpoints: &[SocketAddr], settings: Settings) -> RouterConfig {
         default_model: None,
         tls: None,
         record: None,
+        upstream_metric_names: None,
     }
 }
 
