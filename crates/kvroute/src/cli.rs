@@ -167,7 +167,7 @@ pub struct Serve {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 
-    /// Certificate chain (PEM) to serve TLS with.
+    /// Certificate chain (PEM) to serve TLS with; it and its key are read again when they change.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
 

@@ -119,7 +119,8 @@ pub struct RouterHandle {
 pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError> {
     let collect = &config.plan.collect;
     let collector = Arc::new(scrape::Collector::new(collect).map_err(StartError::Collect)?);
-    let acceptor = tls::Acceptor::new(config.tls.as_ref())?;
+    let server_tls = ServerTls::from_files(config.tls.clone());
+    let acceptor = tls::Acceptor::new(&server_tls, tls::ALPN_HTTP)?;
     let mut sources =
         vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
     let planned = collect.discovery.as_ref().filter(|_| config.endpoints.is_empty());
@@ -148,6 +149,7 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         tasks.push(tokio::spawn(events::bound::serve(Arc::clone(&shared), engines)));
     }
     tasks.push(tokio::spawn(tick(Arc::clone(&shared))));
+    tasks.extend(acceptor.watch_files(&shared.metrics));
     tasks.push(tokio::spawn(admin::serve(Arc::clone(&shared), admin)));
     let proxy = tokio::spawn(proxy::serve(Arc::clone(&shared), http, acceptor, phase_seen));
     info!(http = %http_addr, admin = %admin_addr, "The router listens.");

@@ -38,6 +38,12 @@ pub(crate) struct ReasonLabel {
     pub reason: &'static str,
 }
 
+/// How something came out.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ResultLabel {
+    pub result: &'static str,
+}
+
 /// One endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct EndpointLabel {
@@ -128,6 +134,8 @@ pub(crate) struct Metrics {
     /// Of their messages, or of connections, those that were not used.
     pub bound_dropped: Family<ReasonLabel, Counter>,
     pub recording: RecorderMetrics,
+    /// Changes of certificate files, by whether the new ones are used.
+    pub certificate_reloads: Family<ResultLabel, Counter>,
     /// Pages of sources other than the first, which `scrapes` counts.
     pub source_scrapes: Family<EndpointSource, Counter>,
     pub source_failures: Family<EndpointSource, Counter>,
@@ -196,6 +204,7 @@ impl Metrics {
                 bytes: Counter::default(),
                 cuts: Family::default(),
             },
+            certificate_reloads: Family::default(),
             source_scrapes: Family::default(),
             source_failures: Family::default(),
             scrapes: Family::default(),
@@ -235,6 +244,11 @@ impl Metrics {
         r.register("client_aborts", "Clients gone before their answer", self.client_aborts.clone());
         r.register("requests_inflight", "Requests under way", self.requests_inflight.clone());
         r.register("connections", "Client connections", self.connections.clone());
+        r.register(
+            "certificate_reloads",
+            "Changes of certificate files, by whether the new ones are used",
+            self.certificate_reloads.clone(),
+        );
         let seconds = || Unit::Seconds;
         r.register_with_unit(
             "ttft",

@@ -1,12 +1,20 @@
-//! How is TLS spoken? By the proxy with a certificate and key from files, and to pages of metrics
-//! as their source says; both if the crate was built with its feature `tls`.
+//! How is TLS spoken? By listeners with a certificate of their own or from files, and to pages of
+//! metrics as their source says; both if the crate was built with its feature `tls`.
 
 mod connector;
+#[cfg(feature = "tls")]
+mod server;
+
+use tokio::task::JoinHandle;
 
 use crate::StartError;
-use crate::config::TlsFiles;
+use crate::config::{ServerCertificate, ServerTls};
+use crate::metrics::Metrics;
 
 pub(crate) use connector::{Tls, TlsStream};
+
+/// What a listener for HTTP/1.1 and HTTP/2 offers by ALPN.
+pub(crate) const ALPN_HTTP: &[&str] = &["h2", "http/1.1"];
 
 /// Turns accepted TCP connections into what HTTP is spoken over.
 #[derive(Clone)]
@@ -15,43 +23,39 @@ pub(crate) enum Acceptor {
     Plain,
     /// TLS.
     #[cfg(feature = "tls")]
-    Tls(tokio_rustls::TlsAcceptor),
+    Tls(server::Server),
 }
 
 impl Acceptor {
-    /// Reads the files; plain TCP without them.
-    pub fn new(files: Option<&TlsFiles>) -> Result<Acceptor, StartError> {
-        files.map_or(Ok(Acceptor::Plain), Acceptor::with_files)
+    /// Makes the certificate or reads the files. Clients that name protocols, but none of `alpn`,
+    /// are refused.
+    pub fn new(tls: &ServerTls, alpn: &[&str]) -> Result<Acceptor, StartError> {
+        match tls.certificate {
+            ServerCertificate::Off => Ok(Acceptor::Plain),
+            _ => Acceptor::with_tls(tls, alpn),
+        }
     }
 
     #[cfg(not(feature = "tls"))]
-    fn with_files(_files: &TlsFiles) -> Result<Acceptor, StartError> {
+    fn with_tls(_tls: &ServerTls, _alpn: &[&str]) -> Result<Acceptor, StartError> {
         Err(StartError::Tls("this build has no TLS; build with the feature `tls`".to_owned()))
     }
 
     #[cfg(feature = "tls")]
-    fn with_files(files: &TlsFiles) -> Result<Acceptor, StartError> {
-        use std::sync::Arc;
+    fn with_tls(tls: &ServerTls, alpn: &[&str]) -> Result<Acceptor, StartError> {
+        server::Server::new(tls, alpn).map(Acceptor::Tls).map_err(StartError::Tls)
+    }
 
-        use tokio_rustls::rustls::crypto::ring;
-        use tokio_rustls::rustls::pki_types::pem::PemObject;
-        use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-        use tokio_rustls::rustls::server::ServerConfig;
-
-        let wrong = |path: &std::path::Path, error: &dyn std::fmt::Display| {
-            StartError::Tls(format!("{}: {error}", path.display()))
-        };
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(&files.cert)
-            .and_then(Iterator::collect)
-            .map_err(|e| wrong(&files.cert, &e))?;
-        let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| wrong(&files.key, &e))?;
-        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map_err(|e| wrong(&files.cert, &e))?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .map_err(|e| wrong(&files.cert, &e))?;
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Acceptor::Tls(Arc::new(config).into()))
+    /// Starts to look after the files, if that is wanted; ends when the task is aborted.
+    #[cfg_attr(not(feature = "tls"), expect(unused_variables, reason = "there are no files"))]
+    pub fn watch_files(&self, metrics: &Metrics) -> Option<JoinHandle<()>> {
+        match self {
+            Acceptor::Plain => None,
+            #[cfg(feature = "tls")]
+            Acceptor::Tls(server) => {
+                let reloads = metrics.certificate_reloads.clone();
+                server.files().map(|files| tokio::spawn(files.watch(reloads)))
+            }
+        }
     }
 }

@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use kvroute_router::{StartError, TlsFiles};
+use kvroute_router::{RouterHandle, StartError, TlsFiles};
 use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -26,8 +28,12 @@ fn files() -> TlsFiles {
 }
 
 fn connector(alpn: &[u8]) -> TlsConnector {
+    connector_trusting(alpn, &[CertificateDer::from_pem_file(data("tls-cert.pem")).unwrap()])
+}
+
+fn connector_trusting(alpn: &[u8], trusted: &[CertificateDer<'static>]) -> TlsConnector {
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(data("tls-cert.pem")).unwrap()).unwrap();
+    trusted.iter().for_each(|certificate| roots.add(certificate.clone()).unwrap());
     let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -79,6 +85,7 @@ async fn wrong_files_refuse_the_start() {
     let table = [
         (TlsFiles { cert: data("no.pem"), ..files() }, "no.pem"),
         (TlsFiles { key: data("tls-cert.pem"), ..files() }, "tls-cert.pem"),
+        (TlsFiles { cert: data("tls-key.pem"), ..files() }, "tls-key.pem"),
     ];
     for (tls, says) in table {
         let mut config = config(&[], settings());
@@ -86,4 +93,96 @@ async fn wrong_files_refuse_the_start() {
         let error = kvroute_router::start(config).await.err().expect("an error");
         assert!(matches!(&error, StartError::Tls(text) if text.contains(says)), "{error}");
     }
+}
+
+/// A folder as Kubernetes mounts a Secret: its files are links into another folder, which changes
+/// by swapping the link to that.
+struct Secret(PathBuf);
+
+impl Secret {
+    fn new(name: &str) -> Secret {
+        let name = format!("kvroute-tls-{name}-{}", std::process::id());
+        let folder = std::env::temp_dir().join(name);
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        for file in ["tls.crt", "tls.key"] {
+            std::os::unix::fs::symlink(format!("current/{file}"), folder.join(file)).unwrap();
+        }
+        Secret(folder)
+    }
+
+    fn files(&self) -> TlsFiles {
+        TlsFiles { cert: self.0.join("tls.crt"), key: self.0.join("tls.key") }
+    }
+
+    fn swap(&self, version: &str, cert: &str, key: &str) {
+        std::fs::create_dir(self.0.join(version)).unwrap();
+        std::fs::write(self.0.join(version).join("tls.crt"), cert).unwrap();
+        std::fs::write(self.0.join(version).join("tls.key"), key).unwrap();
+        std::os::unix::fs::symlink(version, self.0.join("next")).unwrap();
+        std::fs::rename(self.0.join("next"), self.0.join("current")).unwrap();
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The certificate that a new client is shown.
+async fn shown(addr: SocketAddr, trusted: &[CertificateDer<'static>]) -> CertificateDer<'static> {
+    let tcp = TcpStream::connect(addr).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let stream = connector_trusting(b"http/1.1", trusted).connect(name, tcp).await.unwrap();
+    stream.get_ref().1.peer_certificates().unwrap()[0].clone()
+}
+
+async fn reloads(router: &RouterHandle, result: &str, count: f64) {
+    let series = format!("kvroute_certificate_reloads_total{{result=\"{result}\"}}");
+    let until = tokio::time::Instant::now() + LONG;
+    while metric(router, &series).await < count {
+        assert!(tokio::time::Instant::now() < until, "never: {series} {count}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(metric(router, &series).await, count, "{series}");
+}
+
+#[tokio::test]
+async fn certificates_change_under_connections() {
+    let made = || rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let pairs = [made(), made(), made()];
+    let trusted = pairs.each_ref().map(|pair| pair.cert.der().clone());
+    let pem = pairs.each_ref().map(|pair| (pair.cert.pem(), pair.signing_key.serialize_pem()));
+    let secret = Secret::new("change");
+    secret.swap("v1", &pem[0].0, &pem[0].1);
+    let engine = Mock::start().await;
+    let mut config = config(&[engine.addr], settings());
+    config.tls = Some(secret.files());
+    let router = kvroute_router::start(config).await.unwrap();
+    let addr = router.http_addr();
+    assert_eq!(shown(addr, &trusted).await, trusted[0]);
+
+    let tcp = TcpStream::connect(addr).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut old = connector_trusting(b"http/1.1", &trusted).connect(name, tcp).await.unwrap();
+
+    secret.swap("v2", &pem[1].0, &pem[1].1);
+    reloads(&router, "ok", 1.0).await;
+    assert_eq!(shown(addr, &trusted).await, trusted[1]);
+
+    // A certificate with another one's key.
+    secret.swap("v3", &pem[2].0, &pem[0].1);
+    reloads(&router, "failed", 1.0).await;
+    assert_eq!(shown(addr, &trusted).await, trusted[1]);
+
+    secret.swap("v4", &pem[2].0, &pem[2].1);
+    reloads(&router, "ok", 2.0).await;
+    assert_eq!(shown(addr, &trusted).await, trusted[2]);
+
+    let request = post_with("/v1/completions", "connection: close\r\n", COMPLETION);
+    old.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    old.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }

@@ -1,0 +1,393 @@
+//! Which certificate is a client shown? One that is made at the start, or one from files, which
+//! can change while the router runs.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert, ServerConfig};
+use tokio_rustls::rustls::sign::CertifiedKey;
+use tokio_rustls::rustls::{SupportedProtocolVersion, version};
+use tokio_rustls::{Accept, TlsAcceptor};
+use tracing::{info, warn};
+
+use crate::config::{ServerCertificate, ServerTls, TlsFiles, TlsVersion};
+use crate::metrics::ResultLabel;
+
+/// How often files are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Changed files are used once they have stayed the same for this long: the two of a pair are
+/// seldom written at once.
+const QUIET: Duration = Duration::from_millis(250);
+/// Largest file that is read.
+const PEM_BYTES_MAX: u64 = 1 << 20;
+/// How long a certificate of our own is valid, in days.
+const SELF_SIGNED_DAYS: u64 = 10 * 365;
+/// Since when it is valid, before now: clocks differ.
+const SELF_SIGNED_BEFORE: Duration = Duration::from_secs(3600);
+
+/// Shakes hands with clients.
+#[derive(Clone)]
+pub(crate) struct Server {
+    acceptor: TlsAcceptor,
+    files: Option<Arc<WatchedFiles>>,
+}
+
+impl Server {
+    /// The error says what cannot be used.
+    pub fn new(tls: &ServerTls, alpn: &[&str]) -> Result<Server, String> {
+        match &tls.certificate {
+            ServerCertificate::Off => Err("there is no certificate".to_owned()),
+            ServerCertificate::SelfSigned => {
+                Ok(Server { acceptor: acceptor(tls, alpn, shown(self_signed()?))?, files: None })
+            }
+            ServerCertificate::Files { files, reload } => {
+                let used = Pair::read(files)?;
+                let shown = shown(used.certified(files)?);
+                let acceptor = acceptor(tls, alpn, Arc::clone(&shown))?;
+                let watched = reload.then(|| WatchedFiles { files: files.clone(), used, shown });
+                Ok(Server { acceptor, files: watched.map(Arc::new) })
+            }
+        }
+    }
+
+    /// Shakes hands; the caller sets the deadline.
+    pub fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> Accept<S> {
+        self.acceptor.accept(stream)
+    }
+
+    /// The files, if they are to be looked after.
+    pub fn files(&self) -> Option<Arc<WatchedFiles>> {
+        self.files.clone()
+    }
+}
+
+/// The certificate that new handshakes get.
+struct Shown(ArcSwap<CertifiedKey>);
+
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Shown")
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load_full())
+    }
+}
+
+fn shown(key: CertifiedKey) -> Arc<Shown> {
+    Arc::new(Shown(ArcSwap::from_pointee(key)))
+}
+
+fn acceptor(tls: &ServerTls, alpn: &[&str], shown: Arc<Shown>) -> Result<TlsAcceptor, String> {
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(tls)))
+        .with_protocol_versions(versions(tls.min_version))
+        .map_err(|e| e.to_string())?
+        .with_no_client_auth()
+        .with_cert_resolver(shown);
+    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+    Ok(Arc::new(config).into())
+}
+
+fn versions(min: TlsVersion) -> &'static [&'static SupportedProtocolVersion] {
+    static BOTH: [&SupportedProtocolVersion; 2] = [&version::TLS13, &version::TLS12];
+    match min {
+        TlsVersion::Tls13 => &BOTH[..1],
+        TlsVersion::Tls12 => &BOTH,
+        TlsVersion::Tls10 | TlsVersion::Tls11 => {
+            warn!("TLS 1.0 and 1.1 are not spoken; clients need TLS 1.2 or later.");
+            &BOTH
+        }
+    }
+}
+
+/// The cipher suites of TLS 1.2 that were chosen, and all of TLS 1.3.
+fn provider(tls: &ServerTls) -> CryptoProvider {
+    let mut provider = ring::default_provider();
+    if !tls.cipher_suites.is_empty() {
+        provider.cipher_suites.retain(|suite| {
+            let number = u16::from(suite.suite());
+            suite.tls13().is_some() || tls.cipher_suites.iter().any(|c| c.number() == number)
+        });
+    }
+    provider
+}
+
+/// A certificate for this host's names, with a new key (ECDSA, P-256).
+fn self_signed() -> Result<CertifiedKey, String> {
+    let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
+    // Linux' own name of the host; elsewhere the certificate goes without.
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if let Some(host) = Some(host.trim()).filter(|host| !host.is_empty() && host.is_ascii()) {
+        names.push(host.to_owned());
+    }
+    make_certificate(names, SystemTime::now())
+        .map_err(|error| format!("a certificate cannot be made: {error}"))
+}
+
+fn make_certificate(names: Vec<String>, now: SystemTime) -> Result<CertifiedKey, String> {
+    let mut params = rcgen::CertificateParams::new(names).map_err(|e| e.to_string())?;
+    let since_1970 = now.duration_since(UNIX_EPOCH).map_err(|e| e.to_string())?;
+    let now = rcgen::date_time_ymd(1970, 1, 1) + since_1970;
+    params.not_before = now - SELF_SIGNED_BEFORE;
+    params.not_after = now + Duration::from_secs(SELF_SIGNED_DAYS * 24 * 3600);
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, "kvroute");
+    params.distinguished_name.push(rcgen::DnType::CommonName, "localhost");
+    let secret = rcgen::KeyPair::generate().map_err(|e| e.to_string())?;
+    let certificate = params.self_signed(&secret).map_err(|e| e.to_string())?;
+    let secret = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(secret.serialize_der()));
+    CertifiedKey::from_der(vec![certificate.der().clone()], secret, &ring::default_provider())
+        .map_err(|e| e.to_string())
+}
+
+/// What two files hold.
+#[derive(Clone, PartialEq, Eq)]
+struct Pair {
+    cert: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl Pair {
+    fn read(files: &TlsFiles) -> Result<Pair, String> {
+        Ok(Pair { cert: read_pem(&files.cert)?, key: read_pem(&files.key)? })
+    }
+
+    /// The certificate and its key; the error names the file that is wrong.
+    fn certified(&self, files: &TlsFiles) -> Result<CertifiedKey, String> {
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&self.cert)
+            .collect::<Result<_, _>>()
+            .map_err(|e| wrong(&files.cert, &e))?;
+        if chain.is_empty() {
+            return Err(wrong(&files.cert, &"the file holds no certificate"));
+        }
+        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|e| wrong(&files.key, &e))?;
+        CertifiedKey::from_der(chain, key, &ring::default_provider())
+            .map_err(|e| format!("{} with {}: {e}", files.cert.display(), files.key.display()))
+    }
+}
+
+fn wrong(path: &Path, error: &dyn fmt::Display) -> String {
+    format!("{}: {error}", path.display())
+}
+
+fn read_pem(path: &Path) -> Result<Vec<u8>, String> {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut content = Vec::new();
+        File::open(path)?.take(PEM_BYTES_MAX + 1).read_to_end(&mut content)?;
+        Ok(content)
+    };
+    let content = read().map_err(|e| wrong(path, &e))?;
+    if content.len() as u64 > PEM_BYTES_MAX {
+        return Err(wrong(path, &format_args!("larger than {PEM_BYTES_MAX} bytes")));
+    }
+    Ok(content)
+}
+
+/// Files of which a listener has its certificate. Their content is compared, not their times: a
+/// Kubernetes Secret changes by swapping a symlink.
+pub(crate) struct WatchedFiles {
+    files: TlsFiles,
+    /// What they held when the listener began.
+    used: Pair,
+    shown: Arc<Shown>,
+}
+
+impl WatchedFiles {
+    /// Uses what the files hold whenever that has changed, for ever. A pair that cannot be used
+    /// changes nothing, is reported once, and tried again when it changes.
+    pub async fn watch(self: Arc<WatchedFiles>, reloads: Family<ResultLabel, Counter>) {
+        let mut seen = Ok(self.used.clone());
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let now = self.read().await;
+            if now == seen {
+                continue;
+            }
+            let now = self.settle(now).await;
+            if now == seen {
+                continue;
+            }
+            let cert = self.files.cert.display();
+            let result = match now.as_ref().map_err(Clone::clone).and_then(|p| self.take_up(p)) {
+                Ok(()) => {
+                    info!(%cert, "The certificate was read again.");
+                    "ok"
+                }
+                Err(error) => {
+                    warn!(%cert, error, "A changed certificate cannot be used; the old one stays.");
+                    "failed"
+                }
+            };
+            reloads.get_or_create(&ResultLabel { result }).inc();
+            seen = now;
+        }
+    }
+
+    async fn read(self: &Arc<WatchedFiles>) -> Result<Pair, String> {
+        let files = Arc::clone(self);
+        let read = tokio::task::spawn_blocking(move || Pair::read(&files.files));
+        read.await.map_err(|e| e.to_string()).flatten()
+    }
+
+    /// Looks until two looks see the same.
+    async fn settle(
+        self: &Arc<WatchedFiles>,
+        mut now: Result<Pair, String>,
+    ) -> Result<Pair, String> {
+        loop {
+            tokio::time::sleep(QUIET).await;
+            let again = self.read().await;
+            if again == now {
+                return now;
+            }
+            now = again;
+        }
+    }
+
+    fn take_up(&self, pair: &Pair) -> Result<(), String> {
+        self.shown.0.store(Arc::new(pair.certified(&self.files)?));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_rustls::TlsConnector;
+    use tokio_rustls::rustls::client::WebPkiServerVerifier;
+    use tokio_rustls::rustls::client::danger::ServerCertVerifier;
+    use tokio_rustls::rustls::pki_types::{ServerName, UnixTime};
+    use tokio_rustls::rustls::{ClientConfig, ProtocolVersion, RootCertStore};
+
+    use super::*;
+
+    fn tls(min_version: TlsVersion, suites: &[&str]) -> ServerTls {
+        let cipher_suites = suites.iter().map(|name| name.parse().unwrap()).collect();
+        ServerTls { certificate: ServerCertificate::SelfSigned, min_version, cipher_suites }
+    }
+
+    fn roots(certificate: &CertificateDer<'static>) -> Arc<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.clone()).unwrap();
+        Arc::new(roots)
+    }
+
+    /// What a client that trusts the server's own certificate agrees with it: version, cipher
+    /// suite, protocol.
+    async fn agree(
+        tls: &ServerTls,
+        name: &'static str,
+        versions: &[&'static SupportedProtocolVersion],
+        alpn: &[&str],
+    ) -> Result<(ProtocolVersion, u16, Vec<u8>), String> {
+        let made = self_signed().unwrap();
+        let certificate = made.cert[0].clone();
+        let server = acceptor(tls, &["h2"], shown(made)).unwrap();
+        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(versions)
+            .unwrap()
+            .with_root_certificates(roots(&certificate))
+            .with_no_client_auth();
+        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let client = TlsConnector::from(Arc::new(config));
+        let name = ServerName::try_from(name).unwrap();
+        let (accepted, connected) = tokio::join!(server.accept(ours), client.connect(name, theirs));
+        let accepted = accepted.map_err(|e| e.to_string())?;
+        connected.map_err(|e| e.to_string())?;
+        let (_, agreed) = accepted.get_ref();
+        let suite = agreed.negotiated_cipher_suite().unwrap().suite();
+        let protocol = agreed.alpn_protocol().unwrap_or_default().to_vec();
+        Ok((agreed.protocol_version().unwrap(), suite.into(), protocol))
+    }
+
+    const TLS12: &[&SupportedProtocolVersion] = &[&version::TLS12];
+    const TLS13: &[&SupportedProtocolVersion] = &[&version::TLS13];
+    const ANY: &[&SupportedProtocolVersion] = &[&version::TLS13, &version::TLS12];
+
+    #[tokio::test]
+    async fn a_certificate_of_its_own_is_of_this_host() {
+        let tls = tls(TlsVersion::Tls12, &[]);
+        for name in ["localhost", "127.0.0.1", "::1"] {
+            let (version, _, protocol) = agree(&tls, name, ANY, &["h2"]).await.unwrap();
+            assert_eq!((version, &protocol[..]), (ProtocolVersion::TLSv1_3, &b"h2"[..]), "{name}");
+        }
+        let error = agree(&tls, "elsewhere", ANY, &["h2"]).await.unwrap_err();
+        assert!(error.contains("BadCertificate"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn only_offered_protocols_are_agreed() {
+        let tls = tls(TlsVersion::Tls12, &[]);
+        let error = agree(&tls, "localhost", ANY, &["http/1.1"]).await.unwrap_err();
+        assert!(error.contains("known protocol"), "{error}");
+        let both = agree(&tls, "localhost", ANY, &["http/1.1", "h2"]).await.unwrap();
+        assert_eq!(both.2, b"h2");
+        // A client that names no protocol knows beforehand what is spoken.
+        assert_eq!(agree(&tls, "localhost", ANY, &[]).await.unwrap().2, b"");
+    }
+
+    #[test]
+    fn it_is_valid_for_ten_years() {
+        const DAY: u64 = 24 * 3600;
+        let provider = Arc::new(ring::default_provider());
+        let certificate = self_signed().unwrap().cert[0].clone();
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots(&certificate), provider);
+        let verifier = verifier.build().unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        for (at, valid) in [
+            (now - DAY, false),
+            (now - 1800, true),
+            (now + 3649 * DAY, true),
+            (now + 3651 * DAY, false),
+        ] {
+            let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
+            let found = verifier.verify_server_cert(&certificate, &[], &name, &[], at);
+            assert_eq!(found.is_ok(), valid, "{found:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn old_versions_are_refused() {
+        for (min, client, spoken) in [
+            (TlsVersion::Tls10, TLS12, true),
+            (TlsVersion::Tls11, TLS12, true),
+            (TlsVersion::Tls12, TLS12, true),
+            (TlsVersion::Tls12, TLS13, true),
+            (TlsVersion::Tls13, TLS12, false),
+            (TlsVersion::Tls13, TLS13, true),
+        ] {
+            let agreed = agree(&tls(min, &[]), "localhost", client, &["h2"]).await;
+            assert_eq!(agreed.is_ok(), spoken, "{min:?} {agreed:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn cipher_suites_are_chosen_for_tls_1_2_only() {
+        const AES_256: &str = "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384";
+        let suite =
+            |agreed: Result<(ProtocolVersion, u16, Vec<u8>), String>| agreed.ok().map(|a| a.1);
+        let two = tls(TlsVersion::Tls12, &[AES_256, "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"]);
+        assert_eq!(suite(agree(&two, "localhost", TLS12, &[]).await), Some(0xc02c));
+        assert!(suite(agree(&two, "localhost", TLS13, &[]).await).is_some());
+        // Suites of another kind of key, or of TLS 1.3, are none for TLS 1.2 with this key.
+        for name in ["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_AES_128_GCM_SHA256"] {
+            let other = tls(TlsVersion::Tls12, &[name]);
+            assert_eq!(suite(agree(&other, "localhost", TLS12, &[]).await), None, "{name}");
+            assert!(suite(agree(&other, "localhost", TLS13, &[]).await).is_some(), "{name}");
+        }
+    }
+}
