@@ -127,6 +127,15 @@ impl Discovery {
         }
         *self.shared.discovery_errors.lock() = errors;
         self.apply();
+        if self.sources.iter().all(Self::is_read) {
+            self.shared.sources_read.send_if_modified(|read| !std::mem::replace(read, true));
+        }
+    }
+
+    /// A source with an error has been read if it lists endpoints all the same: one name out of
+    /// several may never be resolved.
+    fn is_read((source, error): &(Source, Option<String>)) -> bool {
+        error.is_none() || !source.targets().is_empty()
     }
 
     fn apply(&mut self) {

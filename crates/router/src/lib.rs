@@ -197,6 +197,7 @@ fn share(
         tokenizer_complaints: Mutex::default(),
         discovery_errors: Mutex::default(),
         phase,
+        sources_read: watch::Sender::new(false),
         inflight: AtomicU32::new(0),
         scraper,
         settings,

@@ -73,6 +73,8 @@ pub(crate) struct Shared {
     /// What is wrong with sources of endpoints right now.
     pub discovery_errors: Mutex<Vec<String>>,
     pub phase: watch::Sender<Phase>,
+    /// Every source of endpoints has told what it lists.
+    pub sources_read: watch::Sender<bool>,
     /// Requests under way.
     pub inflight: AtomicU32,
     /// Endpoints for the scraping task; at most `endpoints_max` wait here.

@@ -13,6 +13,7 @@ pub mod ext_proc;
 #[doc(hidden)]
 pub mod fuzz_entry;
 pub mod grpc;
+pub mod grpc_health;
 pub mod kv_event;
 pub mod media;
 pub mod models;
