@@ -316,6 +316,13 @@ impl Brain {
         self.stream(id).map(|entry| &entry.applied)
     }
 
+    /// How many endpoints a profile's picker offers to proxies, the chosen one included; at least
+    /// 1.
+    pub fn endpoints_offered(&self, profile: &str) -> usize {
+        let at = self.plan.profiles.iter().position(|known| known.name.as_str() == profile);
+        at.and_then(|at| self.pipelines.get(at)).map_or(1, Pipeline::endpoints_max)
+    }
+
     /// The chains that requests must come with now. Changes as block sizes are learned: ask for
     /// each request.
     pub fn chain_specs(&self) -> ChainSpecs {

@@ -67,6 +67,17 @@ pub struct Settings {
     pub client_header_timeout_ms: u32,
     /// Between two parts of a request body.
     pub client_body_timeout_s: u32,
+    /// From a complete request to its decision: tokenizing and waiting in windows included. Later
+    /// ones are answered with 503.
+    pub decision_timeout_ms: u32,
+    /// A request that a proxy sends over ext_proc must be complete this long after its head.
+    pub ext_proc_request_timeout_s: u32,
+    /// Longest life of an ext_proc stream: a request with its answer.
+    pub ext_proc_stream_timeout_s: u32,
+    /// Largest message of an ext_proc stream.
+    pub ext_proc_message_bytes_max: usize,
+    /// Streams of one ext_proc connection at once; a proxy opens another one for more.
+    pub ext_proc_streams_per_connection_max: u32,
     /// Idle keep-alive connections to endpoints are closed after this.
     pub upstream_idle_timeout_s: u32,
     /// Idle keep-alive connections kept per endpoint.
@@ -152,6 +163,11 @@ impl Default for Settings {
             response_idle_timeout_s: 300,
             client_header_timeout_ms: 10_000,
             client_body_timeout_s: 30,
+            decision_timeout_ms: 30_000,
+            ext_proc_request_timeout_s: 300,
+            ext_proc_stream_timeout_s: 7_200,
+            ext_proc_message_bytes_max: 4 * MIB,
+            ext_proc_streams_per_connection_max: 10_000,
             upstream_idle_timeout_s: 90,
             upstream_idle_connections_max: 256,
             drain_timeout_s: 30,
@@ -199,6 +215,14 @@ impl Settings {
             ("response_idle_timeout_s", self.response_idle_timeout_s as usize),
             ("client_header_timeout_ms", self.client_header_timeout_ms as usize),
             ("client_body_timeout_s", self.client_body_timeout_s as usize),
+            ("decision_timeout_ms", self.decision_timeout_ms as usize),
+            ("ext_proc_request_timeout_s", self.ext_proc_request_timeout_s as usize),
+            ("ext_proc_stream_timeout_s", self.ext_proc_stream_timeout_s as usize),
+            ("ext_proc_message_bytes_max", self.ext_proc_message_bytes_max),
+            (
+                "ext_proc_streams_per_connection_max",
+                self.ext_proc_streams_per_connection_max as usize,
+            ),
             ("scrape_interval_ms", self.scrape_interval_ms as usize),
             ("scrape_timeout_ms", self.scrape_timeout_ms as usize),
             ("metrics_staleness_ms", self.metrics_staleness_ms as usize),

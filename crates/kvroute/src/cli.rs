@@ -137,6 +137,7 @@ pub struct Engines {
 Examples:
   kvroute serve --endpoint http://gpu1:8000 --endpoint http://gpu2:8000 --tokenizer tokenizer.json
   kvroute serve --config precise.yaml --endpoints-file endpoints.yaml --http 0.0.0.0:8080
+  kvroute serve --endpoint http://gpu1:8000 --ext-proc 127.0.0.1:9002
   kvroute serve --endpoint http://gpu1:8000      # no tokenizer, no events: learns from history
 
 An endpoint may name its event sockets:  URL,events=tcp://HOST:PORT,replay=tcp://HOST:PORT
@@ -162,6 +163,11 @@ pub struct Serve {
     /// Where clients connect.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
     pub http: SocketAddr,
+
+    /// Where Envoy, or another data plane, asks over ext_proc, in plain text; `kvroute epp` is the
+    /// same with llm-d's flags, ports and TLS.
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub ext_proc: Option<SocketAddr>,
 
     /// Metrics, health, decisions, index. Reachable by whoever can reach the address.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = address)]

@@ -7,8 +7,8 @@ use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::config_tests;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
 use kvroute_router::{
-    EndpointFlag, EventsConfig, EventsSource, Record, RouterConfig, TlsFiles, Tokenizers,
-    UpstreamNames,
+    EndpointFlag, EventsConfig, EventsSource, ExtProcConfig, Record, RouterConfig, TlsFiles,
+    Tokenizers, UpstreamNames,
 };
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
 use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
@@ -144,7 +144,8 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
         record,
         upstream_metric_names: args.upstream_metric_names.then(UpstreamNames::default),
         seed: args.seed,
-        http: args.http,
+        http: Some(args.http),
+        ext_proc: args.ext_proc.map(ExtProcConfig::plain),
         admin: args.admin,
         endpoints: endpoints(engines)?,
         endpoints_file: engines.endpoints_file.clone(),

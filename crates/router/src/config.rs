@@ -26,8 +26,11 @@ pub struct RouterConfig {
     pub config: String,
     /// Seed of tie-breaks.
     pub seed: u64,
-    /// Where clients connect; port 0 picks a free one.
-    pub http: SocketAddr,
+    /// Where clients connect to the embedded proxy; port 0 picks a free one. `None`: there is
+    /// none.
+    pub http: Option<SocketAddr>,
+    /// Where Envoy connects.
+    pub ext_proc: Option<ExtProcConfig>,
     /// Metrics, health, decisions, index; port 0 picks a free one. Whoever reaches this address
     /// can read model names and request ids, so keep it on loopback or a private network.
     pub admin: SocketAddr,
@@ -47,6 +50,34 @@ pub struct RouterConfig {
     pub record: Option<Record>,
     /// Publish llm-d's names of metrics beside our own.
     pub upstream_metric_names: Option<UpstreamNames>,
+}
+
+/// How Envoy, or another data plane, is answered over ext_proc.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExtProcConfig {
+    /// Where it connects; port 0 picks a free one.
+    pub address: SocketAddr,
+    /// A second listener, without TLS, for gRPC health checks alone.
+    pub health: Option<SocketAddr>,
+    /// How the first one speaks TLS.
+    pub tls: ServerTls,
+    /// What a data plane says about the endpoints that a request is for does not count.
+    pub ignore_subset_hints: bool,
+    /// Tell every candidate's score in the metadata.
+    pub emit_scores: bool,
+}
+
+impl ExtProcConfig {
+    /// In plain text, with the protocol's defaults.
+    pub fn plain(address: SocketAddr) -> ExtProcConfig {
+        ExtProcConfig {
+            address,
+            health: None,
+            tls: ServerTls::default(),
+            ignore_subset_hints: false,
+            emit_scores: false,
+        }
+    }
 }
 
 /// llm-d's metrics, `llm_d_epp_*`, for dashboards that were made for it.

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderValue, Response, StatusCode};
+use http::{HeaderName, HeaderValue, Response, StatusCode};
 use kvroute_core::decision::Reject;
 use kvroute_wire::api::Api;
 use kvroute_wire::error_body;
@@ -43,6 +43,21 @@ pub(crate) enum RouteError {
     BodyTimeout(u32),
     #[error("the request body broke off")]
     BodyBroken,
+    #[error(
+        "the request is not complete {0} s after its head (kvroute.ext_proc_request_timeout_s)"
+    )]
+    RequestTimeout(u32),
+    #[error("no decision within {0} ms (kvroute.decision_timeout_ms); try again")]
+    DecisionTimeout(u32),
+    #[error("the endpoint did not answer within {0} s (kvroute.first_byte_timeout_s)")]
+    NoAnswer(u32),
+    #[error("nothing of the answer came for {0} s (kvroute.response_idle_timeout_s)")]
+    AnswerStalled(u32),
+    #[error(
+        "the proxy sends request bodies over ext_proc in mode {0}, which cannot be answered; set \
+         request_body_mode: FULL_DUPLEX_STREAMED"
+    )]
+    BodyMode(u32),
     #[error("this router does not tunnel; CONNECT and protocol upgrades are not supported")]
     Tunnel,
     #[error("{0} requests are in flight, the limit of this router; try again shortly")]
@@ -65,7 +80,12 @@ impl RouteError {
             | RouteError::BodyBroken => StatusCode::BAD_REQUEST,
             RouteError::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             RouteError::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            RouteError::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
+            RouteError::BodyTimeout(_) | RouteError::RequestTimeout(_) => {
+                StatusCode::REQUEST_TIMEOUT
+            }
+            RouteError::DecisionTimeout(_) => StatusCode::SERVICE_UNAVAILABLE,
+            RouteError::NoAnswer(_) | RouteError::AnswerStalled(_) => StatusCode::GATEWAY_TIMEOUT,
+            RouteError::BodyMode(_) => StatusCode::INTERNAL_SERVER_ERROR,
             RouteError::Tunnel | RouteError::Grpc(_) => StatusCode::NOT_IMPLEMENTED,
             RouteError::Inflight(_) => StatusCode::TOO_MANY_REQUESTS,
             RouteError::Rejected(reject) => {
@@ -90,6 +110,11 @@ impl RouteError {
             RouteError::HeadTooLarge(_) => HEAD_TOO_LARGE,
             RouteError::BodyTimeout(_) => "body_timeout",
             RouteError::BodyBroken => "body_broken",
+            RouteError::RequestTimeout(_) => "request_timeout",
+            RouteError::DecisionTimeout(_) => "decision_timeout",
+            RouteError::NoAnswer(_) => "no_answer",
+            RouteError::AnswerStalled(_) => "answer_stalled",
+            RouteError::BodyMode(_) => "body_mode",
             RouteError::Tunnel => "tunnel",
             RouteError::Inflight(_) => "inflight_limit",
             RouteError::Rejected(reject) => reject.dropped_reason(),
@@ -108,32 +133,42 @@ impl RouteError {
         }
     }
 
-    /// The answer, in the shape of `api`.
+    /// The answer to a client, in the shape of `api`.
     pub fn respond(&self, api: Api) -> Response<Body> {
         let status = self.status();
-        let message = self.to_string();
         if api.is_grpc() {
-            return grpc_error(status.as_u16(), &message);
+            return grpc_error(status.as_u16(), &self.to_string());
         }
-        let text = error_body::render(api, status.as_u16(), self.kind(), &message);
-        let mut response = Response::new(Body::full(Bytes::from(text)));
+        let mut response = Response::new(Body::full(Bytes::from(self.body(api))));
         *response.status_mut() = status;
         let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if matches!(status.as_u16(), 429 | 503) {
-            headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
-        }
-        if let RouteError::Rejected(reject) = self
-            && matches!(status.as_u16(), 429 | 503)
-        {
-            headers.insert(DROPPED_REASON, HeaderValue::from_static(reject.dropped_reason()));
-        }
+        headers.extend(self.headers());
         if let RouteError::Upstream { endpoint, .. } = self
             && let Ok(name) = HeaderValue::from_str(endpoint)
         {
             headers.insert(ENDPOINT, name);
         }
         response
+    }
+
+    /// The body of the answer, JSON.
+    pub fn body(&self, api: Api) -> String {
+        error_body::render(api, self.status().as_u16(), self.kind(), &self.to_string())
+    }
+
+    /// The headers of the answer that tell of the error.
+    pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        let json = (CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let later = matches!(self.status().as_u16(), 429 | 503);
+        let again = later.then(|| (RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S)));
+        let dropped = match self {
+            RouteError::Rejected(reject) if later => Some(reject.dropped_reason()),
+            _ => None,
+        };
+        let dropped = dropped.map(|reason| {
+            (HeaderName::from_static(DROPPED_REASON), HeaderValue::from_static(reason))
+        });
+        [Some(json), again, dropped].into_iter().flatten()
     }
 }
 

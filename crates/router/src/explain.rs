@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, watch};
 use crate::config::RouterConfig;
 use crate::error::RouteError;
 use crate::headers;
-use crate::route;
+use crate::route::{self, Candidate};
 use crate::shared::{Phase, Shared};
 use crate::tokenize::{self, Asked};
 
@@ -169,7 +169,9 @@ pub(crate) async fn explain(
     let prompt = PromptRecord::of(&asked);
     let seen = route::scheduling_headers(shared, &client, &asked);
     let seen = Headers(&seen);
-    let request = route::scheduled(shared, REQUEST_ID, &asked, &client, &seen, None);
+    let candidate =
+        Candidate { request_id: REQUEST_ID, asked: &asked, headers: &client, allowed: None };
+    let request = route::scheduled(shared, &candidate, &seen, None);
     let (plan, snapshot, seed) = {
         let brain = shared.brain.lock();
         let seed = seed.unwrap_or_else(|| brain.next_seed());

@@ -10,9 +10,11 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use kvroute_core::decision::DATA_PARALLEL_HEADER;
 
 /// Names a request, chosen by the client or by the router; on every response.
-pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static(REQUEST_ID_NAME);
+pub(crate) const REQUEST_ID_NAME: &str = "x-request-id";
 /// The endpoint that answered; on every response that came from one.
-pub(crate) const ENDPOINT: HeaderName = HeaderName::from_static("x-kvroute-endpoint");
+pub(crate) const ENDPOINT: HeaderName = HeaderName::from_static(ENDPOINT_NAME);
+pub(crate) const ENDPOINT_NAME: &str = "x-kvroute-endpoint";
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");

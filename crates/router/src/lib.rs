@@ -6,6 +6,7 @@
 //! Everything shares one `shared::Shared`; nothing is global, so several routers can run in one
 //! process.
 
+mod accept;
 mod admin;
 pub mod ask;
 mod clock;
@@ -15,7 +16,9 @@ mod discover;
 mod error;
 mod events;
 pub mod explain;
+mod extproc;
 mod forward;
+mod grpc;
 mod headers;
 mod http1;
 mod metrics;
@@ -34,7 +37,7 @@ mod zmtp;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvroute_core::brain::Brain;
@@ -45,12 +48,14 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::info;
 
+use accept::Door;
 pub use config::{
-    BoundSocket, CipherSuite, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource, Record,
-    RouterConfig, ServerCertificate, ServerTls, TlsFiles, TlsNameError, TlsVersion, Tokenizers,
-    UpstreamNames,
+    BoundSocket, CipherSuite, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource,
+    ExtProcConfig, Record, RouterConfig, ServerCertificate, ServerTls, TlsFiles, TlsNameError,
+    TlsVersion, Tokenizers, UpstreamNames,
 };
 use discover::{Discovery, FileSource, NameSource, Source};
+use grpc::Methods;
 use shared::{Phase, Shared};
 
 /// How often expired knowledge is swept out.
@@ -102,10 +107,13 @@ pub enum StartError {
 /// A running router. Dropping it stops everything at once; [`RouterHandle::shutdown`] drains.
 pub struct RouterHandle {
     shared: Arc<Shared>,
-    http_addr: SocketAddr,
+    http_addr: Option<SocketAddr>,
+    ext_proc_addr: Option<SocketAddr>,
+    health_addr: Option<SocketAddr>,
     admin_addr: SocketAddr,
     events_addr: Option<SocketAddr>,
-    proxy: Option<JoinHandle<()>>,
+    /// Where requests come in; they are drained.
+    doors: Vec<JoinHandle<()>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -121,6 +129,11 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
     let collector = Arc::new(scrape::Collector::new(collect).map_err(StartError::Collect)?);
     let server_tls = ServerTls::from_files(config.tls.clone());
     let acceptor = tls::Acceptor::new(&server_tls, tls::ALPN_HTTP)?;
+    let ext_proc = config.ext_proc.clone();
+    let grpc_acceptor = match &ext_proc {
+        Some(ext_proc) => tls::Acceptor::new(&ext_proc.tls, tls::ALPN_GRPC)?,
+        None => tls::Acceptor::Plain,
+    };
     let mut sources =
         vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
     let planned = collect.discovery.as_ref().filter(|_| config.endpoints.is_empty());
@@ -133,7 +146,9 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         file.load().await.map_err(StartError::Endpoints)?;
         sources.push(Source::File(file));
     }
-    let (http, http_addr) = listen(config.http).await?;
+    let http = listen_if(config.http).await?;
+    let grpc = listen_if(ext_proc.as_ref().map(|ext_proc| ext_proc.address)).await?;
+    let health = listen_if(ext_proc.as_ref().and_then(|ext_proc| ext_proc.health)).await?;
     let (admin, admin_addr) = listen(config.admin).await?;
     let engines = listen_for_engines(&mut config).await?;
     let events_addr = engines.as_ref().and_then(|listener| listener.local_addr().ok());
@@ -150,10 +165,38 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
     }
     tasks.push(tokio::spawn(tick(Arc::clone(&shared))));
     tasks.extend(acceptor.watch_files(&shared.metrics));
+    tasks.extend(grpc_acceptor.watch_files(&shared.metrics));
     tasks.push(tokio::spawn(admin::serve(Arc::clone(&shared), admin)));
-    let proxy = tokio::spawn(proxy::serve(Arc::clone(&shared), http, acceptor, phase_seen));
-    info!(http = %http_addr, admin = %admin_addr, "The router listens.");
-    Ok(RouterHandle { shared, http_addr, admin_addr, events_addr, proxy: Some(proxy), tasks })
+    let options = Arc::new(extproc::Options::new(ext_proc.as_ref(), shared.brain.lock().plan()));
+    let methods = |ext_proc| Door::Grpc(Methods { ext_proc });
+    let (http_addr, ext_proc_addr) = (address_of(&http), address_of(&grpc));
+    let health_addr = address_of(&health);
+    let doors = [
+        (http, acceptor, Door::Proxy),
+        (grpc, grpc_acceptor, methods(Some(options))),
+        (health, tls::Acceptor::Plain, methods(None)),
+    ];
+    let open = |(listener, acceptor, door): (Option<(TcpListener, SocketAddr)>, _, _)| {
+        let (listener, _) = listener?;
+        let (shared, phase) = (Arc::clone(&shared), phase_seen.clone());
+        Some(tokio::spawn(accept::serve(shared, listener, acceptor, door, phase)))
+    };
+    let doors: Vec<JoinHandle<()>> = doors.into_iter().filter_map(open).collect();
+    info!(http = ?http_addr, ext_proc = ?ext_proc_addr, admin = %admin_addr, "The router listens.");
+    Ok(RouterHandle {
+        shared,
+        http_addr,
+        ext_proc_addr,
+        health_addr,
+        admin_addr,
+        events_addr,
+        doors,
+        tasks,
+    })
+}
+
+fn address_of(listener: &Option<(TcpListener, SocketAddr)>) -> Option<SocketAddr> {
+    listener.as_ref().map(|(_, address)| *address)
 }
 
 fn share(
@@ -199,6 +242,8 @@ fn share(
         phase,
         sources_read: watch::Sender::new(false),
         inflight: AtomicU32::new(0),
+        grpc_connections: AtomicU32::new(0),
+        tells_scores: config.ext_proc.is_some_and(|ext_proc| ext_proc.emit_scores),
         scraper,
         settings,
     })
@@ -216,6 +261,15 @@ fn record(
     let started = recorder::Recorder::start(record, &config.config, config.seed, limits, metrics);
     let file = || record.file.display().to_string();
     started.map(Some).map_err(|error| StartError::Record { file: file(), error })
+}
+
+async fn listen_if(
+    address: Option<SocketAddr>,
+) -> Result<Option<(TcpListener, SocketAddr)>, StartError> {
+    match address {
+        Some(address) => listen(address).await.map(Some),
+        None => Ok(None),
+    }
 }
 
 async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
@@ -256,9 +310,19 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 impl RouterHandle {
-    /// Where clients connect.
+    /// Where clients connect; port 0 of no address if there is no embedded proxy.
     pub fn http_addr(&self) -> SocketAddr {
-        self.http_addr
+        self.http_addr.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)))
+    }
+
+    /// Where Envoy connects, if it may.
+    pub fn ext_proc_addr(&self) -> Option<SocketAddr> {
+        self.ext_proc_addr
+    }
+
+    /// Where gRPC health is asked for without TLS.
+    pub fn health_addr(&self) -> Option<SocketAddr> {
+        self.health_addr
     }
 
     /// Where metrics, health, decisions and the index are served.
@@ -277,20 +341,28 @@ impl RouterHandle {
         self.shared.brain.lock()
     }
 
-    /// Stops: not ready at once, no new connections, requests in flight have `drain` to finish
-    /// before they are broken off. A recording is complete afterwards. Returns whether all of
-    /// them finished.
+    /// Stops: not ready at once, no new connections of clients, requests in flight have `drain` to
+    /// finish before they are broken off. Over ext_proc new requests are answered as long, unless
+    /// no proxy is connected; then those in flight have `drain` once more. A recording is complete
+    /// afterwards. Returns whether all of them finished.
     pub async fn shutdown(mut self, drain: Duration) -> bool {
         self.shared.phase.send_replace(Phase::Draining);
         info!(inflight = self.inflight(), "Draining.");
-        let Some(mut proxy) = self.proxy.take() else { return true };
-        let finished = tokio::time::timeout(drain, &mut proxy).await.is_ok();
+        let doors = std::mem::take(&mut self.doors);
+        let aborts: Vec<_> = doors.iter().map(JoinHandle::abort_handle).collect();
+        let mut all = futures_util::future::join_all(doors);
+        let mut finished = false;
+        if self.ext_proc_addr.is_some() {
+            let _ = tokio::time::timeout(drain, self.no_grpc_connection()).await;
+            self.shared.phase.send_replace(Phase::Closing);
+        }
+        finished |= tokio::time::timeout(drain, &mut all).await.is_ok();
         if !finished {
             info!(inflight = self.inflight(), "The drain timeout is over; breaking off the rest.");
             self.shared.phase.send_replace(Phase::Stopped);
             // Connections end at their next turn; what they hold is given back then.
-            let _ = tokio::time::timeout(Duration::from_secs(1), &mut proxy).await;
-            proxy.abort();
+            let _ = tokio::time::timeout(Duration::from_secs(1), &mut all).await;
+            aborts.iter().for_each(tokio::task::AbortHandle::abort);
         }
         let shared = Arc::clone(&self.shared);
         let written = tokio::task::spawn_blocking(move || {
@@ -301,9 +373,15 @@ impl RouterHandle {
         finished
     }
 
+    async fn no_grpc_connection(&self) {
+        while self.shared.grpc_connections.load(Ordering::Acquire) > 0 {
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
     /// Requests under way.
     pub fn inflight(&self) -> u32 {
-        self.shared.inflight.load(std::sync::atomic::Ordering::Acquire)
+        self.shared.inflight.load(Ordering::Acquire)
     }
 }
 
@@ -311,6 +389,6 @@ impl Drop for RouterHandle {
     fn drop(&mut self) {
         self.shared.phase.send_replace(Phase::Stopped);
         self.shared.recorder.iter().for_each(recorder::Recorder::close);
-        self.tasks.iter().chain(self.proxy.as_ref()).for_each(JoinHandle::abort);
+        self.tasks.iter().chain(&self.doors).for_each(JoinHandle::abort);
     }
 }

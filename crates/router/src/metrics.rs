@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvroute_core::event::Tier;
+use kvroute_wire::grpc::Code;
 use parking_lot::Mutex;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -42,6 +43,12 @@ pub(crate) struct ReasonLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ResultLabel {
     pub result: &'static str,
+}
+
+/// A gRPC status by name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct CodeLabel {
+    pub code: &'static str,
 }
 
 /// One endpoint.
@@ -108,6 +115,8 @@ pub(crate) struct Metrics {
     pub client_aborts: Counter,
     pub requests_inflight: Gauge,
     pub connections: Gauge,
+    pub ext_proc_streams: Gauge,
+    ext_proc_ends: Family<CodeLabel, Counter>,
     pub ttft: Histogram,
     pub decision: Histogram,
     pub tokenize: Histogram,
@@ -177,6 +186,8 @@ impl Metrics {
             client_aborts: Counter::default(),
             requests_inflight: Gauge::default(),
             connections: Gauge::default(),
+            ext_proc_streams: Gauge::default(),
+            ext_proc_ends: Family::default(),
             ttft: Histogram::new(SECONDS_LONG),
             decision: Histogram::new(SECONDS_SHORT),
             tokenize: Histogram::new(SECONDS_SHORT),
@@ -244,6 +255,8 @@ impl Metrics {
         r.register("client_aborts", "Clients gone before their answer", self.client_aborts.clone());
         r.register("requests_inflight", "Requests under way", self.requests_inflight.clone());
         r.register("connections", "Client connections", self.connections.clone());
+        r.register("ext_proc_streams", "ext_proc streams", self.ext_proc_streams.clone());
+        r.register("ext_proc_ends", "Ended ext_proc streams", self.ext_proc_ends.clone());
         r.register(
             "certificate_reloads",
             "Changes of certificate files, by whether the new ones are used",
@@ -409,6 +422,11 @@ impl Metrics {
     /// Counts a request that the router answered by itself.
     pub fn count_reject(&self, reason: &'static str) {
         self.rejects.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts an ext_proc stream that has ended.
+    pub fn count_ext_proc_end(&self, code: Code) {
+        self.ext_proc_ends.get_or_create(&CodeLabel { code: code.as_str() }).inc();
     }
 
     /// Counts a request routed with less knowledge than configured.

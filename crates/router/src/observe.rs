@@ -245,7 +245,8 @@ pub(crate) struct Observer {
 }
 
 impl Observer {
-    fn chunk(&mut self, data: &[u8]) {
+    /// A piece of the answer's body.
+    pub fn chunk(&mut self, data: &[u8]) {
         if self.outcome.ttft_s.is_none() {
             let ttft_s = self.started.elapsed().as_secs_f64();
             self.outcome.ttft_s = Some(ttft_s);
@@ -259,6 +260,14 @@ impl Observer {
         }
         if let Some(scanner) = &mut self.scanner {
             scanner.push(data);
+        }
+    }
+
+    /// The answer goes on unseen.
+    pub fn release(mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            let status = if self.outcome.status == 0 { 200 } else { self.outcome.status };
+            self.close(None, ResponseEvent::End { status });
         }
     }
 

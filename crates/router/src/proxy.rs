@@ -1,7 +1,6 @@
 //! How do clients reach the router? One listener for HTTP/1.1 and HTTP/2, with TLS if wanted.
 
 use std::convert::Infallible;
-use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -13,15 +12,13 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use kvroute_core::settings::{Settings, ms};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
-use tracing::{debug, warn};
+use tokio::sync::watch;
 
+use crate::accept::Failure;
 use crate::error::HEAD_TOO_LARGE;
 use crate::patient::Patient;
 use crate::route;
 use crate::shared::{Phase, Shared};
-use crate::tls::Acceptor;
 
 /// Streams of one HTTP/2 connection at once.
 const HTTP2_STREAMS_MAX: u32 = 1_000;
@@ -33,49 +30,11 @@ const CLIENT_IDLE: Duration = Duration::from_secs(90);
 /// hyper's smallest read buffer.
 const HYPER_BUFFER_BYTES_MIN: usize = 8 << 10;
 
-/// Accepts clients until draining begins, then waits for those that are left. Returns when the
-/// last connection has ended.
-pub(crate) async fn serve(
-    shared: Arc<Shared>,
-    listener: TcpListener,
-    acceptor: Acceptor,
-    mut phase: watch::Receiver<Phase>,
-) {
-    let connections = Arc::new(Semaphore::new(shared.settings.connections_max as usize));
-    // Every connection holds a sender: the channel ends with the last of them.
-    let (alive, mut all_gone) = mpsc::channel::<()>(1);
-    loop {
-        let accepted = tokio::select! {
-            accepted = accept(&listener, &connections) => accepted,
-            _ = phase.wait_for(|phase| *phase != Phase::Serving) => break,
-        };
-        let (stream, client, permit) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of file descriptors, mostly: give connections time to end.
-                warn!(%error, "A client's connection could not be accepted.");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        let (shared, acceptor) = (Arc::clone(&shared), acceptor.clone());
-        let (phase, alive) = (phase.clone(), alive.clone());
-        tokio::spawn(async move {
-            shared.metrics.connections.inc();
-            if let Err(error) = connection(&shared, stream, client, acceptor, phase).await {
-                count_unread(&shared, error.as_ref());
-                debug!(%client, error = %error, "A client's connection broke.");
-            }
-            shared.metrics.connections.dec();
-            drop((permit, alive));
-        });
-    }
-    drop((listener, alive));
-    let _ = all_gone.recv().await;
-}
-
 /// Heads that hyper cannot read are answered by hyper (400, 414 or 431) and never get to a route.
-fn count_unread(shared: &Shared, error: &(dyn std::error::Error + Send + Sync + 'static)) {
+pub(crate) fn count_unread(
+    shared: &Shared,
+    error: &(dyn std::error::Error + Send + Sync + 'static),
+) {
     let Some(error) = error.downcast_ref::<hyper::Error>() else { return };
     if error.is_parse_too_large() {
         shared.metrics.count_reject(HEAD_TOO_LARGE);
@@ -84,45 +43,8 @@ fn count_unread(shared: &Shared, error: &(dyn std::error::Error + Send + Sync + 
     }
 }
 
-/// The next connection, once there is room for it. Those that must wait stay in the kernel's
-/// backlog.
-async fn accept(
-    listener: &TcpListener,
-    room: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let permit = Arc::clone(room).acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, client) = listener.accept().await?;
-    stream.set_nodelay(true)?;
-    Ok((stream, client, permit))
-}
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-async fn connection(
-    shared: &Arc<Shared>,
-    stream: TcpStream,
-    client: SocketAddr,
-    acceptor: Acceptor,
-    phase: watch::Receiver<Phase>,
-) -> Result<(), Failure> {
-    let patience = ms(shared.settings.client_header_timeout_ms.max(1));
-    // The protocol is told by the first bytes, and no timer of hyper's runs before them.
-    let first = tokio::time::timeout(patience, stream.peek(&mut [0; 1])).await;
-    match first {
-        Ok(Ok(0)) | Err(_) => return Ok(()),
-        Ok(read) => read?,
-    };
-    match acceptor {
-        Acceptor::Plain => converse(shared, stream, client, phase).await,
-        #[cfg(feature = "tls")]
-        Acceptor::Tls(acceptor) => {
-            let stream = tokio::time::timeout(patience, acceptor.accept(stream)).await??;
-            converse(shared, stream, client, phase).await
-        }
-    }
-}
-
-async fn converse<S>(
+/// Speaks HTTP with one client until it or the router has enough.
+pub(crate) async fn converse<S>(
     shared: &Arc<Shared>,
     stream: S,
     client: SocketAddr,
@@ -148,7 +70,7 @@ where
         let draining = *phase.borrow_and_update();
         match draining {
             Phase::Serving => {}
-            Phase::Draining => connection.as_mut().graceful_shutdown(),
+            Phase::Draining | Phase::Closing => connection.as_mut().graceful_shutdown(),
             Phase::Stopped => return Ok(()),
         }
         tokio::select! {

@@ -3,7 +3,7 @@
 //! `route` is the path through the embedded proxy. `choose` is the part of it that every door
 //! into the router shares: from a complete body to a decision with its reservation.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use kvroute_core::decision::{
 };
 use kvroute_core::fleet::Name;
 use kvroute_core::produce::HeldId;
+use kvroute_core::settings::ms;
 use kvroute_wire::api::Api;
 use kvroute_wire::parsers::{Unclaimed, request_path};
 use kvroute_wire::usage::UsageScanner;
@@ -50,50 +51,63 @@ pub(crate) async fn serve(
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     let (request_id, id_value) = headers::request_id(&parts.headers);
-    let claimed = api_of(&shared, &parts, &body);
+    let (is_post, path) = (parts.method == Method::POST, parts.uri.path());
+    let is_empty = http_body::Body::is_end_stream(&body);
+    let claimed = api_of(&shared, is_post, path, &parts.headers, is_empty);
     let api = claimed.as_ref().copied().unwrap_or(Api::Other);
-    let way = Way { started, client, request_id, id_value: id_value.clone(), api };
+    let way = Way { started, request_id, id_value: id_value.clone(), api };
     let answered = match claimed {
-        Ok(_) => route(&shared, &way, parts, body).await,
+        Ok(_) => route(&shared, &way, client.ip(), parts, body).await,
         Err(unclaimed) => Err(unclaimed.into()),
     };
     let mut response = answered.unwrap_or_else(|error| {
-        let (request_id, reason) = (&way.request_id, error.reason());
-        debug!(request_id, reason, %error, "A request was answered by the router itself.");
-        shared.metrics.count_reject(reason);
-        let (endpoint, status) = (String::new(), error.status().as_u16());
-        let labels = RequestLabels { endpoint, status, mode: NOT_ROUTED };
-        shared.metrics.requests.get_or_create(&labels).inc();
+        note_refused(&shared, &way.request_id, &error);
         error.respond(api)
     });
     response.headers_mut().insert(headers::REQUEST_ID, id_value);
     response
 }
 
+/// Counts a request that the router answers itself.
+pub(crate) fn note_refused(shared: &Shared, request_id: &str, error: &RouteError) {
+    let reason = error.reason();
+    debug!(request_id, reason, %error, "A request was answered by the router itself.");
+    shared.metrics.count_reject(reason);
+    let (endpoint, status) = (String::new(), error.status().as_u16());
+    let labels = RequestLabels { endpoint, status, mode: NOT_ROUTED };
+    shared.metrics.requests.get_or_create(&labels).inc();
+}
+
 /// A request on its way, apart from its contents.
-struct Way {
-    started: Instant,
-    client: SocketAddr,
-    request_id: String,
-    id_value: HeaderValue,
-    api: Api,
+pub(crate) struct Way {
+    pub started: Instant,
+    pub request_id: String,
+    pub id_value: HeaderValue,
+    pub api: Api,
 }
 
 /// Only what is posted to a claimed path is read. A post without a body, like other methods, asks
 /// nothing that a parser could read, so it is forwarded even where nothing takes what is left over.
-fn api_of(shared: &Shared, parts: &Parts, body: &Incoming) -> Result<Api, Unclaimed> {
-    if parts.method != Method::POST {
+pub(crate) fn api_of(
+    shared: &Shared,
+    is_post: bool,
+    path: &str,
+    headers: &HeaderMap,
+    is_empty: bool,
+) -> Result<Api, Unclaimed> {
+    if !is_post {
         return Ok(Api::Other);
     }
-    let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
-    let claimed = shared.parsers.resolve(request_path(parts.uri.path(), header));
-    if http_body::Body::is_end_stream(body) { claimed.or(Ok(Api::Other)) } else { claimed }
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let claimed = shared.parsers.resolve(request_path(path, header));
+    if is_empty { claimed.or(Ok(Api::Other)) } else { claimed }
 }
 
 /// The whole request: parse, tokenize, chains, decide, forward, observe.
 async fn route(
     shared: &Arc<Shared>,
     way: &Way,
+    client: IpAddr,
     mut parts: Parts,
     body: Incoming,
 ) -> Result<Response<Body>, RouteError> {
@@ -110,16 +124,11 @@ async fn route(
     } else {
         pass_through(shared, &parts.headers, body)?
     };
-    let asked = match &payload {
-        Payload::Whole(bytes) if routed => {
-            let hints = tokenize::video_hints(&parts.headers);
-            tokenize::read(shared, way.api, bytes, hints).await?
-        }
-        _ => Asked::nothing(),
+    let whole = match &payload {
+        Payload::Whole(bytes) if routed => Some(bytes),
+        _ => None,
     };
-    let held = hold(shared, &way.request_id, &asked, &parts.headers).await;
-    let held = held.as_ref().map(|held| held.id);
-    let chosen = choose(shared, &way.request_id, &asked, &parts.headers, held)?;
+    let chosen = decide(shared, way, &parts.headers, whole, None).await?;
     chosen.tell_endpoint(&mut parts.headers);
     let mut outgoing = Outgoing {
         request_id: way.request_id.clone(),
@@ -127,7 +136,7 @@ async fn route(
         method: parts.method,
         headers: parts.headers,
         id_value: way.id_value.clone(),
-        client: way.client.ip(),
+        client,
         payload,
         read_answer: way.api.tells_usage(),
     };
@@ -202,6 +211,32 @@ fn pass_through(
     Ok(if empty { Payload::Whole(Bytes::new()) } else { Payload::Stream(Some(body)) })
 }
 
+/// From a complete body, if it is read, to a decision: tokenized, held back where the plan has
+/// windows, decided among the endpoints that are allowed. Dropping the result gives back what was
+/// reserved.
+pub(crate) async fn decide(
+    shared: &Arc<Shared>,
+    way: &Way,
+    headers: &HeaderMap,
+    body: Option<&Bytes>,
+    allowed: Option<&[EndpointId]>,
+) -> Result<Chosen, RouteError> {
+    let limit_ms = shared.settings.decision_timeout_ms.max(1);
+    let decided = async {
+        let asked = match body {
+            Some(body) => {
+                tokenize::read(shared, way.api, body, tokenize::video_hints(headers)).await?
+            }
+            None => Asked::nothing(),
+        };
+        let candidate = Candidate { request_id: &way.request_id, asked: &asked, headers, allowed };
+        let held = hold(shared, &candidate).await;
+        choose(shared, &candidate, held.as_ref().map(|held| held.id))
+    };
+    let decided = tokio::time::timeout(ms(limit_ms), decided).await;
+    decided.unwrap_or(Err(RouteError::DecisionTimeout(limit_ms)))
+}
+
 /// A decision that holds its reservation.
 pub(crate) struct Chosen {
     pub reservation: Reservation,
@@ -209,8 +244,12 @@ pub(crate) struct Chosen {
     pub candidates: Vec<EndpointId>,
     /// Headers that plugins want on the response.
     pub response_headers: Vec<(HeaderName, HeaderValue)>,
+    /// How many of the candidates the plan offers to proxies.
+    pub offered: usize,
+    /// The totals of those that no filter removed, if proxies are told.
+    pub scores: Vec<(Name, f64)>,
     /// Headers for the endpoint: who else works for the request.
-    request_headers: Vec<RequestHeader>,
+    pub request_headers: Vec<RequestHeader>,
     mode: Mode,
     endpoint: Name,
     /// Where the decision stands in the ring.
@@ -230,17 +269,25 @@ impl Chosen {
     }
 }
 
+/// A request before its decision.
+pub(crate) struct Candidate<'a> {
+    pub request_id: &'a str,
+    pub asked: &'a Asked,
+    pub headers: &'a HeaderMap,
+    /// The only endpoints that may serve it; `None`: all.
+    pub allowed: Option<&'a [EndpointId]>,
+}
+
 /// A request as the brain sees it.
 pub(crate) fn scheduled<'a>(
     shared: &Shared,
-    request_id: &'a str,
-    asked: &'a Asked,
-    headers: &HeaderMap,
+    candidate: &Candidate<'a>,
     seen: &'a Headers<'a>,
     held: Option<HeldId>,
 ) -> kvroute_core::decision::Request<'a> {
+    let asked = candidate.asked;
     kvroute_core::decision::Request {
-        id: request_id,
+        id: candidate.request_id,
         model: &asked.model,
         prompts: &asked.prompts,
         prompt_tokens: asked.prompt_tokens,
@@ -249,9 +296,9 @@ pub(crate) fn scheduled<'a>(
         skips_cache: asked.skips_cache,
         held,
         media: &asked.media,
-        priority: priority(shared, headers),
+        priority: priority(shared, candidate.headers),
         headers: seen,
-        allowed: None,
+        allowed: candidate.allowed,
     }
 }
 
@@ -268,20 +315,15 @@ impl Drop for HeldPlace<'_> {
 }
 
 /// Waits until the window of requests that arrive together closes, where the plan has windows.
-async fn hold<'a>(
-    shared: &'a Shared,
-    request_id: &str,
-    asked: &Asked,
-    headers: &HeaderMap,
-) -> Option<HeldPlace<'a>> {
+async fn hold<'a>(shared: &'a Shared, candidate: &Candidate<'_>) -> Option<HeldPlace<'a>> {
     if !shared.holds {
         return None;
     }
     let now = shared.clock.now();
     let held = {
-        let seen = scheduling_headers(shared, headers, asked);
+        let seen = scheduling_headers(shared, candidate.headers, candidate.asked);
         let seen = Headers(&seen);
-        let request = scheduled(shared, request_id, asked, headers, &seen, None);
+        let request = scheduled(shared, candidate, &seen, None);
         shared.brain.lock().hold(now, &request)?
     };
     let place = HeldPlace { shared, id: held.id };
@@ -289,21 +331,23 @@ async fn hold<'a>(
     Some(place)
 }
 
-/// Decides where a request goes, and notes the decision. Dropping the result gives back what was
-/// reserved.
-pub(crate) fn choose(
+/// Decides where a request goes, and notes the decision.
+fn choose(
     shared: &Arc<Shared>,
-    request_id: &str,
-    asked: &Asked,
-    headers: &HeaderMap,
+    candidate: &Candidate<'_>,
     held: Option<HeldId>,
 ) -> Result<Chosen, RouteError> {
     let started = Instant::now();
-    let seen = scheduling_headers(shared, headers, asked);
+    let asked = candidate.asked;
+    let seen = scheduling_headers(shared, candidate.headers, asked);
     let seen = Headers(&seen);
-    let request = scheduled(shared, request_id, asked, headers, &seen, held);
-    let decided = shared.brain.lock().decide(shared.clock.now(), &request);
-    let decision = decided.map_err(RouteError::Rejected)?;
+    let request = scheduled(shared, candidate, &seen, held);
+    let (decision, offered) = {
+        let mut brain = shared.brain.lock();
+        let decision = brain.decide(shared.clock.now(), &request).map_err(RouteError::Rejected)?;
+        let offered = brain.endpoints_offered(decision.record.profile.as_str());
+        (decision, offered)
+    };
     let Decision { ticket, endpoint, fallback, response_headers, request_headers, record, .. } =
         decision;
     shared.metrics.decision.observe(started.elapsed().as_secs_f64());
@@ -312,6 +356,7 @@ pub(crate) fn choose(
     if !asked.model.is_empty() {
         note_mode(shared, asked, &record);
     }
+    let scores = scores_of(shared, &record);
     let number = shared.decisions.push(record, PromptRecord::of(asked));
     let mut candidates = Vec::with_capacity(1 + fallback.len());
     candidates.push(endpoint);
@@ -324,11 +369,20 @@ pub(crate) fn choose(
         reservation,
         candidates,
         response_headers,
+        offered,
+        scores,
         request_headers,
         mode,
         endpoint: name,
         number,
     })
+}
+
+fn scores_of(shared: &Shared, record: &DecisionRecord) -> Vec<(Name, f64)> {
+    if !shared.tells_scores {
+        return Vec::new();
+    }
+    record.scores.rows.iter().map(|row| (row.endpoint.clone(), row.total)).collect()
 }
 
 /// The priority of the objective that the request names; 0 for others.
@@ -392,7 +446,12 @@ fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
 }
 
 /// From here on, dropping the observer is what a client that left looks like.
-fn observe(shared: &Arc<Shared>, way: &Way, chosen: Chosen, inflight: Inflight) -> Observer {
+pub(crate) fn observe(
+    shared: &Arc<Shared>,
+    way: &Way,
+    chosen: Chosen,
+    inflight: Inflight,
+) -> Observer {
     let routed = way.api.reads_body();
     let outcome = Outcome { endpoint: chosen.endpoint.to_string(), ..Outcome::default() };
     Observer {

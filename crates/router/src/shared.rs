@@ -28,8 +28,10 @@ use crate::upstream::{PoolLimits, Upstream, Upstreams};
 pub(crate) enum Phase {
     /// Taking requests.
     Serving,
-    /// Finishing those that are there.
+    /// Finishing those that are there; a proxy's requests still come over ext_proc.
     Draining,
+    /// Nothing new from anybody.
+    Closing,
     /// Breaking off what is left.
     Stopped,
 }
@@ -51,6 +53,8 @@ pub(crate) struct Shared {
     pub config: String,
     pub tokenizers: Tokenizers,
     pub default_model: Option<String>,
+    /// Proxies are told every candidate's score.
+    pub tells_scores: bool,
     /// The plan uses KV events.
     pub wants_events: bool,
     /// Which tokens the plan reads.
@@ -75,6 +79,8 @@ pub(crate) struct Shared {
     pub phase: watch::Sender<Phase>,
     /// Every source of endpoints has told what it lists.
     pub sources_read: watch::Sender<bool>,
+    /// Proxies that are connected.
+    pub grpc_connections: AtomicU32,
     /// Requests under way.
     pub inflight: AtomicU32,
     /// Endpoints for the scraping task; at most `endpoints_max` wait here.

@@ -16,6 +16,9 @@ pub(crate) use connector::{Tls, TlsStream};
 /// What a listener for HTTP/1.1 and HTTP/2 offers by ALPN.
 pub(crate) const ALPN_HTTP: &[&str] = &["h2", "http/1.1"];
 
+/// What a listener for gRPC offers.
+pub(crate) const ALPN_GRPC: &[&str] = &["h2"];
+
 /// Turns accepted TCP connections into what HTTP is spoken over.
 #[derive(Clone)]
 pub(crate) enum Acceptor {

@@ -149,6 +149,11 @@ pub enum Found {
 }
 
 impl Metadata {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.message.is_empty()
+    }
+
     /// The value of a key of a filter; `None`: there is no such key.
     ///
     /// # Errors

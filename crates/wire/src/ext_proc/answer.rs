@@ -82,7 +82,7 @@ impl Answer {
         side: Side,
         changes: &[HeaderChange<'_>],
         clear_route_cache: bool,
-        dynamic: Option<Dynamic<'_>>,
+        dynamic: Dynamic<'_>,
     ) {
         let number = if side == Side::Request { 1 } else { 2 };
         self.message(|out| {
@@ -101,7 +101,7 @@ impl Answer {
         changes: &[HeaderChange<'_>],
         clear_route_cache: bool,
         body: Option<&[u8]>,
-        dynamic: Option<Dynamic<'_>>,
+        dynamic: Dynamic<'_>,
     ) {
         self.message(|out| {
             nested(out, body_number(side), |out| {
@@ -124,7 +124,7 @@ impl Answer {
         side: Side,
         length: usize,
         end_of_stream: bool,
-        dynamic: Option<Dynamic<'_>>,
+        dynamic: Dynamic<'_>,
     ) {
         let mut tail = BytesMut::new();
         put_dynamic(&mut tail, dynamic);
@@ -162,7 +162,7 @@ impl Answer {
     }
 
     /// `request_trailers` or `response_trailers`: as they are.
-    pub fn trailers(&mut self, side: Side, dynamic: Option<Dynamic<'_>>) {
+    pub fn trailers(&mut self, side: Side, dynamic: Dynamic<'_>) {
         let number = if side == Side::Request { 5 } else { 6 };
         self.message(|out| {
             nested(out, number, |_| {});
@@ -203,8 +203,8 @@ impl Answer {
     }
 }
 
-/// Keys and values under a namespace.
-pub type Dynamic<'a> = (&'a str, &'a [(&'a str, DynamicValue<'a>)]);
+/// Namespaces, each once, with their keys and values; empty: none.
+pub type Dynamic<'a> = &'a [(&'a str, &'a [(&'a str, DynamicValue<'a>)])];
 
 fn body_number(side: Side) -> u32 {
     if side == Side::Request { 3 } else { 4 }
@@ -243,17 +243,21 @@ fn set_header(out: &mut BytesMut, name: &str, value: &[u8]) {
     });
 }
 
-/// `dynamic_metadata`: a `Struct` whose one key is the namespace.
-fn put_dynamic(out: &mut BytesMut, dynamic: Option<Dynamic<'_>>) {
-    let Some((namespace, values)) = dynamic else { return };
+/// `dynamic_metadata`: a `Struct` whose keys are the namespaces.
+fn put_dynamic(out: &mut BytesMut, dynamic: Dynamic<'_>) {
+    if dynamic.is_empty() {
+        return;
+    }
     nested(out, 8, |out| {
-        entry(out, namespace, |out| {
-            nested(out, 5, |out| {
-                for (key, value) in values {
-                    entry(out, key, |out| put_value(out, *value));
-                }
+        for (namespace, values) in dynamic {
+            entry(out, namespace, |out| {
+                nested(out, 5, |out| {
+                    values.iter().for_each(|(key, value)| {
+                        entry(out, key, |out| put_value(out, *value));
+                    });
+                });
             });
-        });
+        }
     });
 }
 

@@ -136,7 +136,7 @@ fn a_piece_is_written_as_the_long_way_would() {
             for (side, number) in [(Side::Request, 3), (Side::Response, 4)] {
                 let body = vec![7; length];
                 let mut answer = Answer::new();
-                answer.piece_head(side, length, end, None);
+                answer.piece_head(side, length, end, &[]);
                 answer.piece_bytes(&body);
                 let mut streamed = Proto::new();
                 if end {
@@ -160,8 +160,8 @@ fn answers_byte_by_byte() {
     let mut answer = Answer::new();
     let changes = [HeaderChange::Set("a", b"1"), HeaderChange::Remove("b")];
     let values = [("k", DynamicValue::Text("v")), ("n", DynamicValue::Number(1.0))];
-    answer.headers(Side::Request, &changes, true, Some(("ns", &values)));
-    answer.trailers(Side::Response, None);
+    answer.headers(Side::Request, &changes, true, &[("ns", &values[..])]);
+    answer.trailers(Side::Response, &[]);
     let immediate = Immediate {
         status: 503,
         headers: &[("a", b"1")],

@@ -1,0 +1,331 @@
+//! The endpoint's answer on its way through Envoy: headers, pieces, end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+use kvroute_core::report::{Report, ReportUsage, ServedVerifier};
+use kvroute_wire::api::Api;
+use kvroute_wire::ext_proc::{
+    BodyMode, DynamicValue, HeaderBlock, HeaderChange, Message, Metadata, Part, Piece, Side,
+};
+use kvroute_wire::usage::{Usage, UsageScanner};
+use tracing::debug;
+
+use super::{Next, Stream, hints, unexpected};
+use crate::error::RouteError;
+use crate::grpc::End;
+use crate::headers;
+use crate::observe::Observer;
+use crate::route::Way;
+use crate::upstream::Upstream;
+
+/// Tells whoever looks that an Endpoint Picker has seen the answer; llm-d's does so.
+const SEEN: &str = "x-went-into-resp-headers";
+/// The header by which Envoy tells how long an endpoint took. Its own answers have none.
+const ENDPOINT_TIME: &str = "x-envoy-upstream-service-time";
+
+/// What is left of an exchange once its request is decided.
+pub(super) struct Exchange {
+    routed: Option<Routed>,
+    /// Pieces of the request that come are sent on.
+    request_passes: bool,
+    /// Nothing is to be learned from the answer.
+    released: bool,
+    headers_seen: bool,
+    done: bool,
+    /// Of answers to requests that were not decided here.
+    scanner: Option<UsageScanner>,
+}
+
+/// A request that an endpoint was chosen for.
+struct Routed {
+    observer: Observer,
+    upstream: Arc<Upstream>,
+    response_headers: Vec<(HeaderName, HeaderValue)>,
+    id_value: HeaderValue,
+    api: Api,
+}
+
+impl Exchange {
+    /// An answer without a request that was decided.
+    pub fn unasked() -> Exchange {
+        Exchange {
+            scanner: Some(UsageScanner::new()),
+            routed: None,
+            request_passes: false,
+            released: false,
+            headers_seen: false,
+            done: false,
+        }
+    }
+
+    /// A request on its way.
+    pub fn routed(
+        observer: Observer,
+        upstream: Arc<Upstream>,
+        response_headers: Vec<(HeaderName, HeaderValue)>,
+        way: &Way,
+        request_passes: bool,
+        wants_answer: bool,
+    ) -> Exchange {
+        let (id_value, api) = (way.id_value.clone(), way.api);
+        let routed = Routed { observer, upstream, response_headers, id_value, api };
+        Exchange {
+            scanner: None,
+            routed: Some(routed),
+            request_passes,
+            released: !wants_answer,
+            headers_seen: false,
+            done: false,
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(routed) = &mut self.routed {
+            routed.observer.end(None);
+        }
+        self.done = true;
+    }
+
+    fn usage(&self) -> Option<Usage> {
+        let routed = self.routed.as_ref().and_then(|routed| routed.observer.scanner.as_ref());
+        self.scanner.as_ref().or(routed).and_then(UsageScanner::usage)
+    }
+
+    /// The answer need not be looked at, and the request is on its way: Envoy can go on alone.
+    fn is_released(&self) -> bool {
+        self.released && !self.request_passes && !self.headers_seen
+    }
+}
+
+impl Stream<'_> {
+    /// Follows an exchange to its end.
+    pub(super) async fn answers(
+        &mut self,
+        mut exchange: Exchange,
+        mut first: Option<Message>,
+    ) -> Result<(), End> {
+        loop {
+            if exchange.done || exchange.is_released() {
+                if let Some(routed) = exchange.routed {
+                    routed.observer.release();
+                }
+                return self.flush().await;
+            }
+            let patience = self.patience(&exchange);
+            let next = match first.take() {
+                Some(message) => Next::Message(message),
+                None => self.next(patience).await?,
+            };
+            match next {
+                Next::Message(message) => self.on_message(&mut exchange, message).await?,
+                Next::TooLong => return self.give_up(exchange).await,
+                Next::Gone => {
+                    // Without the answer's body, this is what its end looks like.
+                    if let Some(routed) = exchange.routed
+                        && exchange.headers_seen
+                        && self.modes.response == BodyMode::None
+                    {
+                        routed.observer.release();
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn patience(&self, exchange: &Exchange) -> Duration {
+        let settings = &self.shared.settings;
+        let seconds = match exchange.headers_seen {
+            true => settings.response_idle_timeout_s,
+            false if exchange.request_passes => {
+                settings.client_body_timeout_s.max(settings.first_byte_timeout_s)
+            }
+            false => settings.first_byte_timeout_s,
+        };
+        Duration::from_secs(u64::from(seconds.max(1)))
+    }
+
+    /// Ends an exchange that goes nowhere: the client gets an error, or its answer is cut.
+    async fn give_up(&mut self, exchange: Exchange) -> Result<(), End> {
+        let settings = &self.shared.settings;
+        let error = match exchange.headers_seen {
+            true => RouteError::AnswerStalled(settings.response_idle_timeout_s),
+            false => RouteError::NoAnswer(settings.first_byte_timeout_s),
+        };
+        self.shared.metrics.count_reject(error.reason());
+        let Some(routed) = exchange.routed else {
+            return self.refuse(Api::Other, None, &error).await;
+        };
+        self.shared.count_upstream_failure(&routed.upstream.name, error.reason());
+        let (api, id_value) = (routed.api, routed.id_value);
+        routed.observer.refuse(error.status().as_u16(), &error);
+        self.refuse(api, Some(&id_value), &error).await
+    }
+
+    async fn on_message(&mut self, exchange: &mut Exchange, message: Message) -> Result<(), End> {
+        match message.part {
+            Part::RequestBody(piece) if exchange.request_passes => {
+                exchange.request_passes = !piece.end_of_stream;
+                match self.modes.request {
+                    BodyMode::FullDuplexStreamed => {
+                        self.pass_on(Side::Request, piece.body, piece.end_of_stream, &[]).await
+                    }
+                    _ => {
+                        self.answer.whole_body(Side::Request, &[], false, None, &[]);
+                        Ok(())
+                    }
+                }
+            }
+            Part::RequestTrailers if exchange.request_passes => {
+                exchange.request_passes = false;
+                self.answer.trailers(Side::Request, &[]);
+                Ok(())
+            }
+            // What Envoy had sent before it answered the request itself.
+            Part::RequestBody(_) | Part::RequestTrailers if exchange.routed.is_none() => Ok(()),
+            Part::ResponseHeaders(block) if !exchange.headers_seen => {
+                self.on_headers(exchange, &block, &message.metadata);
+                Ok(())
+            }
+            Part::ResponseBody(piece) if exchange.headers_seen => {
+                self.on_piece(exchange, piece).await
+            }
+            Part::ResponseTrailers if exchange.headers_seen => {
+                let reports = self.reports(exchange);
+                exchange.end();
+                let reports = named(&reports);
+                self.answer.trailers(Side::Response, &dynamic(&reports));
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn on_headers(&mut self, exchange: &mut Exchange, block: &HeaderBlock, metadata: &Metadata) {
+        exchange.headers_seen = true;
+        // Envoy's own name of it; other data planes leave the colon out.
+        let status = block.get(":status").or_else(|| block.get("status"));
+        let status = status.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
+        let served = hints::served(metadata);
+        let mut changes = vec![HeaderChange::Set(SEEN, b"true")];
+        let names: Vec<HeaderName> = block
+            .headers
+            .iter()
+            .filter_map(|(name, _)| HeaderName::from_bytes(name).ok())
+            .collect();
+        let spoofed = names.iter().filter(|name| headers::is_control(name));
+        changes.extend(spoofed.map(|name| HeaderChange::Remove(name.as_str())));
+        let mut told = Vec::new();
+        if self.options.tells_served {
+            let header = ServedVerifier::header(served.as_deref());
+            told.push((header.name.to_string(), header.value.into_bytes()));
+        }
+        if let Some(routed) = &mut exchange.routed {
+            self.note_served(routed, served.as_deref());
+            routed.observer.outcome.status = status.unwrap_or(0);
+            self.note_failure(routed, block, status);
+            told.push((headers::ENDPOINT_NAME.into(), routed.upstream.name.clone().into_bytes()));
+            told.push((headers::REQUEST_ID_NAME.into(), routed.id_value.as_bytes().to_vec()));
+            let wanted = routed.response_headers.iter();
+            told.extend(wanted.map(|(n, v)| (n.to_string(), v.as_bytes().to_vec())));
+        }
+        changes.extend(told.iter().map(|(name, value)| HeaderChange::Set(name, value)));
+        if block.end_of_stream {
+            exchange.end();
+        }
+        self.answer.headers(Side::Response, &changes, false, &[]);
+    }
+
+    /// A data plane may have tried another endpoint than the first.
+    fn note_served(&self, routed: &mut Routed, served: Option<&str>) {
+        let Some(served) = served.filter(|served| *served != routed.upstream.authority) else {
+            return;
+        };
+        let upstreams = self.shared.upstreams.all();
+        let Some(other) = upstreams.into_iter().find(|u| u.authority == served) else { return };
+        routed.observer.reservation.redirect(other.id);
+        routed.observer.outcome.attempts += 1;
+        routed.observer.outcome.endpoint.clone_from(&other.name);
+        routed.upstream = other;
+    }
+
+    /// Envoy answers for an endpoint that it cannot reach, or that breaks off. Such an answer
+    /// lacks what endpoints and Envoy put on those that endpoints gave.
+    fn note_failure(&self, routed: &Routed, block: &HeaderBlock, status: Option<u16>) {
+        let is_local = matches!(status, Some(502..=504))
+            && block.get(ENDPOINT_TIME).is_none()
+            && block.get("date").is_none();
+        if is_local {
+            let endpoint = &routed.upstream.name;
+            debug!(endpoint, status, "The proxy answered in the place of an endpoint.");
+            self.shared.count_upstream_failure(endpoint, "proxy_answered");
+            let now = self.shared.clock.now();
+            self.shared.brain.lock().on_endpoint_failed(now, routed.upstream.id);
+        }
+    }
+
+    async fn on_piece(&mut self, exchange: &mut Exchange, piece: Piece) -> Result<(), End> {
+        if let Some(routed) = &mut exchange.routed {
+            routed.observer.chunk(&piece.body);
+        }
+        if let Some(scanner) = &mut exchange.scanner {
+            scanner.push(&piece.body);
+        }
+        let mut reports = Vec::new();
+        if piece.end_of_stream {
+            reports = self.reports(exchange);
+            exchange.end();
+        }
+        let reports = named(&reports);
+        let dynamic = dynamic(&reports);
+        match self.modes.response {
+            BodyMode::FullDuplexStreamed => {
+                self.pass_on(Side::Response, piece.body, piece.end_of_stream, &dynamic).await
+            }
+            _ => {
+                self.answer.whole_body(Side::Response, &[], false, None, &dynamic);
+                Ok(())
+            }
+        }
+    }
+
+    /// What the plan wants data planes to be told about a complete answer.
+    fn reports(&self, exchange: &Exchange) -> Vec<Report> {
+        let Some(usage) = exchange.usage() else { return Vec::new() };
+        let usage = ReportUsage {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            cached_tokens: usage.cached_tokens,
+        };
+        let reported = self.options.reporters.iter().filter_map(|reporter| {
+            reporter.report(&usage).unwrap_or_else(|error| {
+                debug!(%error, "A number about an answer could not be computed.");
+                self.shared.metrics.count_reject("report_failed");
+                None
+            })
+        });
+        reported.collect()
+    }
+}
+
+type Named<'a> = Vec<(&'a str, Vec<(&'a str, DynamicValue<'a>)>)>;
+
+/// Reports by namespace.
+fn named(reports: &[Report]) -> Named<'_> {
+    let mut named: Named<'_> = Vec::new();
+    for report in reports {
+        // Metadata has no integers.
+        let value = (report.name.as_str(), DynamicValue::Number(report.value as f64));
+        match named.iter_mut().find(|(namespace, _)| *namespace == report.namespace) {
+            Some((_, values)) => values.push(value),
+            None => named.push((&report.namespace, vec![value])),
+        }
+    }
+    named
+}
+
+fn dynamic<'a>(named: &'a Named<'a>) -> Vec<(&'a str, &'a [(&'a str, DynamicValue<'a>)])> {
+    named.iter().map(|(namespace, values)| (*namespace, &values[..])).collect()
+}

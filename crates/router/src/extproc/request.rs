@@ -1,0 +1,349 @@
+//! From a client's headers and body to the header that names its endpoint.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use kvroute_core::decision::DATA_PARALLEL_HEADER;
+use kvroute_core::settings::ms;
+use kvroute_wire::api::Api;
+use kvroute_wire::ext_proc::{
+    BodyMode, DynamicValue, HeaderBlock, HeaderChange, Metadata, Part, Side,
+};
+
+use super::answer::Exchange;
+use super::{DESTINATION, NAMESPACE, Next, Stop, Stream, hints, unexpected};
+use crate::error::RouteError;
+use crate::grpc::{End, Silence};
+use crate::headers;
+use crate::route::{self, Chosen, Way};
+use crate::shared::Inflight;
+use crate::upstream::Upstream;
+
+/// Every candidate's score: a key of the metadata.
+const SCORES: &str = "x-gateway-destination-endpoint-scores";
+
+/// A request's head.
+struct Head {
+    way: Way,
+    headers: HeaderMap,
+    /// What clients may not set, and did.
+    removed: Vec<HeaderName>,
+    end_of_stream: bool,
+}
+
+/// A request's body.
+#[derive(Default)]
+struct Body {
+    /// All of it, where it is read before the decision.
+    whole: Option<Bytes>,
+    /// Trailers came after it.
+    trailers: bool,
+    /// It is not complete: what is left passes through.
+    passes: bool,
+}
+
+impl Stream<'_> {
+    /// A request from its head on.
+    pub(super) async fn request(
+        &mut self,
+        block: HeaderBlock,
+        metadata: Metadata,
+        place: Result<Inflight, RouteError>,
+    ) -> Result<(), End> {
+        let (head, claimed) = self.head(block);
+        let routed = match claimed.and(place) {
+            Ok(place) => self.route(&head, metadata, place).await,
+            Err(error) => Err(error.into()),
+        };
+        match routed {
+            Ok(exchange) => self.answers(exchange, None).await,
+            Err(Stop::Refuse(error)) => self.refuse_request(&head.way, &error).await,
+            Err(Stop::Answered(message)) => self.answers(Exchange::unasked(), Some(*message)).await,
+            Err(Stop::Gone) => {
+                self.shared.metrics.client_aborts.inc();
+                Ok(())
+            }
+            Err(Stop::End(end)) => Err(end),
+        }
+    }
+
+    /// Reads a head; the second value tells why it is refused.
+    fn head(&self, block: HeaderBlock) -> (Head, Result<(), RouteError>) {
+        let started = Instant::now();
+        let is_post = block.get(":method") == Some(b"POST");
+        let path = String::from_utf8_lossy(block.get(":path").unwrap_or_default()).into_owned();
+        let bytes: usize = block.headers.iter().map(|(n, v)| n.len() + v.len() + 4).sum();
+        let mut headers = HeaderMap::with_capacity(block.headers.len());
+        for (name, value) in block.headers {
+            // Pseudo-headers have no names that HTTP allows.
+            if let Ok(name) = HeaderName::from_bytes(&name)
+                && let Ok(value) = HeaderValue::from_maybe_shared(value)
+            {
+                headers.append(name, value);
+            }
+        }
+        let removed: Vec<HeaderName> =
+            headers.keys().filter(|name| headers::is_control(name)).cloned().collect();
+        for name in &removed {
+            headers.remove(name);
+        }
+        let (request_id, id_value) = headers::request_id(&headers);
+        let end_of_stream = block.end_of_stream;
+        let claimed = route::api_of(self.shared, is_post, &path, &headers, end_of_stream);
+        let api = claimed.as_ref().copied().unwrap_or(Api::Other);
+        let max = self.shared.settings.header_bytes_max;
+        let fits = if bytes > max { Err(RouteError::HeadTooLarge(max)) } else { Ok(()) };
+        let way = Way { started, request_id, id_value, api };
+        let head = Head { way, headers, removed, end_of_stream };
+        (head, claimed.map(drop).map_err(RouteError::from).and(fits))
+    }
+
+    /// Reads, decides, and sends the request on.
+    async fn route(
+        &mut self,
+        head: &Head,
+        metadata: Metadata,
+        place: Inflight,
+    ) -> Result<Exchange, Stop> {
+        let mut metadata = metadata;
+        let body = self.body(head, &mut metadata).await?;
+        let subset = self.options.subset_hints.then(|| hints::allowed(self.shared, &metadata));
+        let chosen = self.decide(head, &body, subset.flatten().as_deref()).await?;
+        let upstream = self.shared.upstreams.get(chosen.candidates[0]).ok_or(RouteError::Gone)?;
+        self.send_on(head, &body, &chosen, &upstream).await?;
+        let wants_answer = head.way.api.tells_usage()
+            || !chosen.response_headers.is_empty()
+            || self.options.tells_served;
+        let response_headers = chosen.response_headers.clone();
+        let mut observer = route::observe(self.shared, &head.way, chosen, place);
+        observer.outcome.attempts = 1;
+        observer.outcome.endpoint.clone_from(&upstream.name);
+        Ok(Exchange::routed(
+            observer,
+            upstream,
+            response_headers,
+            &head.way,
+            body.passes,
+            wants_answer,
+        ))
+    }
+
+    /// The body, as far as it is needed and its mode allows.
+    async fn body(&mut self, head: &Head, metadata: &mut Metadata) -> Result<Body, Stop> {
+        let is_read = head.way.api.reads_body();
+        if head.end_of_stream {
+            return Ok(Body { whole: is_read.then(Bytes::new), ..Body::default() });
+        }
+        match self.modes.request {
+            BodyMode::FullDuplexStreamed if !is_read => {
+                Ok(Body { passes: true, ..Body::default() })
+            }
+            BodyMode::FullDuplexStreamed => self.collect(metadata).await,
+            // Envoy waits for this answer before it sends the body, and keeps the headers until
+            // that is answered.
+            BodyMode::Buffered => {
+                self.answer.headers(Side::Request, &[], false, &[]);
+                self.collect(metadata).await
+            }
+            // The headers are gone when the body comes, or it never comes whole.
+            BodyMode::None | BodyMode::Streamed | BodyMode::BufferedPartial => {
+                if is_read {
+                    self.note_blind("body-not-sent");
+                }
+                let passes = self.modes.request != BodyMode::None;
+                Ok(Body { passes, ..Body::default() })
+            }
+            BodyMode::Other(mode) => Err(RouteError::BodyMode(mode).into()),
+        }
+    }
+
+    /// Collects a whole body. One that comes in a single piece is not copied.
+    async fn collect(&mut self, metadata: &mut Metadata) -> Result<Body, Stop> {
+        let settings = &self.shared.settings;
+        let (bytes_max, whole_s) =
+            (settings.body_bytes_max, settings.ext_proc_request_timeout_s.max(1));
+        let silence_s = settings.client_body_timeout_s.max(1);
+        let until = Instant::now() + Duration::from_secs(u64::from(whole_s));
+        let (mut first, mut rest) = (Bytes::new(), BytesMut::new());
+        let trailers = loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let patience = left.min(Duration::from_secs(u64::from(silence_s)));
+            let message = match self.next(patience).await? {
+                Next::Message(message) => message,
+                Next::TooLong if left <= patience => {
+                    return Err(RouteError::RequestTimeout(whole_s).into());
+                }
+                Next::TooLong => return Err(RouteError::BodyTimeout(silence_s).into()),
+                Next::Gone => return Err(Stop::Gone),
+            };
+            if !message.metadata.is_empty() {
+                metadata.clone_from(&message.metadata);
+            }
+            match message.part {
+                Part::RequestBody(piece) => {
+                    if first.len() + rest.len() + piece.body.len() > bytes_max {
+                        return Err(RouteError::BodyTooLarge(bytes_max).into());
+                    }
+                    match first.is_empty() && rest.is_empty() {
+                        true => first = piece.body,
+                        false if piece.body.is_empty() => {}
+                        false => {
+                            if rest.is_empty() {
+                                rest.extend_from_slice(&std::mem::take(&mut first));
+                            }
+                            rest.extend_from_slice(&piece.body);
+                        }
+                    }
+                    if piece.end_of_stream {
+                        break false;
+                    }
+                }
+                Part::RequestTrailers => break true,
+                Part::ResponseHeaders(_) => return Err(Stop::Answered(Box::new(message))),
+                other => return Err(unexpected(&other).into()),
+            }
+        };
+        let whole = if rest.is_empty() { first } else { rest.freeze() };
+        self.shared.metrics.request_body.observe(whole.len() as f64);
+        Ok(Body { whole: Some(whole), trailers, passes: false })
+    }
+
+    /// Decides, unless Envoy or the client has had enough meanwhile.
+    async fn decide(
+        &mut self,
+        head: &Head,
+        body: &Body,
+        allowed: Option<&[kvroute_core::EndpointId]>,
+    ) -> Result<Chosen, Stop> {
+        let whole = body.whole.as_ref().filter(|_| head.way.api.reads_body());
+        let decided = route::decide(self.shared, &head.way, &head.headers, whole, allowed);
+        if body.passes {
+            // What is left of the body waits in its window.
+            return Ok(decided.await?);
+        }
+        let limit = ms(self.shared.settings.decision_timeout_ms).saturating_mul(2);
+        tokio::select! {
+            biased;
+            decided = decided => Ok(decided?),
+            came = self.call.next(limit) => match came {
+                Ok(bytes) => match kvroute_wire::ext_proc::Message::read(&bytes) {
+                    Ok(message) => match message.part {
+                        Part::ResponseHeaders(_) => Err(Stop::Answered(Box::new(message))),
+                        other => Err(unexpected(&other).into()),
+                    },
+                    Err(error) => {
+                        let code = kvroute_wire::grpc::Code::InvalidArgument;
+                        Err(End::new(code, error.to_string()).into())
+                    }
+                },
+                Err(Silence::Broken(error)) => Err(Stop::End(error.into())),
+                Err(_) => Err(Stop::Gone),
+            },
+        }
+    }
+
+    /// Names the endpoint, and gives the body back.
+    async fn send_on(
+        &mut self,
+        head: &Head,
+        body: &Body,
+        chosen: &Chosen,
+        upstream: &Arc<Upstream>,
+    ) -> Result<(), End> {
+        let destination = self.destination(chosen, upstream);
+        let length = body.whole.as_ref().map(|body| body.len().to_string()).unwrap_or_default();
+        let rank = upstream.rank.to_string();
+        let mut changes = vec![HeaderChange::Set(DESTINATION, destination.as_bytes())];
+        if !length.is_empty() && !head.end_of_stream {
+            changes.push(HeaderChange::Set(CONTENT_LENGTH.as_str(), length.as_bytes()));
+        }
+        if head.headers.get(headers::REQUEST_ID) != Some(&head.way.id_value) {
+            let id = head.way.id_value.as_bytes();
+            changes.push(HeaderChange::Set(headers::REQUEST_ID_NAME, id));
+        }
+        let told = chosen.request_headers.iter().filter(|h| h.name != DATA_PARALLEL_HEADER);
+        changes.extend(told.map(|h| HeaderChange::Set(h.name, h.value.as_bytes())));
+        if let Some(address) = &upstream.data_parallel {
+            changes.push(HeaderChange::Set(DATA_PARALLEL_HEADER, address.as_bytes()));
+        }
+        if upstream.shares_address.load(std::sync::atomic::Ordering::Relaxed) {
+            changes.push(HeaderChange::Set(headers::RANK, rank.as_bytes()));
+        }
+        // A compressed answer does not show its usage.
+        if head.way.api.tells_usage() && head.headers.contains_key(ACCEPT_ENCODING) {
+            changes.push(HeaderChange::Remove(ACCEPT_ENCODING.as_str()));
+        }
+        let set: Vec<&str> = changes.iter().filter_map(set_name).collect();
+        let removed = head.removed.iter().map(HeaderName::as_str);
+        let removed: Vec<_> =
+            removed.filter(|name| !set.contains(name)).map(HeaderChange::Remove).collect();
+        changes.extend(removed);
+        let scores = self.scores(chosen);
+        let scores: Vec<(&str, f64)> = scores.iter().map(|(n, s)| (n.as_str(), *s)).collect();
+        let mut values = vec![(DESTINATION, DynamicValue::Text(&destination))];
+        if self.options.emit_scores {
+            values.push((SCORES, DynamicValue::Numbers(&scores)));
+        }
+        let dynamic = &[(NAMESPACE, &values[..])][..];
+        match (&body.whole, self.modes.request) {
+            (Some(_), BodyMode::Buffered) if !head.end_of_stream => {
+                self.answer.whole_body(Side::Request, &changes, true, None, dynamic);
+                if body.trailers {
+                    self.answer.trailers(Side::Request, &[]);
+                }
+                Ok(())
+            }
+            (whole, _) => {
+                self.answer.headers(Side::Request, &changes, true, dynamic);
+                match whole {
+                    Some(whole) if !head.end_of_stream => {
+                        let (whole, end) = (whole.clone(), !body.trailers);
+                        // Trailers alone end a body that never had a piece.
+                        if end || !whole.is_empty() {
+                            self.pass_on(Side::Request, whole, end, &[]).await?;
+                        }
+                        if body.trailers {
+                            self.answer.trailers(Side::Request, &[]);
+                        }
+                        Ok(())
+                    }
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// The chosen endpoint, and those that the plan offers for when it fails.
+    fn destination(&self, chosen: &Chosen, first: &Upstream) -> String {
+        let mut destination = first.authority.clone();
+        let others = chosen.candidates.iter().take(chosen.offered).skip(1);
+        for other in others.filter_map(|id| self.shared.upstreams.get(*id)) {
+            destination.push(',');
+            destination.push_str(&other.authority);
+        }
+        destination
+    }
+
+    /// Every candidate's score, by address.
+    fn scores(&self, chosen: &Chosen) -> Vec<(String, f64)> {
+        if chosen.scores.is_empty() {
+            return Vec::new();
+        }
+        let upstreams = self.shared.upstreams.all();
+        let address = |name: &str| upstreams.iter().find(|u| u.name == name);
+        let scores = chosen.scores.iter();
+        scores
+            .filter_map(|(name, total)| Some((address(name.as_str())?.authority.clone(), *total)))
+            .collect()
+    }
+}
+
+fn set_name<'a>(change: &HeaderChange<'a>) -> Option<&'a str> {
+    match change {
+        HeaderChange::Set(name, _) => Some(name),
+        HeaderChange::Remove(_) => None,
+    }
+}
