@@ -51,6 +51,8 @@ pub struct Plan {
     pub load: LoadPlan,
     /// Producers of anything else, by name.
     pub others: Vec<(Name, PluginSpec)>,
+    /// What proxies are told about answers.
+    pub reporters: Vec<PluginSpec>,
     /// What is expected of requests on each endpoint; `None`: nothing reads it.
     pub latency: Option<LatencyPlan>,
     /// From whom endpoints fetch cached blocks; `None`: from nobody.

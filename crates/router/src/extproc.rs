@@ -61,8 +61,7 @@ pub(crate) struct Options {
 impl Options {
     /// As the router and its plan say. The plan's expressions have been read before.
     pub fn new(config: Option<&ExtProcConfig>, plan: &Plan) -> Options {
-        let others = || plan.others.iter().map(|(_, spec)| spec);
-        let reporters = others().filter_map(|spec| match spec {
+        let reporters = plan.reporters.iter().filter_map(|spec| match spec {
             PluginSpec::AttributeReporter(reporter) => reporter.compile().ok(),
             _ => None,
         });
@@ -71,7 +70,7 @@ impl Options {
             subset_hints: config.is_none_or(|config| !config.ignore_subset_hints),
             reporters: reporters.collect(),
             emit_scores: config.is_some_and(|config| config.emit_scores),
-            tells_served: others().any(is_verifier),
+            tells_served: plan.reporters.iter().any(is_verifier),
         }
     }
 }

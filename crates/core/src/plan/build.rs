@@ -270,6 +270,7 @@ impl<'a> Builder<'a> {
             producer_main: main,
             load,
             others: self.others(),
+            reporters: self.reporters(),
             latency,
             peers,
             tokens,
@@ -306,6 +307,11 @@ impl<'a> Builder<'a> {
             _ => spec.kind().is(Role::Producer),
         };
         self.plugins.iter().filter(produces).filter(other).cloned().collect()
+    }
+
+    fn reporters(&self) -> Vec<PluginSpec> {
+        let specs = self.plugins.iter().map(|(_, spec)| spec);
+        specs.filter(|spec| spec.kind().is(Role::Reporter)).cloned().collect()
     }
 
     /// Load is always charged. It subtracts the matches of the named producer, else of the default

@@ -134,8 +134,9 @@ impl Stream<'_> {
     /// The body, as far as it is needed and its mode allows.
     async fn body(&mut self, head: &Head, metadata: &mut Metadata) -> Result<Body, Stop> {
         let is_read = head.way.api.reads_body();
+        // Without a body there is nothing to read: the request goes by load.
         if head.end_of_stream {
-            return Ok(Body { whole: is_read.then(Bytes::new), ..Body::default() });
+            return Ok(Body::default());
         }
         match self.modes.request {
             BodyMode::FullDuplexStreamed if !is_read => {
