@@ -1,6 +1,8 @@
 //! Envoy's messages as its public protos number them (`envoy.service.ext_proc.v3`,
 //! `envoy.config.core.v3`, `google.protobuf.Struct`), written down a second time: what the
 //! product encodes by hand is read here by other code.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::enum_variant_names, reason = "the names are Envoy's")]
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,6 @@
 //! An independent client of the ext_proc server: tonic's gRPC, prost's messages. What it gets is
 //! checked to be nothing but fields that Envoy knows.
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::net::SocketAddr;
 
@@ -21,7 +22,7 @@ pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 /// A connection to the server.
 #[derive(Clone)]
 pub struct Client {
-    channel: Channel,
+    pub channel: Channel,
     pub gzip: bool,
 }
 
