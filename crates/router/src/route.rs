@@ -87,7 +87,7 @@ pub(crate) struct Way {
 }
 
 /// Only what is posted to a claimed path is read. A post without a body, like other methods, asks
-/// nothing that a parser could read, so it is forwarded even where nothing takes what is left over.
+/// nothing that a parser could read: the endpoint says what it thinks of it.
 pub(crate) fn api_of(
     shared: &Shared,
     is_post: bool,
@@ -99,8 +99,7 @@ pub(crate) fn api_of(
         return Ok(Api::Other);
     }
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let claimed = shared.parsers.resolve(request_path(path, header));
-    if is_empty { claimed.or(Ok(Api::Other)) } else { claimed }
+    if is_empty { Ok(Api::Other) } else { shared.parsers.resolve(request_path(path, header)) }
 }
 
 /// The whole request: parse, tokenize, chains, decide, forward, observe.

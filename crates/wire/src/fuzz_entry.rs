@@ -3,9 +3,12 @@
 //! One function per parser, called by the fuzz targets in `fuzz/` and by `tests/corpus.rs`, so
 //! that both check the same promises. A broken promise is a panic.
 
+use bytes::Bytes;
 use kvroute_core::parse::ParserKind;
 
 use crate::api::Api;
+use crate::ext_proc::{self, Part};
+use crate::grpc::MessageReader;
 use crate::parsers::Parsers;
 use crate::request::{Prompt, RequestBody};
 use crate::usage::UsageScanner;
@@ -15,12 +18,14 @@ use crate::{config, discovery, kv_event, models, prometheus, protobuf, request};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; the names are those of the corpus folders.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 11] = [
     ("kv_event", kv_event),
     ("request", request),
     ("parsers", parsers),
     ("protobuf", protobuf),
     ("usage", usage),
+    ("grpc", grpc),
+    ("ext_proc", ext_proc),
     ("prometheus", prometheus),
     ("config", config),
     ("discovery", discovery),
@@ -132,6 +137,47 @@ pub fn usage(bytes: &[u8]) {
         bytes.chunks(step).for_each(|chunk| cut.push(chunk));
         assert_eq!(whole.usage(), cut.usage(), "{api:?} in chunks of {step}");
     }
+}
+
+/// Where a stream is cut makes no difference, and no message is larger than allowed.
+pub fn grpc(bytes: &[u8]) {
+    const BYTES_MAX: usize = 1 << 16;
+    let step = 1 + bytes.first().map_or(0, |byte| usize::from(*byte % 16));
+    let read = |step: usize| {
+        let mut reader = MessageReader::new(BYTES_MAX, true);
+        let mut messages = Vec::new();
+        for piece in bytes.chunks(step.max(1)) {
+            reader.push(Bytes::copy_from_slice(piece));
+            loop {
+                match reader.read() {
+                    Ok(Some(message)) => messages.push(message),
+                    Ok(None) => break,
+                    Err(error) => return (messages, Err(error)),
+                }
+            }
+        }
+        let end = reader.finish();
+        (messages, end)
+    };
+    let whole = read(bytes.len());
+    assert_eq!(whole, read(step), "in pieces of {step}");
+    assert!(whole.0.iter().all(|message| message.len() <= BYTES_MAX));
+}
+
+/// What is read lies in the message.
+pub fn ext_proc(bytes: &[u8]) {
+    let whole = Bytes::copy_from_slice(bytes);
+    let Ok(message) = ext_proc::Message::read(&whole) else { return };
+    let _ = message.metadata.get("envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset");
+    let held = match &message.part {
+        Part::RequestHeaders(block) | Part::ResponseHeaders(block) => {
+            assert!(block.headers.len() <= ext_proc::HEADERS_MAX);
+            block.headers.iter().map(|(name, value)| name.len() + value.len()).sum()
+        }
+        Part::RequestBody(piece) | Part::ResponseBody(piece) => piece.body.len(),
+        Part::RequestTrailers | Part::ResponseTrailers => 0,
+    };
+    assert!(held <= bytes.len(), "{held} of {} bytes", bytes.len());
 }
 
 /// Shares stay shares.

@@ -226,7 +226,7 @@ impl Stream<'_> {
             self.note_served(routed, served.as_deref());
             routed.observer.outcome.status = status.unwrap_or(0);
             self.note_failure(routed, block, status);
-            told.push((headers::ENDPOINT_NAME.into(), routed.upstream.name.clone().into_bytes()));
+            told.push((headers::ENDPOINT_NAME.into(), routed.upstream.header.as_bytes().to_vec()));
             told.push((headers::REQUEST_ID_NAME.into(), routed.id_value.as_bytes().to_vec()));
             let wanted = routed.response_headers.iter();
             told.extend(wanted.map(|(n, v)| (n.to_string(), v.as_bytes().to_vec())));
@@ -302,7 +302,7 @@ impl Stream<'_> {
         let reported = self.options.reporters.iter().filter_map(|reporter| {
             reporter.report(&usage).unwrap_or_else(|error| {
                 debug!(%error, "A number about an answer could not be computed.");
-                self.shared.metrics.count_reject("report_failed");
+                self.shared.metrics.count_fallback("report-failed");
                 None
             })
         });
