@@ -39,6 +39,7 @@ pub mod plan;
 pub mod plugin;
 pub mod produce;
 pub mod report;
+pub mod rewrite;
 pub mod rng;
 pub mod score;
 pub mod screen;

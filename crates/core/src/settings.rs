@@ -9,6 +9,8 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::rewrite::ModelRewrite;
+
 /// All limits, with defaults. Each field may be left out.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -126,6 +128,12 @@ pub struct Settings {
     /// InferenceObjectives have it in Kubernetes. Requests below 0 are refused while the fleet is
     /// full.
     pub objectives: BTreeMap<String, i32>,
+    /// Not a limit: which models serve requests that name others, as InferenceModelRewrites say it
+    /// in Kubernetes. The request goes out with the name of the model that serves it, its answer
+    /// comes back with the name that the client gave; nothing else in them changes. A rule that
+    /// names a model beats one without matches; of several rules the first counts. A rule wins
+    /// over the header `x-llm-d-model-name-rewrite`.
+    pub model_rewrites: Vec<ModelRewrite>,
     /// Sessions that `session-affinity-scorer` remembers.
     pub sessions_max: u32,
     /// Evidence at which an endpoint's event knowledge is put in doubt: a prediction that was too
@@ -190,6 +198,7 @@ impl Default for Settings {
             tokenize_concurrency_max: 0,
             label_values_max: 1_000,
             objectives: BTreeMap::new(),
+            model_rewrites: Vec::new(),
             sessions_max: 65_536,
             drift_evidence_max: 6,
             drift_agreements_min: 5,

@@ -74,7 +74,8 @@ impl Decisions {
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let at_unix_s = since_epoch.map_or(0.0, |d| d.as_secs_f64());
         let blocks = prompt.blocks.capacity() * size_of::<BlocksRecord>();
-        let bytes = size_of::<Entry>() + OUTCOME_TEXT_BYTES + blocks + decision.bytes();
+        let asked = prompt.rewritten_from.as_ref().map_or(0, String::capacity);
+        let bytes = size_of::<Entry>() + OUTCOME_TEXT_BYTES + blocks + asked + decision.bytes();
         let entry = Entry { at_unix_s, prompt, decision, outcome: None, bytes };
         let mut ring = self.ring.lock();
         ring.bytes += bytes;

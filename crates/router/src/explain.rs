@@ -34,6 +34,9 @@ const ALL_MODELS: &str = "*";
 /// What the router made of a request's prompts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PromptRecord {
+    /// The model that the request named, where another one serves it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rewritten_from: Option<String>,
     /// Characters of the text that was tokenized, template included; of estimated tokens those of
     /// the text that was counted. `None`: there was no text.
     pub rendered_chars: Option<u64>,
@@ -66,7 +69,9 @@ impl PromptRecord {
             *blocks.entry(spec).or_insert(0u64) += chain.keys.len() as u64;
         }
         let record = |((block_size, space), blocks)| BlocksRecord { block_size, space, blocks };
+        let rewrite = asked.rewrite.as_ref().filter(|rewrite| rewrite.changes());
         PromptRecord {
+            rewritten_from: rewrite.map(|rewrite| rewrite.from.clone()),
             rendered_chars: asked.rendered_chars,
             prompts: u32::try_from(asked.prompts.len()).unwrap_or(u32::MAX),
             tokens: asked.prompt_tokens,
@@ -163,8 +168,8 @@ pub(crate) async fn explain(
         return Err(RouteError::Grpc(api.as_str()));
     }
     let asked = match api {
-        api if !api.reads_body() => Asked::nothing(),
-        api => tokenize::read(shared, api, &body, tokenize::video_hints(&client)).await?,
+        api if !shared.rewriter.reads_body(api, &client) => Asked::nothing(),
+        api => tokenize::read(shared, api, &body, tokenize::Hints::of(&client)).await?,
     };
     let prompt = PromptRecord::of(&asked);
     let seen = route::scheduling_headers(shared, &client, &asked);

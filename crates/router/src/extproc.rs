@@ -193,6 +193,25 @@ impl Stream<'_> {
         }
     }
 
+    /// Sends parts of a body on, of which some may be empty.
+    async fn pass_all_on(
+        &mut self,
+        side: Side,
+        parts: Vec<Bytes>,
+        end_of_stream: bool,
+        dynamic: Dynamic<'_>,
+    ) -> Result<(), End> {
+        let mut parts: Vec<Bytes> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        let last = parts.pop();
+        for part in parts {
+            self.pass_on(side, part, false, &[]).await?;
+        }
+        if last.is_some() || end_of_stream {
+            self.pass_on(side, last.unwrap_or_default(), end_of_stream, dynamic).await?;
+        }
+        Ok(())
+    }
+
     /// Sends bytes of a body on, in pieces of at most [`PIECE_BYTES_MAX`].
     async fn pass_on(
         &mut self,

@@ -30,6 +30,8 @@ const EARLY_ANSWER: Duration = Duration::from_millis(500);
 pub(crate) enum Payload {
     /// Read completely; can be sent again.
     Whole(Bytes),
+    /// The same under another model's name, in pieces.
+    Renamed([Bytes; 3]),
     /// Passed through as it comes; can be sent once.
     Stream(Option<Incoming>),
 }
@@ -47,6 +49,8 @@ pub(crate) struct Outgoing {
     pub payload: Payload,
     /// The answer's usage is read.
     pub read_answer: bool,
+    /// The answer's model gets another name.
+    pub restores_name: bool,
 }
 
 /// An answer whose body is still to be read.
@@ -111,7 +115,7 @@ fn may_retry(error: &UpstreamError, outgoing: &Outgoing) -> bool {
 }
 
 fn is_repeatable(outgoing: &Outgoing) -> bool {
-    matches!(outgoing.payload, Payload::Whole(_))
+    matches!(outgoing.payload, Payload::Whole(_) | Payload::Renamed(_))
         && (outgoing.read_answer || outgoing.method.is_safe())
 }
 
@@ -167,7 +171,7 @@ async fn attempt(
             length: length_of(outgoing),
             rank: upstream.shares_address.load(Ordering::Relaxed).then_some(upstream.rank),
             data_parallel: upstream.data_parallel.as_ref(),
-            read_answer: outgoing.read_answer,
+            read_answer: outgoing.read_answer || outgoing.restores_name,
         },
         &outgoing.headers,
         &mut head,
@@ -178,6 +182,12 @@ async fn attempt(
             .await
             .map_err(|_| late())?
             .map_err(UpstreamError::Broken),
+        Payload::Renamed(pieces) => {
+            tokio::time::timeout(limit, send_pieces(&mut connection, &head, pieces))
+                .await
+                .map_err(|_| late())?
+                .map_err(UpstreamError::Broken)
+        }
         Payload::Stream(body) => {
             let body = body.take();
             let mut sink = Sink { connection: &mut connection, limit };
@@ -198,6 +208,9 @@ fn length_of(outgoing: &Outgoing) -> BodyLength {
     match &outgoing.payload {
         Payload::Whole(bytes) if bytes.is_empty() && outgoing.method.is_safe() => BodyLength::None,
         Payload::Whole(bytes) => BodyLength::Known(bytes.len() as u64),
+        Payload::Renamed(pieces) => {
+            BodyLength::Known(pieces.iter().map(|piece| piece.len() as u64).sum())
+        }
         Payload::Stream(_) => match known_length(&outgoing.headers) {
             Some(length) => BodyLength::Known(length),
             None => BodyLength::Chunked,
@@ -208,6 +221,15 @@ fn length_of(outgoing: &Outgoing) -> BodyLength {
 /// What `content-length` says; the server has checked it against the body's framing.
 pub(crate) fn known_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+async fn send_pieces(
+    connection: &mut Connection,
+    head: &[u8],
+    [before, name, after]: &[Bytes; 3],
+) -> io::Result<()> {
+    connection.send(head, before).await?;
+    connection.send(name, after).await
 }
 
 /// A connection that must take each piece within a limit.

@@ -38,6 +38,11 @@ const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-kvrout
 /// Why the router refused a request.
 pub(crate) const DROPPED_REASON: &str = "x-llm-d-request-dropped-reason";
 
+/// The model that is to serve a request, by which its own name is replaced, and the older name of
+/// this header. An endpoint does not get them: a router behind this one would replace it again.
+pub(crate) const MODEL_REWRITE: [&str; 2] =
+    ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"];
+
 /// Chooses a data parallel rank behind one address (vLLM, SGLang). A client's own choice is
 /// replaced only where the router has chosen.
 pub(crate) const RANK: &str = "x-data-parallel-rank";
@@ -93,6 +98,12 @@ pub(crate) fn strip_control(headers: &mut HeaderMap) {
     }
 }
 
+/// Whether a body with these values of `content-encoding` is compressed, so that nothing can be
+/// found in it.
+pub(crate) fn is_encoded(encodings: impl IntoIterator<Item: AsRef<[u8]>>) -> bool {
+    encodings.into_iter().any(|value| value.as_ref() != b"identity")
+}
+
 /// Sum of names and values, in bytes, with the four that separate them on the wire.
 pub(crate) fn bytes_of(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum()
@@ -142,7 +153,8 @@ pub(crate) struct HeadParts<'a> {
     pub rank: Option<u32>,
     /// The chosen rank's own address, behind a port that takes the requests of all ranks.
     pub data_parallel: Option<&'a HeaderValue>,
-    /// Whether the answer will be read for usage, which a compressed one does not show.
+    /// Whether the answer will be read, for usage or a model's name, which a compressed one does
+    /// not show.
     pub read_answer: bool,
 }
 
@@ -170,7 +182,8 @@ pub(crate) fn write_head(parts: &HeadParts<'_>, headers: &HeaderMap, out: &mut V
         let ours = [HOST, CONTENT_LENGTH, EXPECT, REQUEST_ID, FORWARDED_FOR].contains(name);
         let compresses = parts.read_answer && *name == ACCEPT_ENCODING;
         let chooses = parts.rank.is_some() && name.as_str() == RANK;
-        if !ours && !compresses && !chooses {
+        let rewrites = MODEL_REWRITE.contains(&name.as_str());
+        if !ours && !compresses && !chooses && !rewrites {
             line(out, name.as_str(), value.as_bytes());
         }
     }
@@ -276,6 +289,8 @@ mod tests {
             ("tracestate", "a=b"),
             ("x-forwarded-for", "10.1.1.1"),
             ("x-data-parallel-rank", "7"),
+            ("x-llm-d-model-name-rewrite", "t"),
+            ("x-gateway-model-name-rewrite", "t"),
         ]);
         let parts = HeadParts {
             method: &http::Method::POST,

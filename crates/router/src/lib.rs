@@ -26,6 +26,7 @@ mod observe;
 mod patient;
 mod proxy;
 mod recorder;
+mod rewrite;
 mod route;
 mod scrape;
 mod shared;
@@ -215,6 +216,7 @@ fn share(
         n => n as usize,
     };
     let clock = clock::Clock::start();
+    let rewriter = rewrite::Rewriter::new(&settings.model_rewrites, config.seed);
     let mut brain = Brain::new(config.plan, config.seed);
     brain.set_recorder(recorder.as_ref().map(recorder::Recorder::hook));
     Ok(Shared {
@@ -235,6 +237,7 @@ fn share(
         config: config.config,
         tokenizers: config.tokenizers,
         default_model: config.default_model,
+        rewriter,
         tokenize_room: Arc::new(Semaphore::new(room)),
         tokenize_ns_per_kib: AtomicU64::new(tokenize::NS_PER_KIB_AT_START),
         tokenizer_complaints: Mutex::default(),

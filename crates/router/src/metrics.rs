@@ -3,7 +3,7 @@
 //! Label values that clients control (model names) are bounded by `label_values_max`; further
 //! ones are counted as `other`. Endpoint labels leave with their endpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,6 +21,11 @@ use crate::recorder::RecorderMetrics;
 
 /// States of an event stream, as `kvroute_stream_state` names them.
 pub(crate) const STREAM_STATES: [&str; 4] = ["initial", "live", "replaying", "suspect"];
+
+/// Stands for label values beyond the limit.
+const OTHER: &str = "other";
+/// Longest model name that is a label of `kvroute_model_rewrites`.
+const MODEL_LABEL_BYTES_MAX: usize = 256;
 
 /// A gauge of fractions.
 type GaugeF64 = Gauge<f64, AtomicU64>;
@@ -83,6 +88,15 @@ pub(crate) struct EndpointTier {
 pub(crate) struct ModelMode {
     pub model: String,
     pub mode: &'static str,
+}
+
+/// A model that requests named, the one that served them, and the rule that said so; an empty rule
+/// is the client's header.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, EncodeLabelSet)]
+pub(crate) struct RewriteLabels {
+    pub rule: String,
+    pub from: String,
+    pub to: String,
 }
 
 /// One endpoint and a source of numbers about it.
@@ -157,6 +171,10 @@ pub(crate) struct Metrics {
     model_mode: Family<ModelMode, Gauge>,
     /// Current mode of each model that has a label of its own.
     models: Mutex<BTreeMap<String, &'static str>>,
+    /// Requests whose model a rule or a header chose.
+    model_rewrites: Family<RewriteLabels, Counter>,
+    /// Those that have labels of their own.
+    rewrites: Mutex<BTreeSet<RewriteLabels>>,
     label_values_max: usize,
 }
 
@@ -226,6 +244,8 @@ impl Metrics {
             endpoint_up: Family::default(),
             model_mode: Family::default(),
             models: Mutex::default(),
+            model_rewrites: Family::default(),
+            rewrites: Mutex::default(),
             label_values_max: label_values_max as usize,
         };
         metrics.register_requests();
@@ -283,6 +303,11 @@ impl Metrics {
             self.request_body.clone(),
         );
         r.register("prompt_tokens", "Lengths of prompts in tokens", self.prompt_tokens.clone());
+        r.register(
+            "model_rewrites",
+            "Requests whose model a rule (or, without one, the client's header) chose",
+            self.model_rewrites.clone(),
+        );
         r.register("model_mode", "1 for the mode a model is routed in", self.model_mode.clone());
     }
 
@@ -441,13 +466,29 @@ impl Metrics {
             Some(before) if *before == mode => return,
             Some(_) => model,
             None if models.len() < self.label_values_max => model,
-            None => "other",
+            None => OTHER,
         };
         let before = models.insert(model.to_owned(), mode);
         if let Some(before) = before.filter(|b| *b != mode) {
             self.model_mode.remove(&ModelMode { model: model.to_owned(), mode: before });
         }
         self.model_mode.get_or_create(&ModelMode { model: model.to_owned(), mode }).set(1);
+    }
+
+    /// Counts a request that a rule (empty: its header) gave a model.
+    pub fn count_rewrite(&self, rule: &str, from: &str, to: &str) {
+        let own = |name: &str| name.to_owned();
+        let mut labels = RewriteLabels { rule: own(rule), from: own(from), to: own(to) };
+        let is_long = from.len().max(to.len()) > MODEL_LABEL_BYTES_MAX;
+        let mut known = self.rewrites.lock();
+        if !known.contains(&labels) {
+            if is_long || known.len() >= self.label_values_max {
+                labels = RewriteLabels { rule: own(rule), from: own(OTHER), to: own(OTHER) };
+            } else {
+                known.insert(labels.clone());
+            }
+        }
+        self.model_rewrites.get_or_create(&labels).inc();
     }
 
     /// The text format that Prometheus scrapes.
@@ -483,6 +524,23 @@ mod tests {
             assert!(page.contains(line), "{line} in {page}");
         }
         assert_eq!(page.matches("kvroute_model_mode{").count(), 3);
+    }
+
+    #[test]
+    fn labels_of_rewrites_are_bounded() {
+        let metrics = Metrics::new(2);
+        let long = "x".repeat(MODEL_LABEL_BYTES_MAX + 1);
+        for from in ["a", "b", "c", "a", &long] {
+            metrics.count_rewrite("r", from, "t");
+        }
+        let page = metrics.render();
+        for line in [
+            "kvroute_model_rewrites_total{rule=\"r\",from=\"a\",to=\"t\"} 2",
+            "kvroute_model_rewrites_total{rule=\"r\",from=\"b\",to=\"t\"} 1",
+            "kvroute_model_rewrites_total{rule=\"r\",from=\"other\",to=\"other\"} 2",
+        ] {
+            assert!(page.contains(line), "{line} in {page}");
+        }
     }
 
     #[test]

@@ -5,15 +5,17 @@
 //! client that has gone looks like: the connection to the endpoint is closed at once and what the
 //! request reserved is given back.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use kvroute_core::decision::ResponseEvent;
 use kvroute_core::load::Ticket;
+use kvroute_wire::model_name::Restorer;
 use kvroute_wire::usage::{Usage, UsageScanner};
 use tokio::time::Sleep;
 use tracing::debug;
@@ -62,7 +64,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match self {
             Body::Full(bytes) => bytes.is_none(),
-            Body::Answer(answer) => answer.connection.is_none() && answer.broken.is_none(),
+            Body::Answer(answer) => answer.is_over(),
         }
     }
 
@@ -70,6 +72,8 @@ impl http_body::Body for Body {
         match self {
             Body::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
             Body::Answer(answer) => match answer.framing {
+                // A name of another length is to come.
+                _ if answer.restorer.is_some() => SizeHint::default(),
                 Framing::Length(left) => SizeHint::with_exact(left),
                 _ => SizeHint::default(),
             },
@@ -85,11 +89,17 @@ pub(crate) struct AnswerBody {
     keep_alive: bool,
     upstream: Arc<Upstream>,
     observer: Observer,
+    /// Gives the model the name that the client knows.
+    restorer: Option<Restorer>,
+    /// What it has passed on and the client's connection has not taken yet.
+    restored: VecDeque<Bytes>,
     idle_timeout: Duration,
     idle: Pin<Box<Sleep>>,
     last_read: Instant,
     /// What broke the answer, to be told at the next poll.
     broken: Option<UpstreamError>,
+    /// What was passed on last is to be written before the error is told.
+    writes_first: bool,
 }
 
 impl AnswerBody {
@@ -100,6 +110,7 @@ impl AnswerBody {
         keep_alive: bool,
         upstream: Arc<Upstream>,
         observer: Observer,
+        restorer: Option<Restorer>,
         idle_timeout: Duration,
     ) -> AnswerBody {
         let mut body = AnswerBody {
@@ -108,10 +119,13 @@ impl AnswerBody {
             keep_alive,
             upstream,
             observer,
+            restorer,
+            restored: VecDeque::new(),
             idle_timeout,
             idle: Box::pin(tokio::time::sleep(idle_timeout)),
             last_read: Instant::now(),
             broken: None,
+            writes_first: false,
         };
         if body.framing.is_done() {
             body.finish();
@@ -119,7 +133,40 @@ impl AnswerBody {
         body
     }
 
+    fn is_over(&self) -> bool {
+        self.connection.is_none() && self.broken.is_none() && self.restored.is_empty()
+    }
+
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, UpstreamError>>> {
+        loop {
+            if let Some(piece) = self.restored.pop_front() {
+                return Poll::Ready(Some(Ok(piece)));
+            }
+            let received = ready!(self.poll_received(cx));
+            let Some(restorer) = &mut self.restorer else { return Poll::Ready(received) };
+            match received {
+                Some(Ok(data)) => restorer.push(data, &mut self.restored),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => {
+                    self.flush();
+                    return Poll::Ready(self.restored.pop_front().map(Ok));
+                }
+            }
+            if self.connection.is_none() {
+                self.flush();
+            }
+        }
+    }
+
+    /// The next bytes of the endpoint.
+    fn poll_received(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, UpstreamError>>> {
+        if std::mem::take(&mut self.writes_first) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         if let Some(error) = self.broken.take() {
             return Poll::Ready(Some(Err(error)));
         }
@@ -151,6 +198,13 @@ impl AnswerBody {
         }
     }
 
+    /// Nothing more comes: what still waits for its end goes on.
+    fn flush(&mut self) {
+        if let Some(restorer) = &mut self.restorer {
+            restorer.finish(&mut self.restored);
+        }
+    }
+
     fn finish(&mut self) {
         if let Some(connection) = self.connection.take() {
             if self.keep_alive && self.framing.is_done() {
@@ -169,12 +223,14 @@ impl AnswerBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, UpstreamError>>> {
         self.connection = None;
+        self.flush();
         self.observer.end(Some(&error));
         if error.is_connection_lost() {
             let shared = &self.observer.shared;
             shared.brain.lock().on_endpoint_failed(shared.clock.now(), self.upstream.id);
         }
         self.broken = Some(error);
+        self.writes_first = !self.restored.is_empty();
         cx.waker().wake_by_ref();
         Poll::Pending
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
@@ -19,6 +20,7 @@ use kvroute_core::fleet::Name;
 use kvroute_core::produce::HeldId;
 use kvroute_core::settings::ms;
 use kvroute_wire::api::Api;
+use kvroute_wire::model_name::Restorer;
 use kvroute_wire::parsers::{Unclaimed, request_path};
 use kvroute_wire::usage::UsageScanner;
 use tracing::{debug, info, warn};
@@ -30,6 +32,7 @@ use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
 use crate::metrics::RequestLabels;
 use crate::observe::{AnswerBody, Body, Observer, Reservation};
+use crate::rewrite::Rewrite;
 use crate::shared::{Inflight, Shared};
 use crate::tokenize::{self, Asked};
 
@@ -117,7 +120,7 @@ async fn route(
     }
     headers::strip_hop_by_hop(&mut parts.headers);
     headers::strip_control(&mut parts.headers);
-    let routed = way.api.reads_body();
+    let routed = shared.rewriter.reads_body(way.api, &parts.headers);
     let payload = if routed {
         Payload::Whole(collect(shared, &parts.headers, body).await?)
     } else {
@@ -129,6 +132,8 @@ async fn route(
     };
     let chosen = decide(shared, way, &parts.headers, whole, None).await?;
     chosen.tell_endpoint(&mut parts.headers);
+    let payload = renamed(payload, chosen.rewrite.as_ref());
+    let restorer = chosen.rewrite.as_ref().and_then(Rewrite::restorer);
     let mut outgoing = Outgoing {
         request_id: way.request_id.clone(),
         target: parts.uri.path_and_query().map_or("/", |target| target.as_str()).to_owned(),
@@ -138,6 +143,7 @@ async fn route(
         client,
         payload,
         read_answer: way.api.tells_usage(),
+        restores_name: restorer.is_some(),
     };
     let Chosen { candidates, response_headers, .. } = &chosen;
     let (candidates, response_headers) = (candidates.clone(), response_headers.clone());
@@ -145,13 +151,22 @@ async fn route(
     match forward(shared, &mut outgoing, &mut observer, &candidates).await {
         Ok(answer) => {
             note_cache_reset(shared, &outgoing, &answer);
-            Ok(respond(shared, answer, observer, &response_headers))
+            Ok(respond(shared, answer, observer, restorer, &response_headers))
         }
         Err(error) => {
             observer.refuse(error.status().as_u16(), &error);
             Err(error)
         }
     }
+}
+
+/// The body under the name of the model that serves it.
+fn renamed(payload: Payload, rewrite: Option<&Rewrite>) -> Payload {
+    let renamed = match (&payload, rewrite) {
+        (Payload::Whole(body), Some(rewrite)) => rewrite.body(body),
+        _ => None,
+    };
+    renamed.map_or(payload, Payload::Renamed)
 }
 
 fn check_head(shared: &Shared, parts: &Parts) -> Result<(), RouteError> {
@@ -224,7 +239,7 @@ pub(crate) async fn decide(
     let decided = async {
         let asked = match body {
             Some(body) => {
-                tokenize::read(shared, way.api, body, tokenize::video_hints(headers)).await?
+                tokenize::read(shared, way.api, body, tokenize::Hints::of(headers)).await?
             }
             None => Asked::nothing(),
         };
@@ -249,6 +264,8 @@ pub(crate) struct Chosen {
     pub scores: Vec<(Name, f64)>,
     /// Headers for the endpoint: who else works for the request.
     pub request_headers: Vec<RequestHeader>,
+    /// How the request came to its model, if that may be another one than it named.
+    pub rewrite: Option<Rewrite>,
     mode: Mode,
     endpoint: Name,
     /// Where the decision stands in the ring.
@@ -338,6 +355,9 @@ fn choose(
 ) -> Result<Chosen, RouteError> {
     let started = Instant::now();
     let asked = candidate.asked;
+    if let Some(Rewrite { rule, from, to, .. }) = &asked.rewrite {
+        shared.metrics.count_rewrite(rule, from, to);
+    }
     let seen = scheduling_headers(shared, candidate.headers, asked);
     let seen = Headers(&seen);
     let request = scheduled(shared, candidate, &seen, held);
@@ -371,6 +391,7 @@ fn choose(
         offered,
         scores,
         request_headers,
+        rewrite: asked.rewrite.clone(),
         mode,
         endpoint: name,
         number,
@@ -473,6 +494,7 @@ fn respond(
     shared: &Shared,
     answer: Answer,
     mut observer: Observer,
+    restorer: Option<Restorer>,
     response_headers: &[(HeaderName, HeaderValue)],
 ) -> Response<Body> {
     let Answer { head, connection, upstream } = answer;
@@ -481,6 +503,11 @@ fn respond(
     let (status, mut headers) = (head.status, head.headers);
     headers::strip_hop_by_hop(&mut headers);
     headers::strip_control(&mut headers);
+    let is_encoded = headers::is_encoded(headers.get_all(CONTENT_ENCODING).iter());
+    let restorer = restorer.filter(|_| may_restore(shared, &upstream.name, is_encoded));
+    if restorer.is_some() {
+        headers.remove(CONTENT_LENGTH);
+    }
     headers.insert(headers::ENDPOINT, upstream.header.clone());
     for (name, value) in response_headers {
         headers.insert(name.clone(), value.clone());
@@ -492,12 +519,24 @@ fn respond(
         head.keep_alive,
         upstream,
         observer,
+        restorer,
         idle_timeout,
     );
     let mut response = Response::new(Body::Answer(Box::new(body)));
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     response
+}
+
+/// Whether names can be found in an answer, which they cannot if it is compressed.
+pub(crate) fn may_restore(shared: &Shared, endpoint: &str, compressed: bool) -> bool {
+    if compressed && shared.is_first_complaint(&format!("compressed answers of {endpoint}")) {
+        warn!(
+            endpoint,
+            "Its answers are compressed, unasked: their models keep the target's name."
+        );
+    }
+    !compressed
 }
 
 /// An engine publishes that its cache was cleared only with its next request. A reset that went

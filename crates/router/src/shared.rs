@@ -21,6 +21,7 @@ use crate::error::RouteError;
 use crate::events::bound::Bound;
 use crate::metrics::{EndpointReason, Metrics};
 use crate::recorder::Recorder;
+use crate::rewrite::Rewriter;
 use crate::upstream::{PoolLimits, Upstream, Upstreams};
 
 /// How far a router is from its end.
@@ -53,6 +54,8 @@ pub(crate) struct Shared {
     pub config: String,
     pub tokenizers: Tokenizers,
     pub default_model: Option<String>,
+    /// Which models serve requests that name others.
+    pub rewriter: Rewriter,
     /// Proxies are told every candidate's score.
     pub tells_scores: bool,
     /// The plan uses KV events.

@@ -25,6 +25,7 @@ use tracing::warn;
 
 use crate::error::RouteError;
 use crate::metrics::ReasonLabel;
+use crate::rewrite::{self, Rewrite, Unreachable};
 use crate::shared::Shared;
 
 /// Bodies expected to take up to this long are read on the task that received them.
@@ -44,7 +45,10 @@ const SESSION_ID_BYTES_MAX: usize = 256;
 /// What a body asks for, as far as routing goes.
 #[derive(Debug)]
 pub(crate) struct Asked {
+    /// The model that serves the request.
     pub model: String,
+    /// How it came to that, if the request may have named another one.
+    pub rewrite: Option<Rewrite>,
     pub max_tokens: Option<u32>,
     /// See `core::decision::Request`.
     pub skips_cache: bool,
@@ -67,6 +71,7 @@ impl Asked {
     pub fn nothing() -> Asked {
         Asked {
             model: String::new(),
+            rewrite: None,
             max_tokens: None,
             skips_cache: false,
             session_id: None,
@@ -80,19 +85,37 @@ impl Asked {
     }
 }
 
-/// What the headers say about the videos of a request.
-pub(crate) fn video_hints(headers: &HeaderMap) -> VideoHints {
-    VideoHints::read(|name| headers.get(name)?.to_str().ok())
+/// What the headers say about a body.
+#[derive(Clone, Debug)]
+pub(crate) struct Hints {
+    videos: VideoHints,
+    /// See [`rewrite::wanted`].
+    model: Option<String>,
 }
 
-/// Reads a body of a routed API.
+impl Hints {
+    /// Of these headers.
+    pub fn of(headers: &HeaderMap) -> Hints {
+        Hints {
+            videos: VideoHints::read(|name| headers.get(name)?.to_str().ok()),
+            model: rewrite::wanted(headers).map(str::to_owned),
+        }
+    }
+}
+
+/// Reads a body of a routed API. Of other bodies nothing but the model matters, and only if it is
+/// another one that serves the request.
 pub(crate) async fn read(
     shared: &Arc<Shared>,
     api: Api,
     body: &Bytes,
-    hints: VideoHints,
+    hints: Hints,
 ) -> Result<Asked, RouteError> {
     let started = Instant::now();
+    if !api.reads_body() {
+        let rewrite = model_of(shared, api, &request::parse(api, body)?, &hints)?.rewrite;
+        return Ok(Asked { rewrite, ..Asked::nothing() });
+    }
     let expected_ns = (body.len() as u64 >> 10) * shared.tokenize_ns_per_kib.load(Relaxed);
     let asked = if expected_ns <= INLINE_NS_MAX || shared.tokens == TokensNeed::None {
         timed(shared, api, body, &hints)
@@ -105,7 +128,7 @@ pub(crate) async fn read(
 
 /// Reads, and learns how long it takes: a moving average over about eight bodies. Races between
 /// threads lose a sample, which does not matter.
-fn timed(shared: &Shared, api: Api, body: &[u8], hints: &VideoHints) -> Result<Asked, RouteError> {
+fn timed(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Asked, RouteError> {
     let started = Instant::now();
     let asked = read_now(shared, api, body, hints);
     if body.len() >= LEARN_BYTES_MIN {
@@ -122,8 +145,10 @@ async fn read_elsewhere(
     shared: &Arc<Shared>,
     api: Api,
     body: &Bytes,
-    hints: VideoHints,
+    hints: Hints,
 ) -> Result<Asked, RouteError> {
+    let videos = hints.videos;
+    let wanted = hints.clone();
     let room = Arc::clone(&shared.tokenize_room).acquire_owned().await;
     let (there, bytes) = (Arc::clone(shared), body.clone());
     let work = tokio::task::spawn_blocking(move || {
@@ -136,42 +161,38 @@ async fn read_elsewhere(
         // A tokenizer that panics must not take the request with it.
         Err(_) => {
             let parsed = request::parse(api, body)?;
-            let model = model_of(shared, api, &parsed)?;
-            complain(shared, &model, &"it panicked");
-            let estimator = Estimator { estimate: &shared.estimate, hints };
-            Ok(without_tokens(&parsed, model, body.len(), &estimator, NoTokens::TokenizerFailed))
+            let named = model_of(shared, api, &parsed, &wanted)?;
+            complain(shared, &named.model, &"it panicked");
+            let estimator = Estimator { estimate: &shared.estimate, videos };
+            Ok(without_tokens(&parsed, named, body.len(), &estimator, NoTokens::TokenizerFailed))
         }
     }
 }
 
-fn read_now(
-    shared: &Shared,
-    api: Api,
-    body: &[u8],
-    hints: &VideoHints,
-) -> Result<Asked, RouteError> {
+fn read_now(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Asked, RouteError> {
     let parsed = request::parse(api, body)?;
-    let model = model_of(shared, api, &parsed)?;
-    let estimator = Estimator { estimate: &shared.estimate, hints: *hints };
+    let named = model_of(shared, api, &parsed, hints)?;
+    let model = named.model.as_str();
+    let estimator = Estimator { estimate: &shared.estimate, videos: hints.videos };
     if shared.tokens == TokensNeed::None {
         let why = NoTokens::NotNeeded;
-        return Ok(without_tokens(&parsed, model, body.len(), &estimator, why));
+        return Ok(without_tokens(&parsed, named, body.len(), &estimator, why));
     }
-    let found = tokens_of(shared, &model, &parsed, &estimator);
+    let found = tokens_of(shared, model, &parsed, &estimator);
     let (Tokenized { ids: tokens, chars }, known) = match found {
         Ok(tokens) => tokens,
         Err(Missing { why, request_at_fault }) => {
-            let asked = without_tokens(&parsed, model, body.len(), &estimator, why);
+            let asked = without_tokens(&parsed, named, body.len(), &estimator, why);
             return Ok(Asked { request_at_fault, ..asked });
         }
     };
     let (specs, root) = {
         let brain = shared.brain.lock();
-        (brain.chain_specs(), brain.root_of(&model))
+        (brain.chain_specs(), brain.root_of(model))
     };
     let root = match root {
         RootKind::Base => Root::Base,
-        RootKind::Adapter => Root::Adapter(&model),
+        RootKind::Adapter => Root::Adapter(model),
     };
     let extras = PromptExtras { cache_salt: parsed.cache_salt.as_deref(), items: &parsed.items };
     let chains_of = |tokens: &Vec<u32>| PromptChains {
@@ -180,24 +201,48 @@ fn read_now(
     let prompts = tokens.iter().map(chains_of).collect();
     let prompt_tokens = tokens.iter().map(Vec::len).sum::<usize>();
     let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
-    Ok(Asked { prompts, rendered_chars: chars, prompt_tokens, known, ..about(&parsed, model) })
+    Ok(Asked { prompts, rendered_chars: chars, prompt_tokens, known, ..about(&parsed, named) })
 }
 
-/// Empty where the API has no place for a model and the router was not told of one: any endpoint
-/// may serve it.
-fn model_of(shared: &Shared, api: Api, parsed: &RequestBody<'_>) -> Result<String, RouteError> {
+/// The model that serves a request. Empty where the API has no place for a model and the router was
+/// not told of one: any endpoint may serve it.
+struct Named {
+    model: String,
+    rewrite: Option<Rewrite>,
+}
+
+fn model_of(
+    shared: &Shared,
+    api: Api,
+    parsed: &RequestBody<'_>,
+    hints: &Hints,
+) -> Result<Named, RouteError> {
     let given = parsed.model.as_deref().filter(|m| !m.is_empty());
-    match given.or(shared.default_model.as_deref()) {
-        Some(model) => Ok(model.to_owned()),
-        None if !api.names_model() => Ok(String::new()),
-        None => Err(RouteError::NoModel),
+    let model = given.or(shared.default_model.as_deref()).unwrap_or_default();
+    match shared.rewriter.rewrite(model, hints.model.as_deref(), parsed) {
+        Ok(Some(rewrite)) => {
+            return Ok(Named { model: rewrite.to.clone(), rewrite: Some(rewrite) });
+        }
+        Ok(None) => {}
+        Err(Unreachable) => {
+            let api = api.as_str();
+            if shared.is_first_complaint(&format!("{model} of {api}")) {
+                warn!(model, api, "A model's name inside of a gRPC message is not rewritten.");
+            }
+        }
     }
+    if model.is_empty() && api.names_model() && api.reads_body() {
+        return Err(RouteError::NoModel);
+    }
+    Ok(Named { model: model.to_owned(), rewrite: None })
 }
 
-fn about(parsed: &RequestBody<'_>, model: String) -> Asked {
+fn about(parsed: &RequestBody<'_>, named: Named) -> Asked {
+    let Named { model, rewrite } = named;
     let session_id = parsed.session_id.as_deref().filter(|s| s.len() <= SESSION_ID_BYTES_MAX);
     Asked {
         model,
+        rewrite,
         max_tokens: parsed.max_tokens,
         skips_cache: parsed.skips_cache,
         session_id: session_id.map(str::to_owned),
@@ -208,7 +253,7 @@ fn about(parsed: &RequestBody<'_>, model: String) -> Asked {
 
 fn without_tokens(
     parsed: &RequestBody<'_>,
-    model: String,
+    named: Named,
     body_bytes: usize,
     estimator: &Estimator<'_>,
     why: NoTokens,
@@ -225,7 +270,7 @@ fn without_tokens(
     Asked {
         prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
         known: TokensKnown::None(why),
-        ..about(parsed, model)
+        ..about(parsed, named)
     }
 }
 
@@ -294,7 +339,7 @@ fn complain(shared: &Shared, model: &str, error: &dyn std::fmt::Display) {
 /// How many tokens a prompt has, and which, where no tokenizer says it.
 struct Estimator<'a> {
     estimate: &'a TokenEstimate,
-    hints: VideoHints,
+    videos: VideoHints,
 }
 
 impl Estimator<'_> {
@@ -345,7 +390,7 @@ impl Estimator<'_> {
         media.iter().map(move |item| {
             let tokens = match item.kind {
                 MediaKind::Image => self.estimate.image.tokens(item.pixels),
-                MediaKind::Video => self.estimate.video.tokens(&self.hints),
+                MediaKind::Video => self.estimate.video.tokens(&self.videos),
                 MediaKind::Audio => AUDIO_TOKENS,
             };
             let tokens = (tokens as usize).min(room).max(1);
@@ -372,7 +417,7 @@ mod tests {
         let json = format!(r#"{{"messages":[{{"role":"user","content":[{}]}}]}}"#, parts.join(","));
         let body = request::parse(Api::ChatCompletions, json.as_bytes()).unwrap();
         let estimate = TokenEstimate::default();
-        let mut prompts = Estimator { estimate: &estimate, hints }.tokens_of(&body);
+        let mut prompts = Estimator { estimate: &estimate, videos: hints }.tokens_of(&body);
         assert_eq!(prompts.len(), 1);
         prompts.remove(0)
     }
@@ -422,7 +467,7 @@ mod tests {
         let body = br#"{"instructions":"be brief","tools":[{"type":"f"}],"input":"hi"}"#;
         let body = request::parse(Api::Responses, body).unwrap();
         let estimate = TokenEstimate::default();
-        let estimator = Estimator { estimate: &estimate, hints: VideoHints::default() };
+        let estimator = Estimator { estimate: &estimate, videos: VideoHints::default() };
         let expected = kvroute_tokens::estimate(br#""be brief"[{"type":"f"}]"hi""#);
         assert_eq!(estimator.tokens_of(&body), [expected]);
     }

@@ -9,16 +9,17 @@ use kvroute_core::parse::ParserKind;
 use crate::api::Api;
 use crate::ext_proc::{self, Part};
 use crate::grpc::MessageReader;
+use crate::model_name::Restorer;
 use crate::parsers::Parsers;
 use crate::request::{Prompt, RequestBody};
 use crate::usage::UsageScanner;
-use crate::{config, discovery, kv_event, models, prometheus, protobuf, request};
+use crate::{config, discovery, kv_event, model_name, models, prometheus, protobuf, request};
 
 /// A fuzz target by name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; the names are those of the corpus folders.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("kv_event", kv_event),
     ("request", request),
     ("parsers", parsers),
@@ -26,6 +27,7 @@ pub const TARGETS: [Target; 11] = [
     ("usage", usage),
     ("grpc", grpc),
     ("ext_proc", ext_proc),
+    ("model_name", model_name),
     ("prometheus", prometheus),
     ("config", config),
     ("discovery", discovery),
@@ -51,7 +53,10 @@ pub fn kv_event(bytes: &[u8]) {
 pub fn request(bytes: &[u8]) {
     for api in Api::ALL {
         match request::parse(api, bytes) {
-            Ok(body) => check_body(&body),
+            Ok(body) => {
+                check_body(&body);
+                check_model_place(bytes, &body);
+            }
             Err(error) => {
                 assert!(api.reads_body(), "bodies of {api:?} are never refused");
                 if let request::BodyError::BadJson { at, .. } = error {
@@ -89,6 +94,13 @@ fn check_body(body: &RequestBody<'_>) {
         assert!(json.get(item.place.clone()).is_some(), "{json}");
         end = item.place.end;
     }
+}
+
+fn check_model_place(bytes: &[u8], body: &RequestBody<'_>) {
+    let Some(place) = &body.model_place else { return };
+    let text = bytes.get(place.clone()).expect("the place lies in the body");
+    let name = serde_json::from_slice::<Option<String>>(text).expect("a name or null stands there");
+    assert_eq!(name.as_deref(), body.model.as_deref());
 }
 
 /// The first byte lists parsers, the rest is a path. A path is claimed by an API of a listed
@@ -178,6 +190,29 @@ pub fn ext_proc(bytes: &[u8]) {
         Part::RequestTrailers | Part::ResponseTrailers => 0,
     };
     assert!(held <= bytes.len(), "{held} of {} bytes", bytes.len());
+}
+
+/// Where an answer is cut makes no difference. A request's new name is read again.
+pub fn model_name(bytes: &[u8]) {
+    let step = 1 + bytes.first().map_or(0, |byte| usize::from(*byte % 16));
+    for (to, from) in [("t", "in"), ("a/\u{fc}", "\"")] {
+        let mut whole = Restorer::new(to, from);
+        let mut cut = whole.clone();
+        let (mut at_once, mut piecewise): (Vec<Bytes>, Vec<Bytes>) = Default::default();
+        whole.push(Bytes::copy_from_slice(bytes), &mut at_once);
+        whole.finish(&mut at_once);
+        for chunk in bytes.chunks(step) {
+            cut.push(Bytes::copy_from_slice(chunk), &mut piecewise);
+        }
+        cut.finish(&mut piecewise);
+        assert_eq!(at_once.concat(), piecewise.concat(), "{to} in chunks of {step}");
+    }
+    let Ok(body) = request::parse(Api::Completions, bytes) else { return };
+    let Some(place) = body.model_place else { return };
+    let new = model_name::replace(&Bytes::copy_from_slice(bytes), &place, "new \"name\"");
+    let new = new.expect("the place lies in the body").concat();
+    let again = request::parse(Api::Completions, &new).expect("only the name is another one");
+    assert_eq!(again.model.as_deref(), Some("new \"name\""));
 }
 
 /// Shares stay shares.

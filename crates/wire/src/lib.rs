@@ -16,6 +16,7 @@ pub mod grpc;
 pub mod grpc_health;
 pub mod kv_event;
 pub mod media;
+pub mod model_name;
 pub mod models;
 pub mod msgpack;
 pub mod parsers;

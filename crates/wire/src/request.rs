@@ -14,6 +14,7 @@ mod tests;
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 
 use kvroute_core::blocks::MultimodalSpan;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
@@ -23,6 +24,7 @@ use thiserror::Error;
 
 use crate::api::Api;
 use crate::media::{self, MediaItem};
+use crate::model_name;
 use loose::{Loose, LoosePrompt, Wrong};
 
 /// Most prompts of one request that are looked at. A request with more is routed by load: OpenAI
@@ -147,6 +149,10 @@ impl NoPrompt {
 pub struct RequestBody<'a> {
     /// Model or adapter name; `None` when the body names none.
     pub model: Option<Cow<'a, str>>,
+    /// Bytes of the body that are the value of `model` (quotes included, or `null`), of the last
+    /// one where it is given twice. `None`: the body has no such field, or holds it inside of
+    /// another encoding (gRPC).
+    pub model_place: Option<Range<usize>>,
     /// The answer comes as server-sent events.
     pub stream: bool,
     /// `stream_options.include_usage`: the stream ends with a usage object.
@@ -259,17 +265,25 @@ pub fn parse(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
     match api {
         Api::GrpcGenerate => grpc::generate(body),
         Api::GrpcEmbed => grpc::embed(body),
-        Api::VertexChat => parse(Api::ChatCompletions, grpc::http_body(body)?),
-        Api::VertexRaw | Api::VertexStreamRaw => parse(Api::Responses, grpc::http_body(body)?),
+        Api::VertexChat => wrapped(Api::ChatCompletions, body),
+        Api::VertexRaw | Api::VertexStreamRaw => wrapped(Api::Responses, body),
         _ => read_fields(api, body)?.into_body(api),
     }
+}
+
+/// JSON of `api` inside of a gRPC message.
+fn wrapped(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
+    Ok(RequestBody { model_place: None, ..parse(api, grpc::http_body(body)?)? })
 }
 
 fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let read = deserializer.deserialize_map(FieldsVisitor { api });
     match read.and_then(|fields| deserializer.end().map(|()| fields)) {
-        Ok(fields) => Ok(fields),
+        Ok(fields) => {
+            let model_place = fields.model_text.and_then(|text| model_name::place(body, text));
+            Ok(Fields { model_place, ..fields })
+        }
         Err(error) => Err(match serde_json::from_slice::<Loose<'_>>(body) {
             Ok(value) if value != Loose::Object => {
                 BodyError::NotObject { found: value.type_name() }
@@ -297,6 +311,9 @@ fn bad_json(body: &[u8], error: &serde_json::Error) -> BodyError {
 #[derive(Default)]
 struct Fields<'a> {
     model: Loose<'a>,
+    /// The model as it is written.
+    model_text: Option<&'a str>,
+    model_place: Option<Range<usize>>,
     stream: Loose<'a>,
     stream_options: Nested<'a>,
     max_tokens: Loose<'a>,
@@ -381,7 +398,11 @@ impl<'de> Visitor<'de> for FieldsVisitor {
         let is_sglang = self.api == Api::SglangGenerate;
         while let Some(key) = map.next_key::<Key<'de>>()? {
             match &*key.0 {
-                "model" => fields.model = map.next_value()?,
+                "model" => {
+                    let text = map.next_value::<&RawValue>()?.get();
+                    fields.model = serde_json::from_str(text).map_err(serde::de::Error::custom)?;
+                    fields.model_text = Some(text);
+                }
                 "stream" => fields.stream = map.next_value()?,
                 "stream_options" => fields.stream_options = map.next_value()?,
                 "max_tokens" => fields.max_tokens = map.next_value()?,
@@ -514,6 +535,7 @@ impl<'a> Fields<'a> {
     fn into_passed_through(self) -> RequestBody<'a> {
         RequestBody {
             model: hint(self.model),
+            model_place: self.model_place,
             stream: self.stream.flag().unwrap_or(false),
             include_usage: false,
             max_tokens: self.max_tokens.count(),
@@ -543,6 +565,7 @@ impl<'a> Fields<'a> {
         let salt_field = if api == Api::SglangGenerate { "extra_key" } else { "cache_salt" };
         let mut body = RequestBody {
             model: text("model", std::mem::take(&mut self.model))?,
+            model_place: self.model_place.take(),
             stream,
             // Anthropic's streams always end with one.
             include_usage: self.stream_options.include_usage.flag().unwrap_or(false)

@@ -11,6 +11,7 @@ use crate::decision::PREFER_HEADER;
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role, Stability, known_names};
 use crate::produce::{TokenEstimate, Tokens};
+use crate::rewrite;
 use crate::stage::{PREFIX_DEFAULT, Plugin, ProducerRef};
 
 /// Checks and completes a configuration.
@@ -64,6 +65,9 @@ impl<'a> Builder<'a> {
                 "must be positive: with 0 nothing works",
             ));
         }
+        rewrite::check(&config.kvroute.limits.model_rewrites).map_err(|fault| {
+            error(format!("kvroute.model_rewrites{}", fault.path), fault.message)
+        })?;
         let mut builder = Builder { config, plugins: Vec::new(), notes: Vec::new() };
         if config.api_version == Some(ApiVersion::Inference) {
             let text = "apiVersion: this group is deprecated; write llm-d.ai/v1alpha1";

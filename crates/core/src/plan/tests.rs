@@ -241,7 +241,12 @@ fn mistakes_of_meaning_name_their_place() {
             .into(), "plugins[1].type".into(), "multiple profile handlers"),
     ];
     let zero = ("kvroute: {scrape_interval_ms: 0}".into(), "kvroute.scrape_interval_ms".into());
-    let table = table.into_iter().chain([(zero.0, zero.1, "positive")]);
+    let targets = (
+        "kvroute: {model_rewrites: [{name: r, targets: []}]}".into(),
+        "kvroute.model_rewrites[0].targets".into(),
+    );
+    let more = [(zero.0, zero.1, "positive"), (targets.0, targets.1, "at least one target")];
+    let table = table.into_iter().chain(more);
     for (yaml, path, message) in table {
         let error = Plan::build(&parse(&yaml).unwrap(), Experimental::Allowed).unwrap_err();
         assert_eq!(error.path, path, "{yaml}");

@@ -4,6 +4,7 @@ use super::build::{Builder, is_stage_only};
 use super::{NoteKind, ProducerKind, ProducerPlan, ProfilePlan, StagePlan};
 use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role};
+use crate::rewrite;
 use crate::settings::ms;
 
 /// Smallest block of an approximate producer; see its `blockSizeTokens`.
@@ -34,6 +35,9 @@ impl Builder<'_> {
         }
         self.once_only(&mut notes);
         self.too_old(&mut notes);
+        let remarks = rewrite::remarks(&self.config.kvroute.limits.model_rewrites);
+        let named = |text| (NoteKind::Warning, format!("kvroute.model_rewrites: {text}"));
+        notes.extend(remarks.into_iter().map(named));
         notes.into_iter().for_each(|(kind, text)| self.note(kind, text));
     }
 

@@ -3,21 +3,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::header::CONTENT_LENGTH;
 use http::{HeaderName, HeaderValue};
 use kvroute_core::report::{Report, ReportUsage, ServedVerifier};
 use kvroute_wire::api::Api;
 use kvroute_wire::ext_proc::{
     BodyMode, DynamicValue, HeaderBlock, HeaderChange, Message, Metadata, Part, Piece, Side,
 };
+use kvroute_wire::model_name::Restorer;
 use kvroute_wire::usage::{Usage, UsageScanner};
 use tracing::debug;
 
-use super::{Next, Stream, hints, unexpected};
+use super::{Next, PIECE_BYTES_MAX, Stream, hints, unexpected};
 use crate::error::RouteError;
 use crate::grpc::End;
 use crate::headers;
 use crate::observe::Observer;
-use crate::route::Way;
+use crate::route::{self, Way};
 use crate::upstream::Upstream;
 
 /// Tells whoever looks that an Endpoint Picker has seen the answer; llm-d's does so.
@@ -45,6 +48,8 @@ struct Routed {
     response_headers: Vec<(HeaderName, HeaderValue)>,
     id_value: HeaderValue,
     api: Api,
+    /// Gives the model the name that the client knows.
+    restorer: Option<Restorer>,
 }
 
 impl Exchange {
@@ -66,11 +71,12 @@ impl Exchange {
         upstream: Arc<Upstream>,
         response_headers: Vec<(HeaderName, HeaderValue)>,
         way: &Way,
+        restorer: Option<Restorer>,
         request_passes: bool,
         wants_answer: bool,
     ) -> Exchange {
         let (id_value, api) = (way.id_value.clone(), way.api);
-        let routed = Routed { observer, upstream, response_headers, id_value, api };
+        let routed = Routed { observer, upstream, response_headers, id_value, api, restorer };
         Exchange {
             scanner: None,
             routed: Some(routed),
@@ -86,6 +92,25 @@ impl Exchange {
             routed.observer.end(None);
         }
         self.done = true;
+    }
+
+    fn restorer(&mut self) -> Option<&mut Restorer> {
+        self.routed.as_mut().and_then(|routed| routed.restorer.as_mut())
+    }
+
+    /// What of the answer can go on, its model under the name that the client knows.
+    fn restored(&mut self, body: Bytes, is_last: bool) -> Vec<Bytes> {
+        let Some(restorer) = self.restorer() else { return vec![body] };
+        let mut parts = Vec::new();
+        restorer.push(body, &mut parts);
+        if is_last {
+            restorer.finish(&mut parts);
+        }
+        // One message costs less than three.
+        if parts.len() > 1 && parts.iter().map(Bytes::len).sum::<usize>() <= PIECE_BYTES_MAX {
+            return vec![Bytes::from(parts.concat())];
+        }
+        parts
     }
 
     fn usage(&self) -> Option<Usage> {
@@ -193,6 +218,10 @@ impl Stream<'_> {
                 self.on_piece(exchange, piece).await
             }
             Part::ResponseTrailers if exchange.headers_seen => {
+                if self.modes.response == BodyMode::FullDuplexStreamed {
+                    let held = exchange.restored(Bytes::new(), true);
+                    self.pass_all_on(Side::Response, held, false, &[]).await?;
+                }
                 let reports = self.reports(exchange);
                 exchange.end();
                 let reports = named(&reports);
@@ -223,6 +252,14 @@ impl Stream<'_> {
             told.push((header.name.to_string(), header.value.into_bytes()));
         }
         if let Some(routed) = &mut exchange.routed {
+            let is_encoded = headers::is_encoded(block.get("content-encoding"));
+            if routed.restorer.is_some() {
+                if route::may_restore(self.shared, &routed.upstream.name, is_encoded) {
+                    changes.push(HeaderChange::Remove(CONTENT_LENGTH.as_str()));
+                } else {
+                    routed.restorer = None;
+                }
+            }
             self.note_served(routed, served.as_deref());
             routed.observer.outcome.status = status.unwrap_or(0);
             self.note_failure(routed, block, status);
@@ -273,6 +310,8 @@ impl Stream<'_> {
         if let Some(scanner) = &mut exchange.scanner {
             scanner.push(&piece.body);
         }
+        let restores = exchange.restorer().is_some();
+        let parts = exchange.restored(piece.body, piece.end_of_stream);
         let mut reports = Vec::new();
         if piece.end_of_stream {
             reports = self.reports(exchange);
@@ -282,10 +321,11 @@ impl Stream<'_> {
         let dynamic = dynamic(&reports);
         match self.modes.response {
             BodyMode::FullDuplexStreamed => {
-                self.pass_on(Side::Response, piece.body, piece.end_of_stream, &dynamic).await
+                self.pass_all_on(Side::Response, parts, piece.end_of_stream, &dynamic).await
             }
             _ => {
-                self.answer.whole_body(Side::Response, &[], false, None, &dynamic);
+                let restored = restores.then(|| parts.concat());
+                self.answer.whole_body(Side::Response, &[], false, restored.as_deref(), &dynamic);
                 Ok(())
             }
         }

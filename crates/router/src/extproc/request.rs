@@ -10,14 +10,15 @@ use kvroute_core::decision::DATA_PARALLEL_HEADER;
 use kvroute_core::settings::ms;
 use kvroute_wire::api::Api;
 use kvroute_wire::ext_proc::{
-    BodyMode, DynamicValue, HeaderBlock, HeaderChange, Metadata, Part, Side,
+    BodyMode, Dynamic, DynamicValue, HeaderBlock, HeaderChange, Metadata, Part, Side,
 };
 
 use super::answer::Exchange;
-use super::{DESTINATION, NAMESPACE, Next, Stop, Stream, hints, unexpected};
+use super::{DESTINATION, NAMESPACE, Next, PIECE_BYTES_MAX, Stop, Stream, hints, unexpected};
 use crate::error::RouteError;
 use crate::grpc::{End, Silence};
-use crate::headers;
+use crate::headers::{self, MODEL_REWRITE};
+use crate::rewrite::Rewrite;
 use crate::route::{self, Chosen, Way};
 use crate::shared::Inflight;
 use crate::upstream::Upstream;
@@ -90,6 +91,9 @@ impl Stream<'_> {
         for name in &removed {
             headers.remove(name);
         }
+        // They are read, and for nobody else.
+        let read = headers.keys().filter(|name| MODEL_REWRITE.contains(&name.as_str()));
+        let removed: Vec<HeaderName> = removed.into_iter().chain(read.cloned()).collect();
         let (request_id, id_value) = headers::request_id(&headers);
         let end_of_stream = block.end_of_stream;
         let claimed = route::api_of(self.shared, is_post, &path, &headers, end_of_stream);
@@ -113,8 +117,10 @@ impl Stream<'_> {
         let subset = self.options.subset_hints.then(|| hints::allowed(self.shared, &metadata));
         let chosen = self.decide(head, &body, subset.flatten().as_deref()).await?;
         let upstream = self.shared.upstreams.get(chosen.candidates[0]).ok_or(RouteError::Gone)?;
+        let restorer = chosen.rewrite.as_ref().and_then(Rewrite::restorer);
         self.send_on(head, &body, &chosen, &upstream).await?;
         let wants_answer = head.way.api.tells_usage()
+            || restorer.is_some()
             || !chosen.response_headers.is_empty()
             || self.options.tells_served;
         let response_headers = chosen.response_headers.clone();
@@ -126,14 +132,19 @@ impl Stream<'_> {
             upstream,
             response_headers,
             &head.way,
+            restorer,
             body.passes,
             wants_answer,
         ))
     }
 
+    fn is_read(&self, head: &Head) -> bool {
+        self.shared.rewriter.reads_body(head.way.api, &head.headers)
+    }
+
     /// The body, as far as it is needed and its mode allows.
     async fn body(&mut self, head: &Head, metadata: &mut Metadata) -> Result<Body, Stop> {
-        let is_read = head.way.api.reads_body();
+        let is_read = self.is_read(head);
         // Without a body there is nothing to read: the request goes by load.
         if head.end_of_stream {
             return Ok(Body::default());
@@ -219,7 +230,7 @@ impl Stream<'_> {
         body: &Body,
         allowed: Option<&[kvroute_core::EndpointId]>,
     ) -> Result<Chosen, Stop> {
-        let whole = body.whole.as_ref().filter(|_| head.way.api.reads_body());
+        let whole = body.whole.as_ref().filter(|_| self.is_read(head));
         let decided = route::decide(self.shared, &head.way, &head.headers, whole, allowed);
         if body.passes {
             // What is left of the body waits in its window.
@@ -255,7 +266,9 @@ impl Stream<'_> {
         upstream: &Arc<Upstream>,
     ) -> Result<(), End> {
         let destination = self.destination(chosen, upstream);
-        let length = body.whole.as_ref().map(|body| body.len().to_string()).unwrap_or_default();
+        let pieces = body.whole.as_ref().map(|body| renamed(body, chosen.rewrite.as_ref()));
+        let length = pieces.as_ref().map(|pieces| pieces.iter().map(Bytes::len).sum::<usize>());
+        let length = length.map(|bytes| bytes.to_string()).unwrap_or_default();
         let rank = upstream.rank.to_string();
         let mut changes = vec![HeaderChange::Set(DESTINATION, destination.as_bytes())];
         if !length.is_empty() && !head.end_of_stream {
@@ -273,8 +286,10 @@ impl Stream<'_> {
         if upstream.shares_address.load(std::sync::atomic::Ordering::Relaxed) {
             changes.push(HeaderChange::Set(headers::RANK, rank.as_bytes()));
         }
-        // A compressed answer does not show its usage.
-        if head.way.api.tells_usage() && head.headers.contains_key(ACCEPT_ENCODING) {
+        // A compressed answer does not show its usage, nor its model.
+        let restores = chosen.rewrite.as_ref().is_some_and(|r| r.restorer().is_some());
+        let is_read = head.way.api.tells_usage() || restores;
+        if is_read && head.headers.contains_key(ACCEPT_ENCODING) {
             changes.push(HeaderChange::Remove(ACCEPT_ENCODING.as_str()));
         }
         let set: Vec<&str> = changes.iter().filter_map(set_name).collect();
@@ -289,32 +304,32 @@ impl Stream<'_> {
             values.push((SCORES, DynamicValue::Numbers(&scores)));
         }
         let dynamic = &[(NAMESPACE, &values[..])][..];
-        match (&body.whole, self.modes.request) {
-            (Some(_), BodyMode::Buffered) if !head.end_of_stream => {
-                self.answer.whole_body(Side::Request, &changes, true, None, dynamic);
-                if body.trailers {
-                    self.answer.trailers(Side::Request, &[]);
-                }
-                Ok(())
+        self.send_body(body, pieces, &changes, dynamic).await
+    }
+
+    async fn send_body(
+        &mut self,
+        body: &Body,
+        pieces: Option<Vec<Bytes>>,
+        changes: &[HeaderChange<'_>],
+        dynamic: Dynamic<'_>,
+    ) -> Result<(), End> {
+        match (pieces, self.modes.request) {
+            (Some(pieces), BodyMode::Buffered) => {
+                let renamed = (pieces.len() > 1).then(|| pieces.concat());
+                self.answer.whole_body(Side::Request, changes, true, renamed.as_deref(), dynamic);
             }
-            (whole, _) => {
-                self.answer.headers(Side::Request, &changes, true, dynamic);
-                match whole {
-                    Some(whole) if !head.end_of_stream => {
-                        let (whole, end) = (whole.clone(), !body.trailers);
-                        // Trailers alone end a body that never had a piece.
-                        if end || !whole.is_empty() {
-                            self.pass_on(Side::Request, whole, end, &[]).await?;
-                        }
-                        if body.trailers {
-                            self.answer.trailers(Side::Request, &[]);
-                        }
-                        Ok(())
-                    }
-                    _ => Ok(()),
-                }
+            (Some(pieces), _) => {
+                self.answer.headers(Side::Request, changes, true, dynamic);
+                // Trailers alone end a body that never had a piece.
+                self.pass_all_on(Side::Request, pieces, !body.trailers, &[]).await?;
             }
+            (None, _) => self.answer.headers(Side::Request, changes, true, dynamic),
         }
+        if body.trailers {
+            self.answer.trailers(Side::Request, &[]);
+        }
+        Ok(())
     }
 
     /// The chosen endpoint, and those that the plan offers for when it fails.
@@ -340,6 +355,18 @@ impl Stream<'_> {
             .filter_map(|(name, total)| Some((address(name.as_str())?.authority.clone(), *total)))
             .collect()
     }
+}
+
+/// The body as it goes on: one piece, or several under a new name. Around that so much is copied
+/// that it needs no more messages than before.
+fn renamed(body: &Bytes, rewrite: Option<&Rewrite>) -> Vec<Bytes> {
+    let Some([mut before, name, mut after]) = rewrite.and_then(|rewrite| rewrite.body(body)) else {
+        return vec![body.clone()];
+    };
+    let around = before.split_off(before.len() - before.len() % PIECE_BYTES_MAX);
+    let room = PIECE_BYTES_MAX.saturating_sub(around.len() + name.len());
+    let behind = after.split_to(after.len().min(room));
+    vec![before, Bytes::from([around, name, behind].concat()), after]
 }
 
 fn set_name<'a>(change: &HeaderChange<'a>) -> Option<&'a str> {

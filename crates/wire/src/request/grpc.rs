@@ -130,6 +130,7 @@ pub(super) fn embed(body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
 fn of_prompt(prompt: Prompt<'_>) -> RequestBody<'_> {
     RequestBody {
         model: None,
+        model_place: None,
         stream: false,
         include_usage: false,
         max_tokens: None,
