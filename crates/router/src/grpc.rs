@@ -17,8 +17,8 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use kvroute_core::settings::ms;
 use kvroute_wire::error_body::grpc_message;
-use kvroute_wire::ext_proc;
 use kvroute_wire::grpc::{Code, FrameError, MessageReader};
+use kvroute_wire::{ext_proc, grpc_health};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -26,6 +26,7 @@ use tracing::debug;
 
 use crate::accept::Failure;
 use crate::extproc::{self, Options};
+use crate::health;
 use crate::patient::Patient;
 use crate::shared::{Phase, Shared};
 
@@ -41,7 +42,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
 
-/// The methods of one listener.
+/// The methods of one listener; gRPC health is among them.
 #[derive(Clone)]
 pub(crate) struct Methods {
     /// Envoy's external processor; `None`: not here.
@@ -70,7 +71,8 @@ where
         .handshake::<_, Bytes>(Patient::new(stream, silence));
     let mut connection = timeout(ms(settings.client_header_timeout_ms.max(1)), handshake).await??;
     let mut lost = pin!(lost(connection.ping_pong()));
-    let _counted = Counted::new(shared);
+    // Who asks for nothing but health is no proxy, and needs no drain.
+    let _counted = methods.ext_proc.is_some().then(|| Counted::new(shared));
     loop {
         match *phase.borrow_and_update() {
             Phase::Serving | Phase::Draining => {}
@@ -91,7 +93,7 @@ where
     }
 }
 
-/// A connection in the count of those that there are.
+/// A connection in the count of those of proxies.
 struct Counted<'a>(&'a Shared);
 
 impl Counted<'_> {
@@ -141,6 +143,8 @@ async fn answer(
     };
     let end = match (head.uri.path(), &methods.ext_proc) {
         (ext_proc::METHOD, Some(options)) => extproc::process(&shared, options, &mut call).await,
+        (grpc_health::CHECK, _) => health::check(&shared, &mut call).await,
+        (grpc_health::WATCH, _) => health::watch(&shared, &mut call).await,
         (path, _) => End::new(Code::Unimplemented, format!("there is no method {path} here")),
     };
     debug!(code = ?end.code, why = end.message, "A call is over.");
@@ -272,6 +276,15 @@ impl Call {
         let sent = sent.await.unwrap_or(Err(Silence::TooLong));
         self.broken |= sent.is_err();
         sent
+    }
+
+    /// Waits until the caller has given up the call or is gone.
+    pub async fn gone(&mut self) {
+        if let Ok(stream) = self.stream() {
+            // Either way it is over.
+            let _ = poll_fn(|cx| stream.poll_reset(cx)).await;
+        }
+        self.broken = true;
     }
 
     /// The stream of the response, whose head goes with the first message.

@@ -20,6 +20,7 @@ mod extproc;
 mod forward;
 mod grpc;
 mod headers;
+mod health;
 mod http1;
 mod metrics;
 mod observe;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvroute_router::{RouterHandle, StartError, TlsFiles};
+use kvroute_router::{ExtProcConfig, RouterHandle, ServerTls, StartError, TlsFiles};
 use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -78,6 +78,28 @@ async fn both_protocols_are_served_and_plain_text_is_not() {
     let _ = plain.read_to_end(&mut answer).await;
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
     assert_eq!(engine.seen().len(), 2);
+}
+
+#[tokio::test]
+async fn grpc_is_served_over_tls_and_http_2_alone() {
+    let loopback = "127.0.0.1:0".parse().unwrap();
+    let mut config = config(&[], settings());
+    config.ext_proc = Some(ExtProcConfig {
+        tls: ServerTls::from_files(Some(files())),
+        health: Some(loopback),
+        ..ExtProcConfig::plain(loopback)
+    });
+    let router = kvroute_router::start(config).await.unwrap();
+    let tcp = || async { TcpStream::connect(router.ext_proc_addr().unwrap()).await.unwrap() };
+    let name = || ServerName::try_from("localhost").unwrap();
+    let refused = connector(b"http/1.1").connect(name(), tcp().await).await;
+    assert!(refused.unwrap_err().to_string().contains("NoApplicationProtocol"));
+    let stream = connector(b"h2").connect(name(), tcp().await).await.unwrap();
+    let serving = (0, vec![0, 0, 0, 0, 2, 8, 1]);
+    assert_eq!(grpc_call(stream, "/grpc.health.v1.Health/Check", b"").await, serving);
+    // Probes come without TLS, to an address of their own.
+    let plain = TcpStream::connect(router.health_addr().unwrap()).await.unwrap();
+    assert_eq!(grpc_call(plain, "/grpc.health.v1.Health/Check", b"").await, serving);
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use kvroute_core::plan::{Experimental, Plan};
 use kvroute_core::settings::Settings;
 use kvroute_router::{EventsSource, RouterConfig, RouterHandle, Tokenizers};
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
@@ -493,4 +493,30 @@ pub async fn ready(router: &RouterHandle, endpoints: usize) {
         assert!(tokio::time::Instant::now() < until, "never ready: {page}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// What a gRPC call of one message comes to: its `grpc-status` and the bytes of the answer.
+pub async fn grpc_call<S>(stream: S, path: &str, message: &[u8]) -> (u16, Vec<u8>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut client = client.ready().await.unwrap();
+    let request = http::Request::post(format!("http://localhost{path}"))
+        .header("content-type", "application/grpc")
+        .body(())
+        .unwrap();
+    let (answer, mut send) = client.send_request(request, false).unwrap();
+    let mut framed = vec![0];
+    framed.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+    framed.extend_from_slice(message);
+    send.send_data(framed.into(), true).unwrap();
+    let (head, mut body) = answer.await.unwrap().into_parts();
+    let mut bytes = Vec::new();
+    while let Some(piece) = body.data().await {
+        bytes.extend_from_slice(&piece.unwrap());
+    }
+    let trailers = body.trailers().await.unwrap().unwrap_or(head.headers);
+    (trailers["grpc-status"].to_str().unwrap().parse().unwrap(), bytes)
 }
