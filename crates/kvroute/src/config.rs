@@ -6,6 +6,7 @@ use anyhow::{Context, anyhow, bail};
 use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::config_tests;
 use kvroute_core::plan::{Experimental, Plan, PlanError};
+use kvroute_core::settings::Settings;
 use kvroute_router::{
     EndpointFlag, EventsConfig, EventsSource, ExtProcConfig, Record, RouterConfig, TlsFiles,
     Tokenizers, UpstreamNames,
@@ -35,6 +36,19 @@ pub fn read(
     file: &str,
     experimental: Experimental,
 ) -> Result<(EndpointPickerConfig, Plan), ConfigError> {
+    read_with(text, file, experimental, &|_| {})
+}
+
+/// The same, with settings that are changed before a plan is made.
+///
+/// # Errors
+/// What is wrong, with line and column where the file is to blame.
+pub fn read_with(
+    text: &str,
+    file: &str,
+    experimental: Experimental,
+    change: &dyn Fn(&mut Settings),
+) -> Result<(EndpointPickerConfig, Plan), ConfigError> {
     let tree = Tree::parse(text, file, CONFIG_BYTES_MAX)?;
     if tree.is_empty() {
         let message = "nothing is written here: list plugins under `plugins`, or leave --config \
@@ -46,7 +60,8 @@ pub fn read(
                        keys under its `data`: give that";
         return Err(tree.error("kind", message));
     }
-    let config: EndpointPickerConfig = tree.read()?;
+    let mut config: EndpointPickerConfig = tree.read()?;
+    change(&mut config.kvroute.limits);
     let wrong = |PlanError { path, message }| tree.error(&path, &message);
     let plan = Plan::build(&config, experimental).map_err(wrong)?;
     config_tests::check(&config.kvroute.tests).map_err(wrong)?;
@@ -149,6 +164,8 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
         admin: args.admin,
         endpoints: endpoints(engines)?,
         endpoints_file: engines.endpoints_file.clone(),
+        endpoints_missing: None,
+        metrics: None,
         events,
         default_model: engines.model.clone(),
         tls: match (&args.tls_cert, &args.tls_key) {
@@ -203,8 +220,6 @@ pub fn tokenizers(flags: &[String], options: &TokenizerOptions) -> anyhow::Resul
 
 #[cfg(test)]
 mod tests {
-    use kvroute_core::settings::Settings;
-
     use super::*;
 
     fn limits_example() -> String {

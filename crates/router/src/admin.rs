@@ -1,34 +1,31 @@
-//! What can a person or a monitor ask? A listener of its own, read only.
+//! What can a person or a monitor ask? A listener of its own, read only. `monitor` is another, for
+//! monitors alone.
 //!
 //! `/metrics`, `/healthz`, `/readyz`, `/decisions?last=N`, `/decisions/{request-id}`, `/index`,
 //! `/endpoints`, `/snapshot`, and `POST /explain`, which changes nothing either. Everything but the
 //! metrics is JSON, indented for people but for the snapshot.
 
-use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tracing::{debug, warn};
 
 use crate::shared::Shared;
+use crate::tls::Acceptor;
 
+mod connections;
 mod explain;
 mod health;
 mod index;
+pub(crate) mod monitor;
 mod page;
 
-/// Connections at once.
-const CONNECTIONS_MAX: usize = 64;
 /// Decisions of one answer, at most and when nothing is said.
 const DECISIONS_MAX: usize = 10_000;
 const DECISIONS_DEFAULT: usize = 20;
@@ -38,8 +35,6 @@ const SNAPSHOTS_MAX: usize = 2;
 /// Requests that are explained at once, with their bodies; more wait. Each locks the brain for
 /// about as long as a decision, and for a copy of what plugins remember.
 const EXPLAINED_MAX: usize = 8;
-/// Patience with a request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Answer = Response<Full<Bytes>>;
 
@@ -60,32 +55,12 @@ impl Rooms {
 
 /// Answers until its task is aborted; draining does not end it.
 pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let rooms = Arc::new(Rooms::new());
-    loop {
-        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                warn!(%error, "A connection to the admin address could not be accepted.");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
+    let answer = move |request| {
         let (shared, rooms) = (Arc::clone(&shared), Arc::clone(&rooms));
-        tokio::spawn(async move {
-            let service = service_fn(|request: Request<Incoming>| {
-                let (shared, rooms) = (Arc::clone(&shared), Arc::clone(&rooms));
-                async move { Ok::<_, Infallible>(answer(&shared, &rooms, request).await) }
-            });
-            let mut server = hyper::server::conn::http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-            if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
-                debug!(%error, "A connection to the admin address broke.");
-            }
-            drop(permit);
-        });
-    }
+        async move { answer(&shared, &rooms, request).await }
+    };
+    connections::serve(listener, Acceptor::Plain, answer).await;
 }
 
 async fn answer(shared: &Arc<Shared>, rooms: &Rooms, request: Request<Incoming>) -> Answer {

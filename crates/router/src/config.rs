@@ -34,10 +34,15 @@ pub struct RouterConfig {
     /// Metrics, health, decisions, index; port 0 picks a free one. Whoever reaches this address
     /// can read model names and request ids, so keep it on loopback or a private network.
     pub admin: SocketAddr,
+    /// A further address for monitors alone.
+    pub metrics: Option<MetricsListener>,
     /// Endpoints by URL.
     pub endpoints: Vec<EndpointFlag>,
     /// Endpoints in a file (llm-d's file-discovery format), read again when it changes.
     pub endpoints_file: Option<PathBuf>,
+    /// A source of endpoints that is wanted and cannot be asked: what it is, and what to do. The
+    /// router is never ready then, whatever else it knows.
+    pub endpoints_missing: Option<String>,
     /// Where KV events come from.
     pub events: EventsConfig,
     /// Tokenizers of the served models.
@@ -94,6 +99,17 @@ impl Default for UpstreamNames {
     fn default() -> UpstreamNames {
         UpstreamNames { pool: "epp".to_owned(), streams: false }
     }
+}
+
+/// An address with metrics and health and nothing else, so that others may reach it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetricsListener {
+    /// Port 0 picks a free one.
+    pub address: SocketAddr,
+    /// How TLS is spoken there.
+    pub tls: ServerTls,
+    /// Nobody is shown metrics (401), and this is why; health is shown to everybody.
+    pub refused: Option<String>,
 }
 
 /// A recording of all that the core hears and decides; see `kvroute_core::journal`. It holds no

@@ -127,7 +127,8 @@ impl Discovery {
         }
         *self.shared.discovery_errors.lock() = errors;
         self.apply();
-        if self.sources.iter().all(Self::is_read) {
+        let missing = self.shared.endpoints_missing.is_some();
+        if !missing && self.sources.iter().all(Self::is_read) {
             self.shared.sources_read.send_if_modified(|read| !std::mem::replace(read, true));
         }
     }

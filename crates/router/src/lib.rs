@@ -51,10 +51,11 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use accept::Door;
+use admin::monitor::Monitor;
 pub use config::{
     BoundSocket, CipherSuite, EndpointFlag, EndpointFlagError, EventsConfig, EventsSource,
-    ExtProcConfig, Record, RouterConfig, ServerCertificate, ServerTls, TlsFiles, TlsNameError,
-    TlsVersion, Tokenizers, UpstreamNames,
+    ExtProcConfig, MetricsListener, Record, RouterConfig, ServerCertificate, ServerTls, TlsFiles,
+    TlsNameError, TlsVersion, Tokenizers, UpstreamNames,
 };
 use discover::{Discovery, FileSource, NameSource, Source};
 use grpc::Methods;
@@ -113,6 +114,7 @@ pub struct RouterHandle {
     ext_proc_addr: Option<SocketAddr>,
     health_addr: Option<SocketAddr>,
     admin_addr: SocketAddr,
+    metrics_addr: Option<SocketAddr>,
     events_addr: Option<SocketAddr>,
     /// Where requests come in; they are drained.
     doors: Vec<JoinHandle<()>>,
@@ -132,26 +134,14 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
     let server_tls = ServerTls::from_files(config.tls.clone());
     let acceptor = tls::Acceptor::new(&server_tls, tls::ALPN_HTTP)?;
     let ext_proc = config.ext_proc.clone();
-    let grpc_acceptor = match &ext_proc {
-        Some(ext_proc) => tls::Acceptor::new(&ext_proc.tls, tls::ALPN_GRPC)?,
-        None => tls::Acceptor::Plain,
-    };
-    let mut sources =
-        vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
-    let planned = collect.discovery.as_ref().filter(|_| config.endpoints.is_empty());
-    let file = match (&config.endpoints_file, planned) {
-        (Some(file), _) => Some(FileSource::new(file.clone(), config.events.clone())),
-        (None, Some(plan)) => Some(FileSource::planned(plan, config.events.clone())),
-        (None, None) => None,
-    };
-    if let Some(mut file) = file {
-        file.load().await.map_err(StartError::Endpoints)?;
-        sources.push(Source::File(file));
-    }
+    let grpc_tls = ext_proc.as_ref().map(|ext_proc| ext_proc.tls.clone()).unwrap_or_default();
+    let grpc_acceptor = tls::Acceptor::new(&grpc_tls, tls::ALPN_GRPC)?;
+    let sources = sources(&config).await?;
     let http = listen_if(config.http).await?;
     let grpc = listen_if(ext_proc.as_ref().map(|ext_proc| ext_proc.address)).await?;
     let health = listen_if(ext_proc.as_ref().and_then(|ext_proc| ext_proc.health)).await?;
     let (admin, admin_addr) = listen(config.admin).await?;
+    let (monitor, metrics_addr) = Monitor::bind(config.metrics.take()).await?.unzip();
     let engines = listen_for_engines(&mut config).await?;
     let events_addr = engines.as_ref().and_then(|listener| listener.local_addr().ok());
     let (scraper, added) = mpsc::unbounded_channel();
@@ -169,10 +159,13 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
     tasks.extend(acceptor.watch_files(&shared.metrics));
     tasks.extend(grpc_acceptor.watch_files(&shared.metrics));
     tasks.push(tokio::spawn(admin::serve(Arc::clone(&shared), admin)));
+    if let Some(monitor) = monitor {
+        tasks.extend(monitor.acceptor().watch_files(&shared.metrics));
+        tasks.push(tokio::spawn(monitor.serve(Arc::clone(&shared))));
+    }
     let options = Arc::new(extproc::Options::new(ext_proc.as_ref(), shared.brain.lock().plan()));
     let methods = |ext_proc| Door::Grpc(Methods { ext_proc });
-    let (http_addr, ext_proc_addr) = (address_of(&http), address_of(&grpc));
-    let health_addr = address_of(&health);
+    let [http_addr, ext_proc_addr, health_addr] = [&http, &grpc, &health].map(address_of);
     let doors = [
         (http, acceptor, Door::Proxy),
         (grpc, grpc_acceptor, methods(Some(options))),
@@ -184,17 +177,42 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         Some(tokio::spawn(accept::serve(shared, listener, acceptor, door, phase)))
     };
     let doors: Vec<JoinHandle<()>> = doors.into_iter().filter_map(open).collect();
-    info!(http = ?http_addr, ext_proc = ?ext_proc_addr, admin = %admin_addr, "The router listens.");
+    info!(
+        http = http_addr.map(tracing::field::display),
+        ext_proc = ext_proc_addr.map(tracing::field::display),
+        health = health_addr.map(tracing::field::display),
+        metrics = metrics_addr.map(tracing::field::display),
+        admin = %admin_addr,
+        "The router listens."
+    );
     Ok(RouterHandle {
         shared,
         http_addr,
         ext_proc_addr,
         health_addr,
         admin_addr,
+        metrics_addr,
         events_addr,
         doors,
         tasks,
     })
+}
+
+/// Where endpoints are listed; a file is read here for the first time.
+async fn sources(config: &RouterConfig) -> Result<Vec<Source>, StartError> {
+    let mut sources =
+        vec![Source::Names(NameSource::new(config.endpoints.clone(), config.events.clone()))];
+    let planned = config.plan.collect.discovery.as_ref().filter(|_| config.endpoints.is_empty());
+    let file = match (&config.endpoints_file, planned) {
+        (Some(file), _) => Some(FileSource::new(file.clone(), config.events.clone())),
+        (None, Some(plan)) => Some(FileSource::planned(plan, config.events.clone())),
+        (None, None) => None,
+    };
+    if let Some(mut file) = file {
+        file.load().await.map_err(StartError::Endpoints)?;
+        sources.push(Source::File(file));
+    }
+    Ok(sources)
 }
 
 fn address_of(listener: &Option<(TcpListener, SocketAddr)>) -> Option<SocketAddr> {
@@ -248,6 +266,7 @@ fn share(
         inflight: AtomicU32::new(0),
         grpc_connections: AtomicU32::new(0),
         tells_scores: config.ext_proc.is_some_and(|ext_proc| ext_proc.emit_scores),
+        endpoints_missing: config.endpoints_missing,
         scraper,
         settings,
     })
@@ -332,6 +351,11 @@ impl RouterHandle {
     /// Where metrics, health, decisions and the index are served.
     pub fn admin_addr(&self) -> SocketAddr {
         self.admin_addr
+    }
+
+    /// Where monitors find metrics and health, if that is an address of its own.
+    pub fn metrics_addr(&self) -> Option<SocketAddr> {
+        self.metrics_addr
     }
 
     /// Where engines connect to tell their KV events, if the plan says so.

@@ -79,6 +79,8 @@ pub(crate) struct Shared {
     pub tokenizer_complaints: Mutex<FxHashSet<String>>,
     /// What is wrong with sources of endpoints right now.
     pub discovery_errors: Mutex<Vec<String>>,
+    /// A source of endpoints that cannot be asked.
+    pub endpoints_missing: Option<String>,
     pub phase: watch::Sender<Phase>,
     /// Every source of endpoints has told what it lists.
     pub sources_read: watch::Sender<bool>,

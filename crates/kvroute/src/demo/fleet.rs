@@ -64,6 +64,8 @@ impl Fleet {
             admin: any,
             endpoints: endpoints.collect::<Result<_, _>>()?,
             endpoints_file: None,
+            endpoints_missing: None,
+            metrics: None,
             events: EventsSource::Off.into(),
             tokenizers: Tokenizers { default: Some(tokenizer.clone()), ..Tokenizers::default() },
             default_model: None,

@@ -47,6 +47,8 @@ pub async fn explain(
         admin: ([127, 0, 0, 1], 0).into(),
         endpoints: Vec::new(),
         endpoints_file: None,
+        endpoints_missing: None,
+        metrics: None,
         events: EventsSource::Off.into(),
         tokenizers: config::tokenizers(&args.tokenizers, &TokenizerOptions::default())?,
         default_model: snapshot.host.default_model.clone(),

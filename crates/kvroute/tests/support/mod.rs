@@ -49,6 +49,8 @@ pub fn config(plan: Plan, flags: &[String]) -> RouterConfig {
         admin: any,
         endpoints: flags.iter().map(|flag| flag.parse().unwrap()).collect(),
         endpoints_file: None,
+        endpoints_missing: None,
+        metrics: None,
         events: EventsSource::default().into(),
         tokenizers: Tokenizers { default: Some(Tokenizer::demo()), ..Tokenizers::default() },
         default_model: None,

@@ -23,7 +23,7 @@ pub(super) struct Readiness {
     pub requests_inflight: u32,
 }
 
-/// Ready: not draining, and at least one endpoint answers.
+/// Ready: not draining, every source of endpoints can be asked, and at least one endpoint answers.
 pub(super) fn readiness(shared: &Shared) -> Readiness {
     let upstreams = shared.upstreams.all();
     let answering = upstreams.iter().filter(|u| u.up.load(Ordering::Relaxed)).count();
@@ -32,13 +32,15 @@ pub(super) fn readiness(shared: &Shared) -> Readiness {
     if draining {
         reasons.push("draining: the router is about to stop".to_owned());
     }
+    let missing = shared.endpoints_missing.as_ref();
+    reasons.extend(missing.cloned());
     if upstreams.is_empty() {
         reasons.push("no endpoints: no source of endpoints lists any".to_owned());
     } else if answering == 0 {
         reasons.push(format!("none of {} endpoints answers GET /metrics", upstreams.len()));
     }
     Readiness {
-        ready: !draining && answering > 0,
+        ready: !draining && missing.is_none() && answering > 0,
         reasons,
         endpoints: upstreams.len(),
         endpoints_answering: answering,

@@ -24,6 +24,8 @@ pub struct ServerTls {
     /// What TLS 1.2 may use; empty: everything that is known. TLS 1.3 has its own suites, which
     /// cannot be chosen.
     pub cipher_suites: Vec<CipherSuite>,
+    /// Clients need a certificate of one of the authorities in this file (PEM).
+    pub client_ca: Option<PathBuf>,
 }
 
 /// Where a listener has its certificate from.

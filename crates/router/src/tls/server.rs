@@ -15,9 +15,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert, ServerConfig};
+use tokio_rustls::rustls::server::danger::ClientCertVerifier;
+use tokio_rustls::rustls::server::{
+    ClientHello, ResolvesServerCert, ServerConfig, WebPkiClientVerifier,
+};
 use tokio_rustls::rustls::sign::CertifiedKey;
-use tokio_rustls::rustls::{SupportedProtocolVersion, version};
+use tokio_rustls::rustls::{RootCertStore, SupportedProtocolVersion, version};
 use tokio_rustls::{Accept, TlsAcceptor};
 use tracing::{info, warn};
 
@@ -92,13 +95,32 @@ fn shown(key: CertifiedKey) -> Arc<Shown> {
 }
 
 fn acceptor(tls: &ServerTls, alpn: &[&str], shown: Arc<Shown>) -> Result<TlsAcceptor, String> {
-    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(tls)))
+    let provider = Arc::new(provider(tls));
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(versions(tls.min_version))
-        .map_err(|e| e.to_string())?
-        .with_no_client_auth()
-        .with_cert_resolver(shown);
+        .map_err(|e| e.to_string())?;
+    let builder = match &tls.client_ca {
+        Some(file) => builder.with_client_cert_verifier(client_verifier(file, provider)?),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_cert_resolver(shown);
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     Ok(Arc::new(config).into())
+}
+
+/// Lets in who has a certificate of an authority in the file.
+fn client_verifier(
+    file: &Path,
+    provider: Arc<CryptoProvider>,
+) -> Result<Arc<dyn ClientCertVerifier>, String> {
+    let mut authorities = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&read_pem(file)?) {
+        let certificate = certificate.map_err(|e| wrong(file, &e))?;
+        authorities.add(certificate).map_err(|e| wrong(file, &e))?;
+    }
+    WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), provider)
+        .build()
+        .map_err(|e| wrong(file, &e))
 }
 
 fn versions(min: TlsVersion) -> &'static [&'static SupportedProtocolVersion] {
@@ -275,7 +297,12 @@ mod tests {
 
     fn tls(min_version: TlsVersion, suites: &[&str]) -> ServerTls {
         let cipher_suites = suites.iter().map(|name| name.parse().unwrap()).collect();
-        ServerTls { certificate: ServerCertificate::SelfSigned, min_version, cipher_suites }
+        ServerTls {
+            certificate: ServerCertificate::SelfSigned,
+            min_version,
+            cipher_suites,
+            client_ca: None,
+        }
     }
 
     fn roots(certificate: &CertificateDer<'static>) -> Arc<RootCertStore> {

@@ -341,6 +341,8 @@ pub fn config(endpoints: &[SocketAddr], settings: Settings) -> RouterConfig {
         admin: "127.0.0.1:0".parse().unwrap(),
         endpoints: endpoints.iter().map(|a| format!("http://{a}").parse().unwrap()).collect(),
         endpoints_file: None,
+        endpoints_missing: None,
+        metrics: None,
         events: EventsSource::Off.into(),
         tokenizers: Tokenizers::default(),
         default_model: None,

@@ -1,0 +1,75 @@
+//! What may a monitor ask, on a port that others reach, too? Numbers and health, no names of
+//! requests: `/metrics`, `/healthz`, `/readyz`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::header::WWW_AUTHENTICATE;
+use http::{HeaderValue, Method, Request, StatusCode};
+use hyper::body::Incoming;
+use tokio::net::TcpListener;
+
+use super::{Answer, connections, fault, look};
+use crate::StartError;
+use crate::config::MetricsListener;
+use crate::shared::Shared;
+use crate::tls::Acceptor;
+
+/// What is said to who looks for Go's profiles, which llm-d has there.
+const NO_PROFILES: &str = "there are no Go profiles of this program; use perf on the process, or \
+                           GET /metrics";
+const ONLY: &str = "this port has /metrics, /healthz and /readyz; everything else is at the admin \
+                    address";
+
+/// A listener for monitors, not yet answering.
+pub(crate) struct Monitor {
+    listener: TcpListener,
+    acceptor: Acceptor,
+    refused: Option<String>,
+}
+
+impl Monitor {
+    /// Takes the address, if one is wanted; returns it as bound.
+    pub async fn bind(
+        config: Option<MetricsListener>,
+    ) -> Result<Option<(Monitor, SocketAddr)>, StartError> {
+        let Some(MetricsListener { address, tls, refused }) = config else { return Ok(None) };
+        let acceptor = Acceptor::new(&tls, &["http/1.1"])?;
+        let (listener, address) = crate::listen(address).await?;
+        Ok(Some((Monitor { listener, acceptor, refused }, address)))
+    }
+
+    /// How TLS is spoken there, to look after its files.
+    pub fn acceptor(&self) -> &Acceptor {
+        &self.acceptor
+    }
+
+    /// Answers until its task is aborted. Where metrics are refused, nobody is shown them.
+    pub async fn serve(self, shared: Arc<Shared>) {
+        let refused: Option<Arc<str>> = self.refused.map(Arc::from);
+        let answer = move |request| {
+            let answer = answer(&shared, refused.as_deref(), &request);
+            async move { answer }
+        };
+        connections::serve(self.listener, self.acceptor, answer).await;
+    }
+}
+
+fn answer(shared: &Shared, refused: Option<&str>, request: &Request<Incoming>) -> Answer {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return fault(StatusCode::METHOD_NOT_ALLOWED, "this port is read only; use GET");
+    }
+    match (request.uri().path(), refused) {
+        ("/metrics", Some(why)) => {
+            let mut answer = fault(StatusCode::UNAUTHORIZED, why);
+            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            answer
+        }
+        ("/metrics" | "/healthz" | "/readyz", _) => look(shared, request),
+        ("/debug/pprof", _) => fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES),
+        (path, _) if path.starts_with("/debug/pprof/") => {
+            fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES)
+        }
+        _ => fault(StatusCode::NOT_FOUND, ONLY),
+    }
+}
