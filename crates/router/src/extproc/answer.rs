@@ -145,17 +145,12 @@ impl Stream<'_> {
             };
             match next {
                 Next::Message(message) => self.on_message(&mut exchange, message).await?,
-                Next::TooLong => return self.give_up(exchange).await,
-                Next::Gone => {
-                    // Without the answer's body, this is what its end looks like.
-                    if let Some(routed) = exchange.routed
-                        && exchange.headers_seen
-                        && self.modes.response == BodyMode::None
-                    {
-                        routed.observer.release();
-                    }
-                    return Ok(());
+                // Without the answer's body, this is what its end looks like.
+                _ if exchange.headers_seen && self.modes.response == BodyMode::None => {
+                    exchange.done = true;
                 }
+                Next::TooLong => return self.give_up(exchange).await,
+                Next::Gone => return Ok(()),
             }
         }
     }
