@@ -11,7 +11,7 @@ mod hints;
 mod request;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -101,6 +101,9 @@ impl From<End> for Stop {
 
 /// Answers one stream of Envoy's.
 pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut Call) -> End {
+    let began = Instant::now();
+    let named = shared.metrics.upstream.as_ref().and_then(|names| names.streams());
+    named.inspect(|streams| streams.begin());
     shared.metrics.ext_proc_streams.inc();
     let age_max = shared.settings.ext_proc_stream_timeout_s.max(1);
     let mut stream = Stream { shared, options, call, answer: Answer::new(), modes: FULL_DUPLEX };
@@ -115,6 +118,7 @@ pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut 
         }
     };
     shared.metrics.count_ext_proc_end(end.code);
+    named.inspect(|streams| streams.end(end.code, began.elapsed()));
     end
 }
 

@@ -59,6 +59,7 @@ pub use config::{
 };
 use discover::{Discovery, FileSource, NameSource, Source};
 use grpc::Methods;
+use metrics::upstream::UpstreamMetrics;
 use shared::{Phase, Shared};
 
 /// How often expired knowledge is swept out.
@@ -225,7 +226,10 @@ fn share(
     scraper: mpsc::UnboundedSender<Arc<upstream::Upstream>>,
 ) -> Result<Shared, StartError> {
     let settings = config.plan.settings.clone();
-    let metrics = metrics::Metrics::new(settings.label_values_max);
+    let mut metrics = metrics::Metrics::new(settings.label_values_max);
+    let names = config.upstream_metric_names.as_ref();
+    let upstream = names.map(|names| UpstreamMetrics::new(names, &config.plan));
+    metrics.upstream = upstream.map(Arc::new);
     let topics_max = settings.label_values_max;
     let bound = config.events.bound.as_ref().filter(|_| config.plan.reads_events());
     let bound = bound.map(|socket| events::bound::Bound::new(socket, topics_max));

@@ -3,8 +3,13 @@
 //! Label values that clients control (model names) are bounded by `label_values_max`; further
 //! ones are counted as `other`. Endpoint labels leave with their endpoint.
 
+#[cfg(test)]
+mod tests;
+pub(crate) mod upstream;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvroute_core::event::Tier;
@@ -17,6 +22,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use self::upstream::UpstreamMetrics;
 use crate::recorder::RecorderMetrics;
 
 /// States of an event stream, as `kvroute_stream_state` names them.
@@ -176,6 +182,8 @@ pub(crate) struct Metrics {
     /// Those that have labels of their own.
     rewrites: Mutex<BTreeSet<RewriteLabels>>,
     label_values_max: usize,
+    /// llm-d's, where they are asked for.
+    pub upstream: Option<Arc<UpstreamMetrics>>,
 }
 
 impl fmt::Debug for Metrics {
@@ -247,6 +255,7 @@ impl Metrics {
             model_rewrites: Family::default(),
             rewrites: Mutex::default(),
             label_values_max: label_values_max as usize,
+            upstream: None,
         };
         metrics.register_requests();
         metrics.register_knowledge();
@@ -494,61 +503,17 @@ impl Metrics {
     /// The text format that Prometheus scrapes.
     pub fn render(&self) -> String {
         let mut out = String::with_capacity(16 << 10);
+        let upstream = self.upstream.iter().map(|upstream| upstream.registry());
+        let written = std::iter::once(&self.registry)
+            .chain(upstream)
+            .try_for_each(|registry| text::encode_registry(&mut out, registry))
+            .and_then(|()| text::encode_eof(&mut out));
         // Writing into a string cannot fail; an empty page shows if it ever does.
-        text::encode(&mut out, &self.registry).map(|()| out).unwrap_or_default()
+        written.map(|()| out).unwrap_or_default()
     }
 }
 
 /// Sets a counter whose truth is kept elsewhere.
 pub(crate) fn mirror(counter: &Counter, value: u64) {
     counter.inner().store(value, Ordering::Relaxed);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn model_labels_are_bounded() {
-        let metrics = Metrics::new(2);
-        for model in ["a", "b", "c", "d"] {
-            metrics.set_model_mode(model, "precise");
-        }
-        metrics.set_model_mode("a", "load-only");
-        let page = metrics.render();
-        for line in [
-            "kvroute_model_mode{model=\"a\",mode=\"load-only\"} 1",
-            "kvroute_model_mode{model=\"b\",mode=\"precise\"} 1",
-            "kvroute_model_mode{model=\"other\",mode=\"precise\"} 1",
-        ] {
-            assert!(page.contains(line), "{line} in {page}");
-        }
-        assert_eq!(page.matches("kvroute_model_mode{").count(), 3);
-    }
-
-    #[test]
-    fn labels_of_rewrites_are_bounded() {
-        let metrics = Metrics::new(2);
-        let long = "x".repeat(MODEL_LABEL_BYTES_MAX + 1);
-        for from in ["a", "b", "c", "a", &long] {
-            metrics.count_rewrite("r", from, "t");
-        }
-        let page = metrics.render();
-        for line in [
-            "kvroute_model_rewrites_total{rule=\"r\",from=\"a\",to=\"t\"} 2",
-            "kvroute_model_rewrites_total{rule=\"r\",from=\"b\",to=\"t\"} 1",
-            "kvroute_model_rewrites_total{rule=\"r\",from=\"other\",to=\"other\"} 2",
-        ] {
-            assert!(page.contains(line), "{line} in {page}");
-        }
-    }
-
-    #[test]
-    fn an_endpoint_leaves_no_labels() {
-        let metrics = Metrics::new(2);
-        metrics.endpoint("10.0.0.1:8000").up.set(1);
-        assert!(metrics.render().contains("10.0.0.1:8000"));
-        metrics.forget_endpoint("10.0.0.1:8000");
-        assert!(!metrics.render().contains("10.0.0.1:8000"));
-    }
 }

@@ -24,6 +24,7 @@ use crate::decisions::Outcome;
 use crate::error::RouteError;
 use crate::http1::Framing;
 use crate::metrics::RequestLabels;
+use crate::metrics::upstream::{MODEL_SERVER_ERROR, Meter, error_code};
 use crate::shared::{Inflight, Shared};
 use crate::upstream::{Connection, Upstream, UpstreamError};
 
@@ -295,14 +296,25 @@ pub(crate) struct Observer {
     /// For answers whose usage is read.
     pub scanner: Option<UsageScanner>,
     pub outcome: Outcome,
+    /// What goes into llm-d's metrics, where they are asked for.
+    pub meter: Option<Meter>,
     /// When the brain was last told that the answer goes on.
     pub touched: Instant,
     pub ended: bool,
 }
 
 impl Observer {
+    /// The answer's head has come.
+    pub fn head(&mut self, status: u16, content_type: Option<&[u8]>) {
+        self.outcome.status = status;
+        if let Some(meter) = &mut self.meter {
+            meter.head(content_type.is_some_and(is_event_stream));
+        }
+    }
+
     /// A piece of the answer's body.
     pub fn chunk(&mut self, data: &[u8]) {
+        let began = self.meter.is_some().then(Instant::now);
         if self.outcome.ttft_s.is_none() {
             let ttft_s = self.started.elapsed().as_secs_f64();
             self.outcome.ttft_s = Some(ttft_s);
@@ -317,12 +329,18 @@ impl Observer {
         if let Some(scanner) = &mut self.scanner {
             scanner.push(data);
         }
+        if let (Some(meter), Some(began)) = (&mut self.meter, began) {
+            meter.piece(began, data.len());
+        }
     }
 
     /// The answer goes on unseen.
     pub fn release(mut self) {
         if !std::mem::replace(&mut self.ended, true) {
             let status = if self.outcome.status == 0 { 200 } else { self.outcome.status };
+            if let Some(meter) = self.meter.as_ref().filter(|_| status >= 400) {
+                meter.fail(MODEL_SERVER_ERROR);
+            }
             self.close(None, ResponseEvent::End { status });
         }
     }
@@ -332,6 +350,9 @@ impl Observer {
         self.ended = true;
         self.reservation.close(None, ResponseEvent::Aborted);
         self.outcome.status = status;
+        if let Some(meter) = self.meter.as_ref().filter(|_| error.is_after_decision()) {
+            meter.fail(error_code(status));
+        }
         self.outcome.error = Some(error.to_string());
         self.outcome.total_s = self.started.elapsed().as_secs_f64();
         self.shared.decisions.finish(self.number, std::mem::take(&mut self.outcome));
@@ -353,6 +374,11 @@ impl Observer {
             self.outcome.error = Some(error.to_string());
             let reason = crate::error::failure_label(error);
             self.shared.count_upstream_failure(&self.outcome.endpoint, reason);
+        }
+        match (self.meter.as_mut(), error) {
+            (Some(meter), None) => meter.end(self.outcome.status, usage),
+            (Some(meter), Some(_)) => meter.fail(MODEL_SERVER_ERROR),
+            (None, _) => {}
         }
         self.close(usage, last);
     }
@@ -376,6 +402,8 @@ impl Observer {
             error = outcome.error,
             "A request is done."
         );
+        // It is under way no longer, however long what is left of it is kept.
+        self.meter = None;
         let labels = RequestLabels { endpoint, status, mode: self.mode };
         self.shared.metrics.requests.get_or_create(&labels).inc();
         self.shared.decisions.finish(self.number, std::mem::take(outcome));
@@ -391,4 +419,10 @@ impl Drop for Observer {
             self.close(None, ResponseEvent::Aborted);
         }
     }
+}
+
+/// Whether an answer comes token by token.
+fn is_event_stream(content_type: &[u8]) -> bool {
+    let wanted = b"text/event-stream";
+    content_type.get(..wanted.len()).is_some_and(|start| start.eq_ignore_ascii_case(wanted))
 }

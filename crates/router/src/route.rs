@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
@@ -31,6 +31,7 @@ use crate::explain::PromptRecord;
 use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
 use crate::metrics::RequestLabels;
+use crate::metrics::upstream::{Decided, Meter, UpstreamMetrics};
 use crate::observe::{AnswerBody, Body, Observer, Reservation};
 use crate::rewrite::Rewrite;
 use crate::shared::{Inflight, Shared};
@@ -77,6 +78,9 @@ pub(crate) fn note_refused(shared: &Shared, request_id: &str, error: &RouteError
     debug!(request_id, reason, %error, "A request was answered by the router itself.");
     shared.metrics.count_reject(reason);
     let (endpoint, status) = (String::new(), error.status().as_u16());
+    if let Some(names) = shared.metrics.upstream.as_ref().filter(|_| !error.is_after_decision()) {
+        names.refused(status);
+    }
     let labels = RequestLabels { endpoint, status, mode: NOT_ROUTED };
     shared.metrics.requests.get_or_create(&labels).inc();
 }
@@ -254,6 +258,8 @@ pub(crate) async fn decide(
 /// A decision that holds its reservation.
 pub(crate) struct Chosen {
     pub reservation: Reservation,
+    /// What goes into llm-d's metrics, where they are asked for.
+    pub meter: Option<Meter>,
     /// The chosen endpoint, then the next best ones.
     pub candidates: Vec<EndpointId>,
     /// Headers that plugins want on the response.
@@ -361,16 +367,25 @@ fn choose(
     let seen = scheduling_headers(shared, candidate.headers, asked);
     let seen = Headers(&seen);
     let request = scheduled(shared, candidate, &seen, held);
-    let (decision, offered) = {
+    let decided = {
         let mut brain = shared.brain.lock();
-        let decision = brain.decide(shared.clock.now(), &request).map_err(RouteError::Rejected)?;
-        let offered = brain.endpoints_offered(decision.record.profile.as_str());
-        (decision, offered)
+        brain.decide(shared.clock.now(), &request).map(|decision| {
+            let offered = brain.endpoints_offered(decision.record.profile.as_str());
+            (decision, offered)
+        })
     };
+    let names = shared.metrics.upstream.as_ref();
+    let names = names.map(|names| (names, about(names, candidate, request.priority, started)));
+    let (decision, offered) = decided.map_err(|reject| {
+        names.as_ref().inspect(|(names, about)| names.rejected(about, reject.status()));
+        RouteError::Rejected(reject)
+    })?;
     let Decision { ticket, endpoint, fallback, response_headers, request_headers, record, .. } =
         decision;
     shared.metrics.decision.observe(started.elapsed().as_secs_f64());
     let reservation = Reservation::new(Arc::clone(shared), ticket);
+    let port = || shared.upstreams.get(endpoint).map(|upstream| upstream.address.port());
+    let meter = names.map(|(names, about)| names.decided(&about, &record, port));
     let (mode, name) = (record.mode, record.endpoint.clone());
     if !asked.model.is_empty() {
         note_mode(shared, asked, &record);
@@ -386,6 +401,7 @@ fn choose(
         .collect();
     Ok(Chosen {
         reservation,
+        meter,
         candidates,
         response_headers,
         offered,
@@ -403,6 +419,31 @@ fn scores_of(shared: &Shared, record: &DecisionRecord) -> Vec<(Name, f64)> {
         return Vec::new();
     }
     record.scores.rows.iter().map(|row| (row.endpoint.clone(), row.total)).collect()
+}
+
+/// The request as llm-d's metrics label it.
+fn about<'a>(
+    names: &UpstreamMetrics,
+    candidate: &Candidate<'a>,
+    priority: i32,
+    started: Instant,
+) -> Decided<'a> {
+    let Candidate { asked, headers, .. } = *candidate;
+    let served = asked.model.as_str();
+    let (rule, model, target) = match &asked.rewrite {
+        Some(Rewrite { rule, from, to, .. }) => (rule.as_str(), from.as_str(), to.as_str()),
+        None => ("", served, served),
+    };
+    Decided {
+        model,
+        target,
+        rule,
+        fairness_id: names.fairness_id(|name| headers.get(name)?.to_str().ok()),
+        priority,
+        body_bytes: asked.body_bytes,
+        block_tokens: asked.block_tokens(),
+        took: started.elapsed(),
+    }
 }
 
 /// The priority of the objective that the request names; 0 for others.
@@ -474,6 +515,8 @@ pub(crate) fn observe(
 ) -> Observer {
     let routed = way.api.reads_body();
     let outcome = Outcome { endpoint: chosen.endpoint.to_string(), ..Outcome::default() };
+    let mut meter = chosen.meter;
+    meter.iter_mut().for_each(|meter| meter.arrived(way.started));
     Observer {
         shared: Arc::clone(shared),
         reservation: chosen.reservation,
@@ -484,6 +527,7 @@ pub(crate) fn observe(
         _inflight: inflight,
         scanner: UsageScanner::of(way.api),
         outcome,
+        meter,
         touched: way.started,
         ended: false,
     }
@@ -498,7 +542,8 @@ fn respond(
     response_headers: &[(HeaderName, HeaderValue)],
 ) -> Response<Body> {
     let Answer { head, connection, upstream } = answer;
-    observer.outcome.status = head.status.as_u16();
+    let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    observer.head(head.status.as_u16(), content_type);
     let idle_s = shared.settings.response_idle_timeout_s.max(1);
     let (status, mut headers) = (head.status, head.headers);
     headers::strip_hop_by_hop(&mut headers);

@@ -120,6 +120,8 @@ enum Reach {
     Connected,
     /// An answer of no use.
     Answered,
+    /// A page that could not be understood.
+    Read,
 }
 
 impl From<UpstreamError> for Failure {
@@ -235,6 +237,7 @@ impl Watch {
             }
             Err(Failure { words, reach }) => {
                 upstream.metrics.scrape_failures.inc();
+                self.count_failure(reach);
                 if self.failures == 0 {
                     let error = words;
                     warn!(endpoint = upstream.name, error, "An endpoint's metrics are missing.");
@@ -262,7 +265,8 @@ impl Watch {
         metrics.source_scrapes.get_or_create(&label).inc();
         match outcome {
             Ok(()) => self.failures = 0,
-            Err(Failure { words, .. }) => {
+            Err(Failure { words, reach }) => {
+                self.count_failure(reach);
                 metrics.source_failures.get_or_create(&label).inc();
                 if self.failures == 0 {
                     let (endpoint, source, error) = (&label.endpoint, &label.source, words);
@@ -309,7 +313,17 @@ impl Watch {
                 warn!(endpoint, source, missing, "A page does not tell all that is asked for.");
             }
         }
-        outcome.map_err(useless)
+        outcome.map_err(|words| Failure { words, reach: Reach::Read })
+    }
+
+    /// Counts a page without numbers under llm-d's names, where they are asked for.
+    fn count_failure(&self, reach: Reach) {
+        let Some(names) = &self.shared.metrics.upstream else { return };
+        let Some(Page { asked, reader }) = self.collector.pages.get(self.page) else { return };
+        match reader.first().filter(|_| reach == Reach::Read) {
+            Some(extractor) => names.count_extract_error(&asked.ask.source, extractor),
+            None => names.count_poll_error(&asked.ask.source),
+        }
     }
 
     fn tell(&self, reader: &PageReader) {

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use http::HeaderMap;
-use kvroute_core::blocks::{PromptExtras, Root, chain};
+use kvroute_core::blocks::{PromptExtras, Root, TokenSpace, chain};
 use kvroute_core::decision::{NoTokens, PromptChains, TokensKnown};
 use kvroute_core::fleet::RootKind;
 use kvroute_core::plan::TokensNeed;
@@ -64,9 +64,18 @@ pub(crate) struct Asked {
     /// What is not known is missing because of this request alone: it says nothing about how the
     /// model's requests are routed.
     pub request_at_fault: bool,
+    /// Of the body; 0 when it was not read.
+    pub body_bytes: usize,
 }
 
 impl Asked {
+    /// Tokens in a block of the first prompt, of the engines' blocks where they are known.
+    pub fn block_tokens(&self) -> Option<u32> {
+        let chains = &self.prompts.first()?.chains;
+        let exact = chains.iter().find(|chain| chain.spec.space == TokenSpace::Exact);
+        Some(exact.or(chains.first())?.spec.block_size)
+    }
+
     /// For requests whose body is not read.
     pub fn nothing() -> Asked {
         Asked {
@@ -81,6 +90,7 @@ impl Asked {
             media: Vec::new(),
             known: TokensKnown::None(NoTokens::NoPrompt),
             request_at_fault: false,
+            body_bytes: 0,
         }
     }
 }
@@ -123,7 +133,7 @@ pub(crate) async fn read(
         read_elsewhere(shared, api, body, hints).await
     };
     shared.metrics.tokenize.observe(started.elapsed().as_secs_f64());
-    asked
+    asked.map(|asked| Asked { body_bytes: body.len(), ..asked })
 }
 
 /// Reads, and learns how long it takes: a moving average over about eight bodies. Races between

@@ -304,6 +304,9 @@ pub(super) fn mirror_metrics(shared: &Shared) {
         mirror_stream(shared, &brain, upstream);
         mirror_load(shared, &brain, upstream);
     }
+    if let Some(names) = &shared.metrics.upstream {
+        names.pool().mirror(&brain, &upstreams);
+    }
 }
 
 fn label_of(upstream: &Upstream) -> EndpointLabel {

@@ -256,7 +256,7 @@ impl Stream<'_> {
                 }
             }
             self.note_served(routed, served.as_deref());
-            routed.observer.outcome.status = status.unwrap_or(0);
+            routed.observer.head(status.unwrap_or(0), block.get("content-type"));
             self.note_failure(routed, block, status);
             told.push((headers::ENDPOINT_NAME.into(), routed.upstream.header.as_bytes().to_vec()));
             told.push((headers::REQUEST_ID_NAME.into(), routed.id_value.as_bytes().to_vec()));

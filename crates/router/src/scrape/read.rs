@@ -58,6 +58,11 @@ impl PageReader {
         }
     }
 
+    /// Name of the first that reads the page.
+    pub fn first(&self) -> Option<&Name> {
+        self.readings.first().map(|(name, _)| name)
+    }
+
     /// Whether it tells how loaded an engine is.
     pub fn tells_load(&self) -> bool {
         self.load.is_some()
