@@ -24,3 +24,5 @@ mod refused;
 mod requests;
 #[path = "ext_proc/responses.rs"]
 mod responses;
+#[path = "ext_proc/rewrites.rs"]
+mod rewrites;

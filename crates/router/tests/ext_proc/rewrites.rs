@@ -1,0 +1,142 @@
+//! Requests that another model serves than the one they name. Row 99 of docs/differences.md:
+//! llm-d writes the whole body anew; here nothing but the name changes.
+
+use kvroute_core::settings::Settings;
+
+use crate::client::*;
+use crate::envoy::*;
+use crate::support::{metric, settings};
+use crate::world::*;
+
+const JSON: &[(&str, &str)] = &[(":status", "200"), ("content-length", "26")];
+
+/// Hermetic case "InferenceModelRewrite".
+async fn rewriting() -> World {
+    let rules = "kvroute: {model_rewrites: [{name: canary, \
+        matches: [{model: model-to-be-rewritten}], targets: [{model: rewritten-model}]}]}";
+    let config = kvroute_wire::config::parse(rules, "test.yaml").unwrap();
+    let model_rewrites = config.kvroute.limits.model_rewrites;
+    let settings = Settings { model_rewrites, ..settings() };
+    Setup { settings, ..Setup::default() }.start().await
+}
+
+#[tokio::test]
+async fn the_engine_gets_its_name_and_the_client_its_own() {
+    let world = rewriting().await;
+    let table = [
+        (None, "model-to-be-rewritten", "rewritten-model"),
+        (Some("x-llm-d-model-name-rewrite"), "other", "by-header"),
+        (Some("x-gateway-model-name-rewrite"), "other", "by-header"),
+    ];
+    for (header, from, to) in table {
+        let mut headers = vec![("accept-encoding", "gzip")];
+        headers.extend(header.map(|name| (name, to)));
+        let body = completion(from, "say \\\"model\\\":");
+        let (mut call, answer) = world.post(&headers, &body).await;
+        assert_eq!(destination(&answer), world.at(1));
+        let expected = completion(to, "say \\\"model\\\":");
+        let set = set_headers(&answer);
+        assert!(set.contains(&("content-length".into(), expected.len().to_string())), "{set:?}");
+        let mut removed: Vec<&str> = headers.iter().map(|(name, _)| *name).collect();
+        removed.sort_unstable();
+        let mut told = removed_headers(&answer);
+        told.sort_unstable();
+        assert_eq!(told, removed);
+        assert_eq!(call.next().await, forwarded(&expected, true));
+        call.send(response_headers(JSON, false));
+        assert_eq!(removed_headers(&call.next().await), ["content-length"]);
+        // Cut inside of the name.
+        let whole = format!("{{\"x\":1, \"model\": \"{to}\"}}");
+        let (first, rest) = whole.split_at(22);
+        call.send(response_body(first, false));
+        assert_eq!(call.next().await, returned("{\"x\":1, ", false));
+        call.send(response_body(rest, false));
+        assert_eq!(call.next().await, returned(format!("\"model\": \"{from}\"}}"), false));
+        call.send(response_body("", true));
+        assert_eq!(call.next().await, returned("", true));
+        call.reset().await;
+        world.is_at_rest().await;
+    }
+    let labels = "rule=\"canary\",from=\"model-to-be-rewritten\",to=\"rewritten-model\"";
+    let series = format!("kvroute_model_rewrites_total{{{labels}}}");
+    assert_eq!(metric(&world.router, &series).await, 1.0);
+}
+
+/// A body of several messages has no more of them for its new name.
+#[tokio::test]
+async fn large_bodies() {
+    let world = rewriting().await;
+    for length in [0, 61_000, 61_990, 62_000, 200_000] {
+        let (before, after) = (text(length), text(200_000 - length));
+        let with = |model: &str| {
+            format!("{{\"user\":\"{before}\",\"model\":\"{model}\",\"prompt\":\"{after}\"}}")
+        };
+        let (mut call, answer) = world.post(&[], &with("model-to-be-rewritten")).await;
+        assert_eq!(destination(&answer), world.at(1));
+        let (body, pieces) = call.request_body(true).await;
+        assert!(body == with("rewritten-model").as_bytes(), "{length}");
+        assert!(pieces.iter().all(|piece| *piece <= 62_000), "{pieces:?}");
+        assert!(pieces.len() <= 5, "{pieces:?}");
+        call.reset().await;
+    }
+    world.is_at_rest().await;
+}
+
+/// What is held back of an answer that ends with trailers goes on before them.
+#[tokio::test]
+async fn answers_that_end_in_the_middle_of_a_name() {
+    let world = rewriting().await;
+    for trailers in [false, true] {
+        let body = completion("model-to-be-rewritten", "x");
+        let (mut call, _) = world.post(&[], &body).await;
+        call.request_body(true).await;
+        call.send(response_headers(JSON, false));
+        call.next().await;
+        call.send(response_body("{\"model\":\"rewr", false));
+        if trailers {
+            call.send(response_trailers(&[("grpc-status", "0")]));
+            assert_eq!(call.next().await, returned("{", false));
+            assert_eq!(call.next().await, returned("\"model\":\"rewr", false));
+            assert_eq!(call.next().await, response_trailers_answer());
+        } else {
+            call.send(response_body("", true));
+            assert_eq!(call.next().await, returned("{", false));
+            assert_eq!(call.next().await, returned("\"model\":\"rewr", true));
+        }
+        call.reset().await;
+    }
+    world.is_at_rest().await;
+}
+
+/// Envoy in its buffered mode has the whole body replaced, or none of it.
+#[tokio::test]
+async fn buffered_bodies() {
+    let world = rewriting().await;
+    for (model, renamed) in [("model-to-be-rewritten", Some("rewritten-model")), ("other", None)] {
+        let mut call = world.client.open();
+        let (request, response) = (BodySendMode::Buffered, BodySendMode::Buffered);
+        call.send(request_headers(&post(&[]), false).modes(request, response));
+        call.next().await;
+        call.send(request_body(completion(model, "x"), true));
+        let expected = renamed.map(|name| completion(name, "x").into_bytes());
+        assert_eq!(replaced(call.next().await), expected);
+        call.send(response_headers(JSON, false));
+        call.next().await;
+        let answer = |name: &str| format!("{{\"model\":\"{name}\"}}").into_bytes();
+        call.send(response_body(answer(renamed.unwrap_or(model)), true));
+        assert_eq!(replaced(call.next().await), renamed.map(|_| answer(model)));
+        call.reset().await;
+    }
+    world.is_at_rest().await;
+}
+
+/// The body that takes the place of the one that was shown, if one does.
+fn replaced(answer: ProcessingResponse) -> Option<Vec<u8>> {
+    let Some(Response::RequestBody(body) | Response::ResponseBody(body)) = answer.response else {
+        panic!("not an answer to a body: {answer:?}");
+    };
+    match body.response.unwrap_or_default().body_mutation?.mutation? {
+        Mutation::Body(body) => Some(body),
+        other => panic!("not a whole body: {other:?}"),
+    }
+}
