@@ -207,6 +207,7 @@ pub(crate) fn failure_label(error: &UpstreamError) -> &'static str {
         UpstreamError::Protocol(_) => "protocol",
         UpstreamError::FirstByteTimeout(_) => "first_byte_timeout",
         UpstreamError::IdleTimeout(_) => "idle_timeout",
+        UpstreamError::ProxyAnswered => "proxy_answered",
     }
 }
 

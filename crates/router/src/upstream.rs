@@ -59,6 +59,9 @@ pub(crate) enum UpstreamError {
     /// No response in time.
     #[error("no answer within {0:?}")]
     FirstByteTimeout(Duration),
+    /// A proxy in front of the endpoint answered with an error of its own.
+    #[error("the proxy answered in the place of the endpoint")]
+    ProxyAnswered,
     /// Silence inside of a response.
     #[error("no data for {0:?} in the middle of an answer")]
     IdleTimeout(Duration),

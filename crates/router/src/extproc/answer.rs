@@ -21,7 +21,7 @@ use crate::grpc::End;
 use crate::headers;
 use crate::observe::Observer;
 use crate::route::{self, Way};
-use crate::upstream::Upstream;
+use crate::upstream::{Upstream, UpstreamError};
 
 /// Tells whoever looks that an Endpoint Picker has seen the answer; llm-d's does so.
 const SEEN: &str = "x-went-into-resp-headers";
@@ -285,21 +285,22 @@ impl Stream<'_> {
 
     /// Envoy answers for an endpoint that it cannot reach, or that breaks off. Such an answer
     /// lacks what endpoints and Envoy put on those that endpoints gave.
-    fn note_failure(&self, routed: &Routed, block: &HeaderBlock, status: Option<u16>) {
+    fn note_failure(&self, routed: &mut Routed, block: &HeaderBlock, status: Option<u16>) {
         let is_local = matches!(status, Some(502..=504))
             && block.get(ENDPOINT_TIME).is_none()
             && block.get("date").is_none();
         if is_local {
             let endpoint = &routed.upstream.name;
             debug!(endpoint, status, "The proxy answered in the place of an endpoint.");
-            self.shared.count_upstream_failure(endpoint, "proxy_answered");
             let now = self.shared.clock.now();
+            // What follows says nothing about the endpoint, least of all that it answers.
+            routed.observer.end(Some(&UpstreamError::ProxyAnswered));
             self.shared.brain.lock().on_endpoint_failed(now, routed.upstream.id);
         }
     }
 
     async fn on_piece(&mut self, exchange: &mut Exchange, piece: Piece) -> Result<(), End> {
-        if let Some(routed) = &mut exchange.routed {
+        if let Some(routed) = exchange.routed.as_mut().filter(|routed| !routed.observer.ended) {
             routed.observer.chunk(&piece.body);
         }
         if let Some(scanner) = &mut exchange.scanner {

@@ -43,6 +43,14 @@ pub(super) fn allowed(shared: &Shared, metadata: &Metadata) -> Option<Vec<Endpoi
     Some(upstreams.iter().filter(|u| is_wanted(u)).map(|u| u.id).collect())
 }
 
+/// Takes over the metadata of a later message. One that leaves a hint out does not take it back.
+pub(super) fn update(known: &mut Metadata, later: &Metadata) {
+    let hints = |metadata: &Metadata| !matches!(metadata.get(SUBSET_NAMESPACE, SUBSET), Ok(None));
+    if hints(later) || !hints(known) {
+        known.clone_from(later);
+    }
+}
+
 /// `ip:port` of the endpoint that answered.
 pub(super) fn served(metadata: &Metadata) -> Option<String> {
     match metadata.get(NAMESPACE, SERVED) {

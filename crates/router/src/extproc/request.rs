@@ -192,7 +192,7 @@ impl Stream<'_> {
                 Next::Gone => return Err(Stop::Gone),
             };
             if !message.metadata.is_empty() {
-                metadata.clone_from(&message.metadata);
+                hints::update(metadata, &message.metadata);
             }
             match message.part {
                 Part::RequestBody(piece) => {
