@@ -14,6 +14,10 @@ mod support;
 #[path = "ext_proc/world.rs"]
 mod world;
 
+#[path = "ext_proc/deadlines.rs"]
+mod deadlines;
+#[path = "ext_proc/modes.rs"]
+mod modes;
 #[path = "ext_proc/plugins.rs"]
 mod plugins;
 #[path = "ext_proc/protocol.rs"]

@@ -280,3 +280,54 @@ async fn a_prompt_goes_where_it_went_before() {
     seen.dedup();
     assert_eq!(seen.len(), 1, "{seen:?}");
 }
+
+/// A later message without the hint does not widen the choice.
+#[tokio::test]
+async fn a_hint_stays_when_later_messages_leave_it_out() {
+    let world = usual().await;
+    let hint = subset(vec![world.at(2).as_str().into()]);
+    for other in [None, Some("envoy.filters.http.rbac")] {
+        let mut call = world.client.open();
+        call.send(request_headers(&post(&[]), false).metadata(SUBSET, hint.clone()));
+        let mut body = request_body(completion("m", "x"), true);
+        if let Some(other) = other {
+            body = body.metadata(other, crate::envoy::field("rule", "allowed"));
+        }
+        call.send(body);
+        assert_eq!(destination(&call.next().await), world.at(2), "{other:?}");
+    }
+    world.is_at_rest().await;
+}
+
+/// A picker that offers several endpoints: the best first, in the header and in the metadata.
+#[tokio::test]
+async fn endpoints_to_fall_back_on() {
+    let yaml = "
+plugins:
+- {type: queue-scorer}
+- {type: max-score-picker, parameters: {maxNumOfEndpoints: 2}}
+";
+    let world = world(yaml, PODS).await;
+    let (_, answer) = world.post(&[], &completion("m", "x")).await;
+    assert_eq!(destination(&answer), format!("{},{}", world.at(1), world.at(0)));
+    world.is_at_rest().await;
+}
+
+/// Ids that clients give are kept; without one the request gets a new one, on both sides.
+#[tokio::test]
+async fn request_ids() {
+    let world = usual().await;
+    let (mut call, answer) = world.post(&[], &completion("m", "x")).await;
+    let headers = set_headers(&answer);
+    let id = headers.iter().find(|(name, _)| name == "x-request-id").expect("an id");
+    assert_eq!(id.1.len(), 36);
+    call.request_body(true).await;
+    call.send(response_headers(&[(":status", "200")], true));
+    assert!(set_headers(&call.next().await).contains(id));
+    call.reset().await;
+    world.outcome(&id.1).await;
+    // Usage cannot be read of what is compressed.
+    let (_, answer) = world.post(&[("accept-encoding", "gzip")], &completion("m", "x")).await;
+    assert_eq!(removed_headers(&answer), ["accept-encoding"]);
+    world.is_at_rest().await;
+}

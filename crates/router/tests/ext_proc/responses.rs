@@ -111,7 +111,7 @@ async fn the_status_of_an_answer_is_noticed_under_both_names() {
     for (name, status) in [(":status", "503"), ("status", "418"), (":status", "500")] {
         let id = format!("status-{status}");
         let mut call = routed_call(&world, &id).await;
-        call.send(response_headers(&[(name, status), ("content-type", "text/plain")], false));
+        call.send(response_headers(&[(name, status), ("date", "of the endpoint")], false));
         is_headers_answer(&call.next().await);
         call.send(response_body("no", true));
         assert_eq!(call.response_body(true).await.0, b"no");
@@ -219,5 +219,78 @@ async fn clients_that_leave() {
                 assert_eq!(page["outcome"]["status"], 499, "{id}: {page}");
             }
         }
+    }
+}
+
+/// What is set on an answer, to the byte (difference 102), and what an endpoint may not say.
+#[tokio::test]
+async fn the_headers_of_an_answer() {
+    let world = usual().await;
+    let mut call = routed_call(&world, "headers").await;
+    call.send(response_headers(
+        &[
+            (":status", "200"),
+            ("content-length", "2"),
+            ("content-type", "application/json"),
+            ("x-request-id", "of-the-engine"),
+            ("x-mine", "1"),
+        ],
+        false,
+    ));
+    let expected = response_headers_answer(&[
+        ("x-kvroute-endpoint", &world.at(1)),
+        ("x-request-id", "headers"),
+        ("x-went-into-resp-headers", "true"),
+    ]);
+    assert_eq!(call.next().await, expected);
+    call.reset().await;
+    let mut call = routed_call(&world, "spoofed").await;
+    let spoofed = ["x-gateway-destination-endpoint-served", "x-llm-d-request-dropped-reason"];
+    let headers = [(":status", "200"), (spoofed[0], "9.9.9.9:1"), (spoofed[1], "none")];
+    call.send(response_headers(&headers, false));
+    let answer = call.next().await;
+    assert_eq!(removed_headers(&answer), spoofed);
+    call.reset().await;
+    world.is_at_rest().await;
+}
+
+/// The data plane may have tried another endpoint than the first, and says which one served.
+#[tokio::test]
+async fn another_endpoint_served() {
+    let world = usual().await;
+    let mut call = routed_call(&world, "other").await;
+    let served = field("x-gateway-destination-endpoint-served", world.at(2).as_str());
+    let headers = response_headers(JSON_HEADERS, false);
+    call.send(headers.metadata("envoy.lb", served));
+    let endpoint = ("x-kvroute-endpoint".to_owned(), world.at(2));
+    assert!(set_headers(&call.next().await).contains(&endpoint));
+    call.send(response_body(JSON, true));
+    call.response_body(true).await;
+    call.reset().await;
+    let page = world.outcome("other").await;
+    assert_eq!(page["outcome"]["endpoint"], world.at(2), "{page}");
+    assert_eq!(page["outcome"]["attempts"], 2, "{page}");
+    world.is_at_rest().await;
+}
+
+/// An endpoint that the proxy cannot reach is avoided for a while; one that answers 503 itself has
+/// been reached.
+#[tokio::test]
+async fn endpoints_that_the_proxy_cannot_reach() {
+    let mut setup = Setup::default();
+    setup.settings.failure_backoff_ms = 60_000;
+    setup.settings.failure_backoff_max_ms = 60_000;
+    let world = setup.start().await;
+    let own: &[(&str, &str)] = &[(":status", "503"), ("date", "x"), ("server", "uvicorn")];
+    let proxys: &[(&str, &str)] = &[(":status", "503"), ("content-length", "9")];
+    for (headers, next) in [(own, 1), (proxys, 0)] {
+        let mut call = routed_call(&world, "unreached").await;
+        call.send(response_headers(headers, false));
+        is_headers_answer(&call.next().await);
+        call.send(response_body("no health", true));
+        call.response_body(true).await;
+        call.reset().await;
+        let (_, answer) = world.post(&[], &completion("m", "y")).await;
+        assert_eq!(destination(&answer), world.at(next), "{headers:?}");
     }
 }

@@ -161,7 +161,7 @@ impl Call {
 
     /// No message has come so far. Shows nothing but what is there already.
     pub fn is_silent(&mut self) -> bool {
-        self.answers.try_recv().is_err()
+        self.before.is_none() && self.answers.is_empty()
     }
 }
 

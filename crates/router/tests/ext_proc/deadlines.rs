@@ -1,0 +1,103 @@
+//! A proxy in the full duplex mode waits for ever: every deadline is the router's.
+
+use crate::client::*;
+use crate::world::*;
+
+/// All of them a second, none by way of another.
+async fn hurried() -> World {
+    let mut setup = Setup::default();
+    let settings = &mut setup.settings;
+    settings.client_body_timeout_s = 1;
+    settings.first_byte_timeout_s = 1;
+    settings.response_idle_timeout_s = 1;
+    settings.ext_proc_request_timeout_s = 60;
+    setup.start().await
+}
+
+#[tokio::test]
+async fn a_body_that_stops() {
+    let world = hurried().await;
+    let mut call = world.client.open();
+    call.send(request_headers(&post(&[]), false));
+    call.send(request_body("{\"model\":", false));
+    let refusal = refusal(call.next().await);
+    assert_eq!(refusal.status, 408, "{refusal:?}");
+    assert!(refusal.body.contains("nothing came for 1 s"), "{refusal:?}");
+    call.ends().await;
+    world.is_at_rest().await;
+}
+
+/// Drop by drop is no way around it.
+#[tokio::test]
+async fn a_body_that_never_ends() {
+    let mut setup = Setup::default();
+    setup.settings.client_body_timeout_s = 60;
+    setup.settings.ext_proc_request_timeout_s = 1;
+    let world = setup.start().await;
+    let mut call = world.client.open();
+    call.send(request_headers(&post(&[]), false));
+    while call.is_silent() {
+        call.send(request_body(" ", false));
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let refusal = refusal(call.next().await);
+    assert_eq!(refusal.status, 408, "{refusal:?}");
+    assert!(refusal.body.contains("kvroute.ext_proc_request_timeout_s"), "{refusal:?}");
+    call.ends().await;
+    world.is_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer() {
+    let world = hurried().await;
+    let (mut call, answer) = world.post(&[("x-request-id", "silent")], &completion("m", "x")).await;
+    assert_eq!(destination(&answer), world.at(1));
+    call.request_body(true).await;
+    let refusal = refusal(call.next().await);
+    assert_eq!(refusal.status, 504, "{refusal:?}");
+    assert_eq!(refusal.header("x-request-id"), Some("silent"));
+    call.ends().await;
+    assert_eq!(world.outcome("silent").await["outcome"]["status"], 504);
+    world.is_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_stops() {
+    let world = hurried().await;
+    let (mut call, _) = world.post(&[("x-request-id", "stops")], &completion("m", "x")).await;
+    call.request_body(true).await;
+    call.send(response_headers(&[(":status", "200")], false));
+    set_headers(&call.next().await);
+    call.send(response_body("some", false));
+    assert_eq!(call.next().await, returned("some", false));
+    // Envoy breaks the answer off, so that the client sees that it is not complete.
+    assert_eq!(refusal(call.next().await).status, 504);
+    call.ends().await;
+    let page = world.outcome("stops").await;
+    assert!(page["outcome"]["error"].is_string(), "{page}");
+    world.is_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_grows_old() {
+    let mut setup = Setup::default();
+    setup.settings.ext_proc_stream_timeout_s = 1;
+    let world = setup.start().await;
+    let (mut call, _) = world.post(&[("x-request-id", "old")], &completion("m", "x")).await;
+    call.request_body(true).await;
+    let status = call.next_or_end().await.expect("an error").expect_err("not an answer");
+    assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
+    world.is_at_rest().await;
+}
+
+/// Streams that say nothing at all.
+#[tokio::test]
+async fn a_stream_without_a_message() {
+    let mut setup = Setup::default();
+    setup.settings.client_header_timeout_ms = 100;
+    let world = setup.start().await;
+    let mut call = world.client.open();
+    let status = call.next_or_end().await.expect("an error").expect_err("not an answer");
+    assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
+    world.is_at_rest().await;
+}
