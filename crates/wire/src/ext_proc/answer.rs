@@ -107,8 +107,9 @@ impl Answer {
             nested(out, body_number(side), |out| {
                 nested(out, 1, |out| {
                     common(out, changes, clear_route_cache, |out| {
+                        // The member is set even when it is empty: without one, the piece stays.
                         if let Some(body) = body {
-                            nested(out, 3, |out| put_bytes(out, 1, body));
+                            nested(out, 3, |out| nested(out, 1, |out| out.put_slice(body)));
                         }
                     });
                 });

@@ -155,6 +155,23 @@ fn a_piece_is_written_as_the_long_way_would() {
     }
 }
 
+/// A piece that is held back is replaced by nothing, which is not the same as being left alone.
+#[test]
+fn a_body_may_be_replaced_by_nothing() {
+    let nothing = Proto::new().bytes(1, b"").into_bytes();
+    let table = [
+        (None, Proto::new()),
+        (Some(&b""[..]), Proto::new().bytes(3, &nothing)),
+        (Some(b"a"), Proto::new().bytes(3, &Proto::new().bytes(1, b"a").into_bytes())),
+    ];
+    for (body, common) in table {
+        let mut answer = Answer::new();
+        answer.whole_body(Side::Response, &[], false, body, &[]);
+        let response = Proto::new().bytes(1, &common.into_bytes()).into_bytes();
+        assert_eq!(written(&mut answer), [Proto::new().bytes(4, &response).into_bytes()]);
+    }
+}
+
 #[test]
 fn answers_byte_by_byte() {
     let mut answer = Answer::new();
