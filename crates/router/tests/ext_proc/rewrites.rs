@@ -140,3 +140,85 @@ fn replaced(answer: ProcessingResponse) -> Option<Vec<u8>> {
         other => panic!("not a whole body: {other:?}"),
     }
 }
+
+/// A stream whose request another model serves.
+async fn rewritten(world: &World, modes: Option<(BodySendMode, BodySendMode)>) -> Call {
+    let mut call = world.client.open();
+    let mut headers = request_headers(&post(&[]), false);
+    if let Some((request, response)) = modes {
+        headers = headers.modes(request, response);
+    }
+    call.send(headers);
+    call.send(request_body(completion("model-to-be-rewritten", "x"), true));
+    destination(&call.next().await);
+    call.request_body(true).await;
+    let headers =
+        [(":status", "200"), ("content-type", "application/json"), ("content-length", "9")];
+    call.send(response_headers(&headers, false));
+    // The length changes with the name.
+    assert_eq!(removed_headers(&call.next().await), ["content-length"]);
+    call
+}
+
+const ANSWER: &str = r#"{"id":"1","model":"rewritten-model","choices":[]}"#;
+const RESTORED: &str = r#"{"id":"1","model":"model-to-be-rewritten","choices":[]}"#;
+
+#[tokio::test]
+async fn the_name_in_an_answer_wherever_it_is_cut() {
+    let world = rewriting().await;
+    for cut in 0..=ANSWER.len() {
+        let mut call = rewritten(&world, None).await;
+        call.send(response_body(&ANSWER[..cut], false));
+        call.send(response_body(&ANSWER[cut..], cut % 2 == 0));
+        if cut % 2 == 1 {
+            call.send(response_body("", true));
+        }
+        let (got, _) = call.response_body(true).await;
+        assert_eq!(String::from_utf8(got).unwrap(), RESTORED, "{cut}");
+        call.reset().await;
+    }
+    world.is_at_rest().await;
+}
+
+/// The same where each piece has one answer: a piece that is held back is replaced by nothing.
+#[tokio::test]
+async fn the_name_in_an_answer_whose_pieces_are_answered_one_by_one() {
+    let world = rewriting().await;
+    for mode in [BodySendMode::Streamed, BodySendMode::Buffered] {
+        for cut in 0..=ANSWER.len() {
+            let modes = Some((BodySendMode::FullDuplexStreamed, mode));
+            let mut call = rewritten(&world, modes).await;
+            let then = (cut + 3).min(ANSWER.len());
+            let pieces: &[&str] = match mode {
+                BodySendMode::Streamed => &[&ANSWER[..cut], &ANSWER[cut..then], &ANSWER[then..]],
+                _ => &[ANSWER],
+            };
+            let mut got = Vec::new();
+            for (at, piece) in pieces.iter().enumerate() {
+                call.send(response_body(piece, at + 1 == pieces.len()));
+                got.extend(left_of(call.next().await, piece));
+            }
+            assert_eq!(String::from_utf8(got).unwrap(), RESTORED, "{mode:?} {cut}");
+            call.reset().await;
+        }
+    }
+    world.is_at_rest().await;
+}
+
+/// What becomes of a piece by Envoy's rules: a mutation that names no kind changes nothing.
+fn left_of(answer: ProcessingResponse, piece: &str) -> Vec<u8> {
+    let Some(Response::ResponseBody(body)) = answer.response else { panic!("{answer:?}") };
+    let mutation = body.response.unwrap_or_default().body_mutation.unwrap_or_default();
+    match mutation.mutation {
+        None => piece.as_bytes().to_vec(),
+        Some(Mutation::Body(body)) => body,
+        Some(Mutation::ClearBody(clear)) => {
+            if clear {
+                Vec::new()
+            } else {
+                piece.as_bytes().to_vec()
+            }
+        }
+        Some(other) => panic!("only for the full duplex mode: {other:?}"),
+    }
+}
