@@ -6,7 +6,8 @@ use crate::envoy::*;
 use crate::support::metric;
 use crate::world::*;
 
-const ANSWER: &str = r#"{"usage":{"prompt_tokens":7,"completion_tokens":10,"prompt_tokens_details":{"cached_tokens":4}}}"#;
+const ANSWER: &str = "{\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":10,\
+    \"prompt_tokens_details\":{\"cached_tokens\":4}}}";
 
 /// A message about a body that lets it pass as it is.
 fn passes(answer: ProcessingResponse) {
