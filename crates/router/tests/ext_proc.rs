@@ -18,6 +18,8 @@ mod world;
 mod deadlines;
 #[path = "ext_proc/modes.rs"]
 mod modes;
+#[path = "ext_proc/names.rs"]
+mod names;
 #[path = "ext_proc/plugins.rs"]
 mod plugins;
 #[path = "ext_proc/protocol.rs"]

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::plan::{Experimental, Plan};
 use kvroute_core::settings::Settings;
-use kvroute_router::{ExtProcConfig, RouterConfig, RouterHandle, ServerTls};
+use kvroute_router::{ExtProcConfig, RouterConfig, RouterHandle, ServerTls, UpstreamNames};
 
 use crate::client::*;
 use crate::envoy::*;
@@ -64,6 +64,8 @@ pub struct Setup<'a> {
     pub roles: &'a [&'a str],
     pub settings: Settings,
     pub ext_proc: ExtProcConfig,
+    /// llm-d's metrics.
+    pub names: Option<UpstreamNames>,
 }
 
 impl Default for Setup<'_> {
@@ -75,7 +77,7 @@ impl Default for Setup<'_> {
             ignore_subset_hints: false,
             emit_scores: false,
         };
-        Setup { yaml: USUAL, pods: PODS, roles: &[], settings: settings(), ext_proc }
+        Setup { yaml: USUAL, pods: PODS, roles: &[], settings: settings(), ext_proc, names: None }
     }
 }
 
@@ -105,6 +107,7 @@ impl Setup<'_> {
             plan: Plan::build(&config, Experimental::Allowed).unwrap(),
             http: None,
             ext_proc: Some(self.ext_proc),
+            upstream_metric_names: self.names,
             ..support::config(&addresses, self.settings)
         };
         for (flag, role) in start.endpoints.iter_mut().zip(self.roles) {

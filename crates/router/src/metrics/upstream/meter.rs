@@ -72,8 +72,12 @@ impl Meter {
         self.streaming = streaming;
     }
 
-    /// A piece of the answer came at `at` and has been seen to.
+    /// A piece of the answer came at `at` and has been seen to. One without bytes only marks the
+    /// end.
     pub fn piece(&mut self, at: Instant, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
         self.response_bytes = self.response_bytes.saturating_add(bytes as u64);
         if self.streaming {
             match self.last {
