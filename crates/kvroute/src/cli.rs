@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::{bench, check, demo, engine, explain, fit, replay, schema, serve, sim};
+use crate::{bench, check, demo, engine, epp, explain, fit, replay, schema, serve, sim};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -71,6 +71,9 @@ enum LogFormat {
 enum Command {
     /// The router: an HTTP proxy in front of model servers.
     Serve(Box<Serve>),
+    /// The router behind Envoy: llm-d's Endpoint Picker, over ext_proc, with llm-d's flags.
+    #[command(disable_help_flag = true)]
+    Epp(Epp),
     /// Does a configuration load, what does it do, and are the engines as it expects them?
     Check(Box<Check>),
     /// Where does a request go, and why? Asks a running router, or decides on a snapshot of one.
@@ -193,6 +196,14 @@ pub struct Serve {
     /// keep it as you keep prompts.
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+}
+
+/// `kvroute epp`. Its flags are llm-d's, and so is their syntax: `crate::epp` reads them.
+#[derive(Clone, Debug, Args)]
+pub struct Epp {
+    /// llm-d's flags; --help lists them.
+    #[arg(value_name = "FLAGS", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<String>,
 }
 
 /// `kvroute check`.
@@ -608,7 +619,7 @@ pub enum FitClients {
 }
 
 /// An address to listen on.
-fn address(text: &str) -> Result<SocketAddr, String> {
+pub(crate) fn address(text: &str) -> Result<SocketAddr, String> {
     let named = text.replace("localhost:", "127.0.0.1:");
     named.parse().map_err(|_| "write IP:PORT, for example 127.0.0.1:8080 or [::]:8080".to_owned())
 }
@@ -630,9 +641,16 @@ fn log_filter(text: &str) -> Result<String, String> {
 /// Parses the command line, runs the command and says what went wrong.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let quiet = !matches!(cli.command, Command::Serve(_) | Command::Engine(_));
-    init_logging(cli.log.as_deref(), cli.log_format, quiet);
+    let log = cli.log.as_deref();
+    let json = matches!(cli.log_format, LogFormat::Json);
+    match cli.command {
+        // It has flags of its own about logging.
+        Command::Epp(_) => {}
+        Command::Serve(_) | Command::Engine(_) => init_logging(log.unwrap_or("info"), json),
+        _ => init_logging(log.unwrap_or("error"), json),
+    }
     let done = match cli.command {
+        Command::Epp(args) => epp::main(&args, log),
         Command::Serve(args) => serve::main(&args),
         Command::Check(args) => check::main(&args),
         Command::Explain(args) => explain::main(&args),
@@ -665,16 +683,13 @@ pub fn say(line: &str) {
     let _enough = writeln!(std::io::stdout(), "{line}");
 }
 
-fn init_logging(filter: Option<&str>, format: LogFormat, quiet: bool) {
-    let default = if quiet { "error" } else { "info" };
-    let filter = tracing_subscriber::EnvFilter::new(filter.unwrap_or(default));
+/// From here on the log goes to standard error: what the filter lets through, as JSON objects or as
+/// text. Call it once.
+pub(crate) fn init_logging(filter: &str, json: bool) {
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
-    match format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().init(),
-    }
+    if json { builder.json().init() } else { builder.init() }
 }

@@ -7,6 +7,7 @@ pub mod config;
 pub mod demo;
 pub mod engine;
 pub mod envoy;
+pub mod epp;
 pub mod explain;
 pub mod fit;
 pub mod recording;

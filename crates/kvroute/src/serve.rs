@@ -16,8 +16,16 @@ use crate::{cli, config};
 /// The configuration is wrong or an address is taken.
 pub fn main(args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let config = config::router(args)?;
-    warn_of_degradations(&config);
     let drain = Duration::from_secs(u64::from(config.plan.settings.drain_timeout_s));
+    run(config, drain)
+}
+
+/// Runs a router until SIGTERM or SIGINT; what it has begun then has `drain` to finish.
+///
+/// # Errors
+/// It cannot start.
+pub fn run(config: kvroute_router::RouterConfig, drain: Duration) -> anyhow::Result<ExitCode> {
+    warn_of_degradations(&config);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let finished = runtime.block_on(async {
         let router = kvroute_router::start(config).await?;

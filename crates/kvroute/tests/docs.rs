@@ -1,5 +1,5 @@
-//! Are docs/plugins.md and docs/config.schema.json what the table of plugins says?
-//! `KVROUTE_BLESS=1 cargo test -p kvroute --test docs` writes both.
+//! Are docs/plugins.md, docs/config.schema.json and the flags in docs/epp.md what the program's
+//! tables say? `KVROUTE_BLESS=1 cargo test -p kvroute --test docs` writes them.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
@@ -7,6 +7,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use kvroute::epp::{FLAGS, Flag};
 use kvroute::schema;
 use kvroute_core::plugin::{PluginKind, Role, Stability};
 use serde_json::Value;
@@ -49,6 +50,34 @@ fn the_schema_knows_every_type_and_parameter() {
 #[test]
 fn the_list_of_plugins_is_current() {
     is_current("plugins.md", &plugins());
+}
+
+/// The table between the marks in docs/epp.md, of all flags of `kvroute epp`.
+#[test]
+fn the_list_of_flags_is_current() {
+    const BEGIN: &str = "test docs -->\n";
+    const END: &str = "<!-- end of flags -->";
+    let found = fs::read_to_string(doc("epp.md")).unwrap();
+    let (head, rest) = found.split_once(BEGIN).expect("a mark before the table");
+    let (_, tail) = rest.split_once(END).expect("a mark behind it");
+    is_current("epp.md", &format!("{head}{BEGIN}{}\n{END}{tail}", flags()));
+}
+
+fn flags() -> String {
+    let mut out = String::new();
+    for (group, flags) in FLAGS {
+        write!(out, "\n### {group}\n\n| flag | default | |\n|---|---|---|\n").unwrap();
+        for Flag { name, value, default, help, .. } in flags {
+            let value = if value.is_empty() { String::new() } else { format!(" {value}") };
+            let default = match *default {
+                "" if value.is_empty() => "`false`".to_owned(),
+                "" => String::new(),
+                default => format!("`{default}`"),
+            };
+            writeln!(out, "| `--{name}{value}` | {default} | {help} |").unwrap();
+        }
+    }
+    out
 }
 
 const HEAD: &str = "# Plugins

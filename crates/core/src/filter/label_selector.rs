@@ -1,11 +1,13 @@
 //! `label-selector-filter`: does the endpoint carry the labels?
 
 use std::collections::BTreeMap;
+use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::Rng;
+use crate::screen::selector;
 use crate::stage::{Filter, Plugin, View};
 
 /// A Kubernetes label selector: all of `matchLabels` and all of `matchExpressions` must hold. An
@@ -62,6 +64,15 @@ impl LabelSelector {
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value))
             && self.match_expressions.iter().all(|expression| expression.holds(labels))
+    }
+}
+
+/// Kubernetes' short notation: `app=vllm,tier in (a, b),!canary`.
+impl FromStr for LabelSelector {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<LabelSelector, String> {
+        selector::parse(text)
     }
 }
 
