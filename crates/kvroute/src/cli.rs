@@ -403,6 +403,11 @@ pub struct Demo {
     /// Print the summary as one JSON object on the last line.
     #[arg(long)]
     pub json: bool,
+
+    /// A third run, with this Envoy (version 1.40) in front and kvroute behind its `ext_proc`
+    /// protocol; `scripts/fetch-envoy.sh` gets one.
+    #[arg(long, value_name = "FILE")]
+    pub envoy: Option<PathBuf>,
 }
 
 /// `kvroute bench`.

@@ -1,5 +1,6 @@
 //! `kvroute demo`: 8 simulated engines, the real router and a load; round robin beside kvroute
-//! routing, one after the other, so that neither takes the other's processor time.
+//! routing, one after the other, so that neither takes the other's processor time. With an Envoy,
+//! kvroute's run once more behind it.
 
 mod fleet;
 mod view;
@@ -17,6 +18,7 @@ use kvroute_router::RouterHandle;
 use kvroute_tokens::Tokenizer;
 
 use crate::cli::{self, say};
+use crate::envoy::{Envoy, STANDALONE, Template};
 use crate::{config, serve};
 use fleet::Fleet;
 use view::View;
@@ -25,6 +27,8 @@ use view::View;
 const ENGINES: usize = 8;
 /// The second run, by our own policy.
 const KVROUTE: &str = "kvroute";
+/// The third run: the same policy, asked by Envoy.
+const ENVOY: &str = "kvroute-envoy";
 /// How much faster than the modelled hardware (Qwen3-32B on two H100) the engines run.
 const SPEED: f64 = 2.0;
 /// KV blocks of one engine: all engines together hold 1.37 times the workload, as in the
@@ -66,7 +70,7 @@ pub fn main(args: &cli::Demo) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the workload under both plans.
+/// Runs the workload under both plans, and the second once more behind Envoy if there is one.
 ///
 /// # Errors
 /// As [`main`].
@@ -79,6 +83,9 @@ pub async fn compare(args: &cli::Demo) -> anyhow::Result<Report> {
     for name in ["round-robin", KVROUTE] {
         records.push(run(name, args, &scenario, &mut view).await?);
     }
+    if args.envoy.is_some() {
+        records.push(run(ENVOY, args, &scenario, &mut view).await?);
+    }
     Ok(Report::new(&scenario, &records))
 }
 
@@ -90,9 +97,16 @@ async fn run(
 ) -> anyhow::Result<RunRecord> {
     let tokenizer = Tokenizer::demo();
     let fleet = Fleet::start(ENGINES, KV_BLOCKS, SPEED, &tokenizer, args.seed).await?;
-    let router = fleet.route(config::preset(name)?, &tokenizer, args.seed).await?;
+    let behind = args.envoy.as_deref().filter(|_| name == ENVOY);
+    let preset = config::preset(if name == ENVOY { KVROUTE } else { name })?;
+    let router = fleet.route(preset, &tokenizer, args.seed).await?;
     fleet.wait_until_known(&router).await?;
-    let url = format!("http://{}", router.http_addr());
+    let envoy = match behind {
+        Some(binary) => Some(in_front(binary, &router).await?),
+        None => None,
+    };
+    let door = envoy.as_ref().map_or(Ok(router.http_addr()), Envoy::http_addr)?;
+    let url = format!("http://{door}");
     let config = LoadConfig {
         seed: args.seed,
         timeout: Duration::from_secs(60),
@@ -108,9 +122,17 @@ async fn run(
     if args.keep && name == KVROUTE {
         keep(&router).await?;
     }
+    drop(envoy);
     router.shutdown(Duration::from_secs(5)).await;
     fleet.shutdown().await;
     Ok(measured.record)
+}
+
+/// Envoy as a sidecar of the router.
+async fn in_front(binary: &Path, router: &RouterHandle) -> anyhow::Result<Envoy> {
+    let ext_proc = router.ext_proc_addr().context("the router does not serve ext_proc")?;
+    let template = Template::new(STANDALONE).on_loopback(ext_proc)?.without("tls")?;
+    Envoy::start(binary, &template).await
 }
 
 /// Waits until somebody has seen enough.

@@ -204,18 +204,20 @@ impl Envoy {
         exchange_at(self.admin, &Method::GET, path, &HeaderMap::new(), b"", &LIMITS).await
     }
 
-    /// Sum of the counters and gauges whose names end so, such as `ext_proc.spurious_msgs_received`.
+    /// Sum of the counters and gauges whose names end so, as in `ext_proc.streams_started`.
     ///
     /// # Errors
-    /// The admin address does not answer.
-    pub async fn stat(&self, ending: &str) -> Result<u64, AskError> {
+    /// The admin address does not answer, or knows none.
+    pub async fn stat(&self, ending: &str) -> anyhow::Result<u64> {
         let page = self.get("/stats").await?.body;
         let lines = String::from_utf8_lossy(&page);
         let values = lines.lines().filter_map(|line| line.split_once(": "));
-        Ok(values
-            .filter(|(name, _)| name.ends_with(ending))
-            .filter_map(|(_, v)| v.parse::<u64>().ok())
-            .sum())
+        let wanted = values.filter(|(name, _)| name.ends_with(ending));
+        let numbers: Vec<u64> = wanted.filter_map(|(_, value)| value.parse().ok()).collect();
+        if numbers.is_empty() {
+            bail!("Envoy counts no {ending}")
+        }
+        Ok(numbers.iter().sum())
     }
 
     /// Access log, warnings and errors so far.

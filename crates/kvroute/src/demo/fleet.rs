@@ -9,7 +9,7 @@ use kvroute_core::plan::Plan;
 use kvroute_lab::engine::{self, EngineConfig, EngineHandle};
 use kvroute_lab::load::{Look, Looks};
 use kvroute_lab::model::{HashAlgorithm, Profile};
-use kvroute_router::{EventsSource, RouterConfig, RouterHandle, Tokenizers};
+use kvroute_router::{EventsSource, ExtProcConfig, RouterConfig, RouterHandle, Tokenizers};
 use kvroute_tokens::Tokenizer;
 
 /// Name of the served model.
@@ -60,7 +60,7 @@ impl Fleet {
             config,
             seed,
             http: Some(any),
-            ext_proc: None,
+            ext_proc: Some(ExtProcConfig::plain(any)),
             admin: any,
             endpoints: endpoints.collect::<Result<_, _>>()?,
             endpoints_file: None,

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use kvroute_lab::load::Progress;
-use kvroute_lab::summary::{Run, Summary, SummaryFile};
+use kvroute_lab::summary::{Summary, SummaryFile};
 use kvroute_router::RouterHandle;
 
 use super::fleet::Fleet;
@@ -95,11 +95,12 @@ fn bar(share: f64, width: usize) -> String {
 /// Title, value, digits after the point.
 type Figure = (&'static str, fn(&Summary) -> f64, usize);
 
-/// The closing table.
+/// The closing table: a column for each run, and how the second compares with the first.
 pub fn table(file: &SummaryFile) {
-    let [before, after] = file.runs.as_slice() else { return };
+    let [_, after, ..] = file.runs.as_slice() else { return };
     say("");
-    say(&format!("{:<28}{:>14}{:>14}{:>12}", "", before.name, after.name, "factor"));
+    let names: String = file.runs.iter().map(|run| format!("{:>14}", run.name)).collect();
+    say(&format!("{:<28}{names}{:>12}", "", "factor"));
     let rows: [Figure; 8] = [
         ("hit ratio", |s| s.hit_ratio, 3),
         ("TTFT p50, s", |s| s.ttft_s.p50, 3),
@@ -111,27 +112,25 @@ pub fn table(file: &SummaryFile) {
         ("waiting per engine, max", |s| s.wait_queue.max, 0),
     ];
     for (title, value, digits) in rows {
-        say(&row(title, value(&before.pooled.summary), value(&after.pooled.summary), digits));
+        let values: Vec<f64> = file.runs.iter().map(|run| value(&run.pooled.summary)).collect();
+        say(&row(title, &values, digits));
     }
     say("");
     say(&format!(
         "{} requests each, {} failed; seed {}. Engines: Qwen3-32B on two H100, simulated\n\
          at double speed. Times are what a client measured.",
         after.summary.requests,
-        failed(before, after),
+        file.runs.iter().map(|run| run.failed).sum::<u64>(),
         file.seed
     ));
 }
 
-fn failed(before: &Run, after: &Run) -> u64 {
-    before.failed + after.failed
-}
-
-fn row(title: &str, before: f64, after: f64, digits: usize) -> String {
-    let factor = match (before, after) {
-        (b, a) if b <= 0.0 || a <= 0.0 => "-".to_owned(),
-        (b, a) if a >= b => format!("x {:.1}", a / b),
-        (b, a) => format!("/ {:.1}", b / a),
+fn row(title: &str, values: &[f64], digits: usize) -> String {
+    let factor = match *values {
+        [b, a, ..] if b > 0.0 && a >= b => format!("x {:.1}", a / b),
+        [b, a, ..] if a > 0.0 && b > 0.0 => format!("/ {:.1}", b / a),
+        _ => "-".to_owned(),
     };
-    format!("{title:<28}{before:>14.digits$}{after:>14.digits$}{factor:>12}")
+    let columns: String = values.iter().map(|value| format!("{value:>14.digits$}")).collect();
+    format!("{title:<28}{columns}{factor:>12}")
 }
