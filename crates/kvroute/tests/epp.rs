@@ -231,7 +231,8 @@ fn mistakes_end_it_with_code_2_and_what_is_valid() {
     }
 }
 
-/// The arguments of llm-d's standalone chart: TLS, no Kubernetes API here, so nothing to serve.
+/// The arguments of llm-d's standalone chart: TLS, and nothing to serve, because Kubernetes is not
+/// watched (rows 112 and 114 of docs/differences.md).
 #[tokio::test]
 async fn the_standalone_chart_starts_it_and_it_is_not_ready() {
     let scratch = Scratch::new("standalone");
@@ -321,7 +322,7 @@ async fn the_gateway_chart_starts_it_and_sigterm_ends_it_politely() {
     assert_eq!(picker.ended().await, Some(0));
 }
 
-/// llm-d's file discovery, without any pool: docs/differences.md has the row.
+/// llm-d's file discovery, without any pool: row 111 of docs/differences.md.
 #[tokio::test]
 async fn endpoints_from_the_configuration_need_no_pool() {
     let scratch = Scratch::new("files");
