@@ -314,6 +314,9 @@ impl Observer {
 
     /// A piece of the answer's body.
     pub fn chunk(&mut self, data: &[u8]) {
+        if data.is_empty() {
+            return;
+        }
         let began = self.meter.is_some().then(Instant::now);
         if self.outcome.ttft_s.is_none() {
             let ttft_s = self.started.elapsed().as_secs_f64();
