@@ -7,7 +7,7 @@ use hyper::body::Frame;
 use kvroute_core::Rng;
 
 use crate::client::{Client, chunked, completion, completion_text, get, next, open, post, send};
-use crate::upstream::{AnyBody, EVENTS, STREAM, Upstream, WISH, event, whole};
+use crate::upstream::{AnyBody, EVENTS, STREAM, TRAILER, TRAILERS, Upstream, WISH, event, whole};
 use crate::{Setup, Stack};
 
 const VERSIONS: [Version; 2] = [Version::HTTP_11, Version::HTTP_2];
@@ -118,6 +118,28 @@ async fn a_body_may_end_with_trailers() {
     });
     let reply = client.send(post("/v1/completions", body, &[])).await.unwrap();
     assert_eq!((reply.status, reply.text()), (200, text));
+    stack.unharmed().await;
+}
+
+#[tokio::test]
+async fn an_answer_may_end_with_trailers() {
+    let upstream = Upstream::start().await;
+    let over_http2 = "connect_timeout: 5s
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        '@type': type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}";
+    let setup = Setup::override_host(&[upstream.addr]);
+    let setup = setup.set("model-servers", "connect_timeout: 5s", over_http2);
+    let Some(stack) = Stack::start(setup, &[upstream.addr]).await else { return };
+    let mut client = Client::connect(stack.http, Version::HTTP_2).await;
+    for body in ["", "a prompt"] {
+        let text = completion_text(body);
+        let request = post("/v1/completions", whole(text.clone()), &[(WISH, TRAILERS)]);
+        let answer = client.start(request).await.unwrap().into_body().collect().await.unwrap();
+        assert_eq!(answer.trailers().unwrap()[TRAILER], "1");
+        assert_eq!(answer.to_bytes(), text);
+    }
     stack.unharmed().await;
 }
 

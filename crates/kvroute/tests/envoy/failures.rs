@@ -116,14 +116,16 @@ async fn failing_open_and_closed() {
     assert_eq!(upstream.seen().len(), 2);
 }
 
-/// The real program, so that it can die.
+/// The real program as charts start it, TLS and health included, so that it can die.
 struct Router(Child);
 
 impl Router {
     fn start(ext_proc: SocketAddr, upstream: SocketAddr) -> Router {
         let child = Command::new(env!("CARGO_BIN_EXE_kvroute"))
-            .args(["serve", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0"])
-            .args(["--ext-proc", &ext_proc.to_string()])
+            .args(["epp", "--metrics-endpoint-auth=false", "--admin", "127.0.0.1:0"])
+            .args(["--grpc-port", &ext_proc.port().to_string()])
+            .args(["--grpc-health-port", &free_port().unwrap().port().to_string()])
+            .args(["--metrics-port", &free_port().unwrap().port().to_string()])
             .args(["--endpoint", &format!("http://{upstream}")])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -149,7 +151,8 @@ async fn a_router_may_be_killed_and_started_again() {
     let Some(binary) = crate::binary() else { return };
     let upstream = Upstream::start().await;
     let ext_proc = free_port().unwrap();
-    let envoy = Setup::standalone().envoy(&binary, ext_proc).await;
+    let setup = Setup { tls: true, ..Setup::standalone() };
+    let envoy = setup.envoy(&binary, ext_proc).await;
     let http = envoy.http_addr().unwrap();
     for _ in 0..2 {
         let mut router = Router::start(ext_proc, upstream.addr);
@@ -174,6 +177,7 @@ async fn a_gateway_goes_round_a_dead_router_and_comes_back() {
     let Some(binary) = crate::binary() else { return };
     let upstream = Upstream::start().await;
     let setup = Setup::override_host(&[upstream.addr]).set("health-interval", "2s", "0.05s");
+    let setup = Setup { tls: true, ..setup };
     let ext_proc = free_port().unwrap();
     let envoy = setup.envoy(&binary, ext_proc).await;
     let http = envoy.http_addr().unwrap();

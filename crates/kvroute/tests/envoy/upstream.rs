@@ -27,6 +27,10 @@ pub const SILENCE: &str = "silence";
 pub const STREAM: &str = "stream";
 /// One event, and when the second is allowed the connection breaks.
 pub const BREAK: &str = "break";
+/// The body comes back, and [`TRAILER`] after it.
+pub const TRAILERS: &str = "trailers";
+/// Name of a trailer.
+pub const TRAILER: &str = "x-checksum";
 /// Events of a stream, the last of which is `[DONE]`.
 pub const EVENTS: usize = 5;
 /// Who answered.
@@ -168,6 +172,13 @@ async fn answer(state: Arc<State>, request: Request<Incoming>) -> io::Result<Res
         Some(SILENCE) => {
             let _waiting = Waiting(state);
             std::future::pending().await
+        }
+        Some(TRAILERS) => {
+            let (sender, receiver) = mpsc::channel(2);
+            let trailers = HeaderMap::from_iter([(TRAILER.parse().unwrap(), "1".parse().unwrap())]);
+            sender.try_send(Ok(Frame::data(body))).unwrap();
+            sender.try_send(Ok(Frame::trailers(trailers))).unwrap();
+            Ok(response.body(Piped(receiver).boxed()).unwrap())
         }
         Some(wish) => {
             let (sender, receiver) = mpsc::channel(1);
