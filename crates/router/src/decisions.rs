@@ -1,7 +1,7 @@
 //! Why did the last requests go where they went? A ring of decisions, bounded by bytes.
 
 use std::collections::VecDeque;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use kvroute_core::decision::DecisionRecord;
 use parking_lot::Mutex;
@@ -40,6 +40,9 @@ pub(crate) struct Outcome {
 pub(crate) struct Entry {
     /// Seconds since the Unix epoch.
     pub at_unix_s: f64,
+    /// From the whole body to the decision: reading, waiting for others where the plan has
+    /// windows, deciding.
+    pub took_s: f64,
     pub prompt: PromptRecord,
     pub decision: DecisionRecord,
     /// Missing while the request is under way.
@@ -69,14 +72,15 @@ impl Decisions {
         Decisions { ring: Mutex::default(), bytes_max }
     }
 
-    /// Adds a decision; the number says where its outcome belongs.
-    pub fn push(&self, decision: DecisionRecord, prompt: PromptRecord) -> u64 {
+    /// Adds a decision that took so long; the number says where its outcome belongs.
+    pub fn push(&self, decision: DecisionRecord, prompt: PromptRecord, took: Duration) -> u64 {
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let at_unix_s = since_epoch.map_or(0.0, |d| d.as_secs_f64());
         let blocks = prompt.blocks.capacity() * size_of::<BlocksRecord>();
         let asked = prompt.rewritten_from.as_ref().map_or(0, String::capacity);
         let bytes = size_of::<Entry>() + OUTCOME_TEXT_BYTES + blocks + asked + decision.bytes();
-        let entry = Entry { at_unix_s, prompt, decision, outcome: None, bytes };
+        let took_s = took.as_secs_f64();
+        let entry = Entry { at_unix_s, took_s, prompt, decision, outcome: None, bytes };
         let mut ring = self.ring.lock();
         ring.bytes += bytes;
         ring.entries.push_back(entry);

@@ -240,6 +240,7 @@ pub(crate) async fn decide(
     allowed: Option<&[EndpointId]>,
 ) -> Result<Chosen, RouteError> {
     let limit_ms = shared.settings.decision_timeout_ms.max(1);
+    let since = Instant::now();
     let decided = async {
         let asked = match body {
             Some(body) => {
@@ -249,7 +250,7 @@ pub(crate) async fn decide(
         };
         let candidate = Candidate { request_id: &way.request_id, asked: &asked, headers, allowed };
         let held = hold(shared, &candidate).await;
-        choose(shared, &candidate, held.as_ref().map(|held| held.id))
+        choose(shared, &candidate, held.as_ref().map(|held| held.id), since)
     };
     let decided = tokio::time::timeout(ms(limit_ms), decided).await;
     decided.unwrap_or(Err(RouteError::DecisionTimeout(limit_ms)))
@@ -353,11 +354,12 @@ async fn hold<'a>(shared: &'a Shared, candidate: &Candidate<'_>) -> Option<HeldP
     Some(place)
 }
 
-/// Decides where a request goes, and notes the decision.
+/// Decides where a request goes, and notes the decision. Its body has been complete `since` then.
 fn choose(
     shared: &Arc<Shared>,
     candidate: &Candidate<'_>,
     held: Option<HeldId>,
+    since: Instant,
 ) -> Result<Chosen, RouteError> {
     let started = Instant::now();
     let asked = candidate.asked;
@@ -391,7 +393,7 @@ fn choose(
         note_mode(shared, asked, &record);
     }
     let scores = scores_of(shared, &record);
-    let number = shared.decisions.push(record, PromptRecord::of(asked));
+    let number = shared.decisions.push(record, PromptRecord::of(asked), since.elapsed());
     let mut candidates = Vec::with_capacity(1 + fallback.len());
     candidates.push(endpoint);
     candidates.extend(fallback);
