@@ -54,10 +54,15 @@ pub(crate) enum RouteError {
     #[error("nothing of the answer came for {0} s (kvroute.response_idle_timeout_s)")]
     AnswerStalled(u32),
     #[error(
-        "the proxy sends request bodies over ext_proc in mode {0}, which cannot be answered; set \
-         request_body_mode: FULL_DUPLEX_STREAMED"
+        "the proxy sends bodies over ext_proc in mode {0}, which cannot be answered; set \
+         request_body_mode and response_body_mode to FULL_DUPLEX_STREAMED"
     )]
     BodyMode(u32),
+    #[error(
+        "the proxy sends an ext_proc message of more than {0} bytes \
+         (kvroute.ext_proc_message_bytes_max); let it send bodies in smaller pieces"
+    )]
+    MessageTooLarge(usize),
     #[error("this router does not tunnel; CONNECT and protocol upgrades are not supported")]
     Tunnel,
     #[error("{0} requests are in flight, the limit of this router; try again shortly")]
@@ -78,7 +83,9 @@ impl RouteError {
             | RouteError::Unclaimed(_)
             | RouteError::NoModel
             | RouteError::BodyBroken => StatusCode::BAD_REQUEST,
-            RouteError::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            RouteError::BodyTooLarge(_) | RouteError::MessageTooLarge(_) => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             RouteError::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             RouteError::BodyTimeout(_) | RouteError::RequestTimeout(_) => {
                 StatusCode::REQUEST_TIMEOUT
@@ -127,6 +134,7 @@ impl RouteError {
             RouteError::NoAnswer(_) => "no_answer",
             RouteError::AnswerStalled(_) => "answer_stalled",
             RouteError::BodyMode(_) => "body_mode",
+            RouteError::MessageTooLarge(_) => "message_too_large",
             RouteError::Tunnel => "tunnel",
             RouteError::Inflight(_) => "inflight_limit",
             RouteError::Rejected(reject) => reject.dropped_reason(),

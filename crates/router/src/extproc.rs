@@ -106,7 +106,14 @@ pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut 
     named.inspect(|streams| streams.begin());
     shared.metrics.ext_proc_streams.inc();
     let age_max = shared.settings.ext_proc_stream_timeout_s.max(1);
-    let mut stream = Stream { shared, options, call, answer: Answer::new(), modes: FULL_DUPLEX };
+    let mut stream = Stream {
+        shared,
+        options,
+        call,
+        answer: Answer::new(),
+        modes: FULL_DUPLEX,
+        trailers_answered: false,
+    };
     let ended = timeout(Duration::from_secs(u64::from(age_max)), stream.run()).await;
     shared.metrics.ext_proc_streams.dec();
     let end = match ended {
@@ -118,6 +125,10 @@ pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut 
         }
     };
     shared.metrics.count_ext_proc_end(end.code);
+    if end.code.is_misuse() && shared.is_first_complaint(end.code.as_str()) {
+        let (code, why) = (end.code.as_str(), &end.message);
+        warn!(code, why, "A proxy does not keep to ext_proc's protocol; its client gets a 500.");
+    }
     named.inspect(|streams| streams.end(end.code, began.elapsed()));
     end
 }
@@ -134,11 +145,12 @@ struct Stream<'a> {
     /// What is not sent yet.
     answer: Answer,
     modes: Modes,
+    /// The request's trailers have come.
+    trailers_answered: bool,
 }
 
 impl Stream<'_> {
     async fn run(&mut self) -> Result<(), End> {
-        let place = self.shared.admit();
         let patience = ms(self.shared.settings.client_header_timeout_ms.max(1));
         let first = match self.next(patience).await? {
             Next::Message(first) => first,
@@ -150,6 +162,7 @@ impl Stream<'_> {
             return Err(End::new(Code::FailedPrecondition, text));
         }
         self.modes = first.modes.unwrap_or(FULL_DUPLEX);
+        let place = self.shared.admit();
         match first.part {
             Part::RequestHeaders(block) => self.request(block, first.metadata, place).await,
             // An answer of Envoy's own to a request that it did not show.
@@ -177,8 +190,7 @@ impl Stream<'_> {
             Err(Silence::Broken(error)) => return Err(error.into()),
             Err(_) => return Ok(Next::Gone),
         };
-        let read = Message::read(&bytes);
-        read.map(Next::Message).map_err(|e| End::new(Code::InvalidArgument, e.to_string()))
+        read(&bytes).map(Next::Message)
     }
 
     /// Sends what is written. A caller that has gone is noticed at the next message.
@@ -287,6 +299,11 @@ impl Stream<'_> {
         self.refuse(way.api, Some(&way.id_value), error).await
     }
 
+    /// In full duplex, trailers end the body and have been answered with it.
+    fn trailers_may_follow(&self) -> bool {
+        self.modes.request != BodyMode::FullDuplexStreamed && !self.trailers_answered
+    }
+
     /// Says once what a mode costs.
     fn note_blind(&self, what: &'static str) {
         self.shared.metrics.count_fallback(what);
@@ -305,6 +322,10 @@ enum Next {
     Message(Message),
     TooLong,
     Gone,
+}
+
+fn read(bytes: &Bytes) -> Result<Message, End> {
+    Message::read(bytes).map_err(|error| End::new(Code::InvalidArgument, error.to_string()))
 }
 
 fn unexpected(part: &Part) -> End {

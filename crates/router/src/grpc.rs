@@ -20,7 +20,7 @@ use kvroute_wire::error_body::grpc_message;
 use kvroute_wire::grpc::{Code, FrameError, MessageReader};
 use kvroute_wire::{ext_proc, grpc_health};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -38,6 +38,12 @@ const SEND_BUFFER_BYTES_MAX: usize = 1 << 20;
 /// A caller is asked for a sign of life this often, and has so long for it.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// Largest frame that is read: two pieces of a body as Envoy cuts them.
+const FRAME_BYTES_MAX: u32 = 64 << 10;
+/// Streams of a connection that asks for nothing but health.
+const HEALTH_STREAMS_MAX: u32 = 100;
+/// How long calls have to notice that their connection is over.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
@@ -61,36 +67,56 @@ where
 {
     let settings = &shared.settings;
     let silence = Duration::from_secs(u64::from(settings.response_idle_timeout_s.max(1)));
+    let streams_max = match methods.ext_proc {
+        Some(_) => settings.ext_proc_streams_per_connection_max.max(1),
+        None => HEALTH_STREAMS_MAX,
+    };
     let header_bytes = u32::try_from(2 * settings.header_bytes_max).unwrap_or(u32::MAX);
     let handshake = h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_send_buffer_size(SEND_BUFFER_BYTES_MAX)
-        .max_concurrent_streams(settings.ext_proc_streams_per_connection_max.max(1))
+        .max_frame_size(FRAME_BYTES_MAX)
+        .max_concurrent_streams(streams_max)
+        // All streams of a proxy's worker share a connection. Clients that leave in numbers, and
+        // bodies that still come for requests that are refused, must not end everybody's.
+        .max_pending_accept_reset_streams(streams_max as usize)
+        .max_concurrent_reset_streams(streams_max as usize)
+        .max_local_error_reset_streams(None)
         .max_header_list_size(header_bytes.max(16 << 10))
         .handshake::<_, Bytes>(Patient::new(stream, silence));
     let mut connection = timeout(ms(settings.client_header_timeout_ms.max(1)), handshake).await??;
     let mut lost = pin!(lost(connection.ping_pong()));
     // Who asks for nothing but health is no proxy, and needs no drain.
     let _counted = methods.ext_proc.is_some().then(|| Counted::new(shared));
-    loop {
+    // Every call holds a sender: the channel ends with the last of them.
+    let (alive, mut all_gone) = mpsc::channel::<()>(1);
+    let ended: Result<(), Failure> = loop {
         match *phase.borrow_and_update() {
             Phase::Serving | Phase::Draining => {}
             Phase::Closing => connection.graceful_shutdown(),
-            Phase::Stopped => return Ok(()),
+            Phase::Stopped => break Ok(()),
         }
         tokio::select! {
             accepted = connection.accept() => match accepted {
-                Some(call) => {
-                    let (request, respond) = call?;
-                    tokio::spawn(answer(Arc::clone(shared), methods.clone(), request, respond));
+                Some(Ok((request, respond))) => {
+                    let (shared, methods, alive) =
+                        (Arc::clone(shared), methods.clone(), alive.clone());
+                    tokio::spawn(async move {
+                        answer(shared, methods, request, respond).await;
+                        drop(alive);
+                    });
                 }
-                None => return Ok(()),
+                Some(Err(error)) => break Err(error.into()),
+                None => break Ok(()),
             },
-            changed = phase.changed() => changed?,
-            () = lost.as_mut() => return Err("the caller gives no sign of life".into()),
+            changed = phase.changed() => if let Err(error) = changed { break Err(error.into()) },
+            () = lost.as_mut() => break Err("the caller gives no sign of life".into()),
         }
-    }
+    };
+    drop((connection, alive));
+    let _ = timeout(FAREWELL, all_gone.recv()).await;
+    ended
 }
 
 /// A connection in the count of those of proxies.
@@ -244,7 +270,14 @@ impl Call {
             if let Some(message) = self.read()? {
                 return Ok(message);
             }
-            let Some(Ok(piece)) = self.receive.data().await else { return Err(Silence::Gone) };
+            let piece = match self.receive.data().await {
+                Some(Ok(piece)) => piece,
+                Some(Err(_)) => return Err(Silence::Gone),
+                None => {
+                    self.reader.finish().map_err(Silence::Broken)?;
+                    return Err(Silence::Gone);
+                }
+            };
             // It fails for a stream that is over, which the next piece tells.
             let _ = self.receive.flow_control().release_capacity(piece.len());
             self.reader.push(piece);

@@ -44,7 +44,7 @@ const PASS_THROUGH: &str = "pass-through";
 /// Mode label of requests that were never routed.
 const NOT_ROUTED: &str = "none";
 /// Most memory that a claimed body length reserves; the rest grows as it comes.
-const BODY_RESERVE_BYTES_MAX: usize = 256 << 10;
+pub(crate) const BODY_RESERVE_BYTES_MAX: usize = 256 << 10;
 
 /// Answers one request of a client, whatever happens.
 pub(crate) async fn serve(

@@ -41,6 +41,17 @@ pub enum Code {
 }
 
 impl Code {
+    /// Whether it says that the caller did what it must not.
+    pub fn is_misuse(self) -> bool {
+        matches!(
+            self,
+            Code::InvalidArgument
+                | Code::FailedPrecondition
+                | Code::ResourceExhausted
+                | Code::Internal
+        )
+    }
+
     /// The name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {

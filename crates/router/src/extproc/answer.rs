@@ -198,8 +198,9 @@ impl Stream<'_> {
                     }
                 }
             }
-            Part::RequestTrailers if exchange.request_passes => {
+            Part::RequestTrailers if exchange.request_passes || self.trailers_may_follow() => {
                 exchange.request_passes = false;
+                self.trailers_answered = true;
                 self.answer.trailers(Side::Request, &[]);
                 Ok(())
             }

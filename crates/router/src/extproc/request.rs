@@ -12,14 +12,16 @@ use kvroute_wire::api::Api;
 use kvroute_wire::ext_proc::{
     BodyMode, Dynamic, DynamicValue, HeaderBlock, HeaderChange, Metadata, Part, Side,
 };
+use kvroute_wire::grpc::Code;
 
 use super::answer::Exchange;
-use super::{DESTINATION, NAMESPACE, Next, PIECE_BYTES_MAX, Stop, Stream, hints, unexpected};
+use super::{DESTINATION, NAMESPACE, Next, PIECE_BYTES_MAX, Stop, Stream, hints, read, unexpected};
 use crate::error::RouteError;
+use crate::forward::known_length;
 use crate::grpc::{End, Silence};
 use crate::headers::{self, MODEL_REWRITE};
 use crate::rewrite::Rewrite;
-use crate::route::{self, Chosen, Way};
+use crate::route::{self, BODY_RESERVE_BYTES_MAX, Chosen, Way};
 use crate::shared::Inflight;
 use crate::upstream::Upstream;
 
@@ -67,6 +69,11 @@ impl Stream<'_> {
                 self.shared.metrics.client_aborts.inc();
                 Ok(())
             }
+            // Nothing has been answered but that the body may come.
+            Err(Stop::End(end)) if end.code == Code::ResourceExhausted => {
+                let max = self.shared.settings.ext_proc_message_bytes_max;
+                self.refuse_request(&head.way, &RouteError::MessageTooLarge(max)).await
+            }
             Err(Stop::End(end)) => Err(end),
         }
     }
@@ -77,6 +84,9 @@ impl Stream<'_> {
         let is_post = block.get(":method") == Some(b"POST");
         let path = String::from_utf8_lossy(block.get(":path").unwrap_or_default()).into_owned();
         let bytes: usize = block.headers.iter().map(|(n, v)| n.len() + v.len() + 4).sum();
+        // Whatever their values are.
+        let names = block.headers.iter().filter_map(|(name, _)| HeaderName::from_bytes(name).ok());
+        let mut removed: Vec<HeaderName> = names.filter(headers::is_control).collect();
         let mut headers = HeaderMap::with_capacity(block.headers.len());
         for (name, value) in block.headers {
             // Pseudo-headers have no names that HTTP allows.
@@ -86,14 +96,12 @@ impl Stream<'_> {
                 headers.append(name, value);
             }
         }
-        let removed: Vec<HeaderName> =
-            headers.keys().filter(|name| headers::is_control(name)).cloned().collect();
         for name in &removed {
             headers.remove(name);
         }
         // They are read, and for nobody else.
         let read = headers.keys().filter(|name| MODEL_REWRITE.contains(&name.as_str()));
-        let removed: Vec<HeaderName> = removed.into_iter().chain(read.cloned()).collect();
+        removed.extend(read.cloned());
         let (request_id, id_value) = headers::request_id(&headers);
         let end_of_stream = block.end_of_stream;
         let claimed = route::api_of(self.shared, is_post, &path, &headers, end_of_stream);
@@ -112,6 +120,11 @@ impl Stream<'_> {
         metadata: Metadata,
         place: Inflight,
     ) -> Result<Exchange, Stop> {
+        for mode in [self.modes.request, self.modes.response] {
+            if let BodyMode::Other(mode) = mode {
+                return Err(RouteError::BodyMode(mode).into());
+            }
+        }
         let mut metadata = metadata;
         let body = self.body(head, &mut metadata).await?;
         let subset = self.options.subset_hints.then(|| hints::allowed(self.shared, &metadata));
@@ -153,27 +166,29 @@ impl Stream<'_> {
             BodyMode::FullDuplexStreamed if !is_read => {
                 Ok(Body { passes: true, ..Body::default() })
             }
-            BodyMode::FullDuplexStreamed => self.collect(metadata).await,
+            BodyMode::FullDuplexStreamed => self.collect(head, metadata).await,
             // Envoy waits for this answer before it sends the body, and keeps the headers until
             // that is answered.
             BodyMode::Buffered => {
                 self.answer.headers(Side::Request, &[], false, &[]);
-                self.collect(metadata).await
+                self.collect(head, metadata).await
             }
             // The headers are gone when the body comes, or it never comes whole.
-            BodyMode::None | BodyMode::Streamed | BodyMode::BufferedPartial => {
+            BodyMode::None
+            | BodyMode::Streamed
+            | BodyMode::BufferedPartial
+            | BodyMode::Other(_) => {
                 if is_read {
                     self.note_blind("body-not-sent");
                 }
                 let passes = self.modes.request != BodyMode::None;
                 Ok(Body { passes, ..Body::default() })
             }
-            BodyMode::Other(mode) => Err(RouteError::BodyMode(mode).into()),
         }
     }
 
     /// Collects a whole body. One that comes in a single piece is not copied.
-    async fn collect(&mut self, metadata: &mut Metadata) -> Result<Body, Stop> {
+    async fn collect(&mut self, head: &Head, metadata: &mut Metadata) -> Result<Body, Stop> {
         let settings = &self.shared.settings;
         let (bytes_max, whole_s) =
             (settings.body_bytes_max, settings.ext_proc_request_timeout_s.max(1));
@@ -204,12 +219,14 @@ impl Stream<'_> {
                         false if piece.body.is_empty() => {}
                         false => {
                             if rest.is_empty() {
+                                rest.reserve(expected(head).max(first.len() + piece.body.len()));
                                 rest.extend_from_slice(&std::mem::take(&mut first));
                             }
                             rest.extend_from_slice(&piece.body);
                         }
                     }
-                    if piece.end_of_stream {
+                    // A buffered body comes whole; trailers wait until it is answered.
+                    if piece.end_of_stream || self.modes.request == BodyMode::Buffered {
                         break false;
                     }
                 }
@@ -241,16 +258,13 @@ impl Stream<'_> {
             biased;
             decided = decided => Ok(decided?),
             came = self.call.next(limit) => match came {
-                Ok(bytes) => match kvroute_wire::ext_proc::Message::read(&bytes) {
-                    Ok(message) => match message.part {
+                Ok(bytes) => {
+                    let message = read(&bytes)?;
+                    match message.part {
                         Part::ResponseHeaders(_) => Err(Stop::Answered(Box::new(message))),
                         other => Err(unexpected(&other).into()),
-                    },
-                    Err(error) => {
-                        let code = kvroute_wire::grpc::Code::InvalidArgument;
-                        Err(End::new(code, error.to_string()).into())
                     }
-                },
+                }
                 Err(Silence::Broken(error)) => Err(Stop::End(error.into())),
                 Err(_) => Err(Stop::Gone),
             },
@@ -367,6 +381,12 @@ fn renamed(body: &Bytes, rewrite: Option<&Rewrite>) -> Vec<Bytes> {
     let room = PIECE_BYTES_MAX.saturating_sub(around.len() + name.len());
     let behind = after.split_to(after.len().min(room));
     vec![before, Bytes::from([around, name, behind].concat()), after]
+}
+
+/// Memory for a body of the length that its head claims.
+fn expected(head: &Head) -> usize {
+    let claimed = known_length(&head.headers).unwrap_or(0);
+    usize::try_from(claimed).unwrap_or(usize::MAX).min(BODY_RESERVE_BYTES_MAX)
 }
 
 fn set_name<'a>(change: &HeaderChange<'a>) -> Option<&'a str> {

@@ -20,7 +20,7 @@ async fn compressed_messages() {
     world.is_at_rest().await;
 }
 
-/// The limit is that of the message, compressed or not; the stream ends, the connection stays.
+/// The limit is that of the message, compressed or not; the client is told, the connection stays.
 #[tokio::test]
 async fn messages_over_the_limit() {
     let mut setup = Setup::default();
@@ -31,12 +31,41 @@ async fn messages_over_the_limit() {
         let mut call = client.open();
         call.send(request_headers(&post(&[]), false));
         call.send(request_body(vec![b' '; 100_001], true));
-        let status = call.next_or_end().await.expect("an error").expect_err("not an answer");
-        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+        let refusal = refusal(call.next().await);
+        assert_eq!(refusal.status, 413);
+        assert!(refusal.body.contains("ext_proc_message_bytes_max"), "{refusal:?}");
+        call.ends().await;
         world.is_at_rest().await;
     }
     let (_, answer) = world.post(&[], &completion("m", &text(90_000))).await;
     destination(&answer);
+}
+
+/// The requests of a proxy's worker share a connection: clients that leave in numbers, and bodies
+/// that still come for requests that were refused, do not end it.
+#[tokio::test]
+async fn a_connection_survives_those_who_leave_and_those_who_are_refused() {
+    let mut setup = Setup::default();
+    setup.settings.inflight_requests_max = 1;
+    let world = setup.start().await;
+    let mut victim = world.client.open();
+    victim.send(request_headers(&post(&[]), false));
+    victim.send(request_body(completion("m", "stays"), true));
+    assert_eq!(destination(&victim.next().await), world.at(1));
+    victim.request_body(true).await;
+    for _ in 0..100 {
+        let leaver = world.client.open();
+        leaver.send(request_headers(&post(&[]), false));
+        drop(leaver);
+    }
+    for _ in 0..1_200 {
+        let mut refused = world.client.open();
+        refused.send(request_headers(&post(&[]), false));
+        assert_eq!(refusal(refused.next().await).status, 429);
+        refused.send(request_body("late", true));
+    }
+    victim.answered(200).await;
+    world.is_at_rest().await;
 }
 
 /// Streams in which nothing makes sense end with an error that says so.
