@@ -41,33 +41,6 @@ async fn messages_over_the_limit() {
     destination(&answer);
 }
 
-/// The requests of a proxy's worker share a connection: clients that leave in numbers, and bodies
-/// that still come for requests that were refused, do not end it.
-#[tokio::test]
-async fn a_connection_survives_those_who_leave_and_those_who_are_refused() {
-    let mut setup = Setup::default();
-    setup.settings.inflight_requests_max = 1;
-    let world = setup.start().await;
-    let mut victim = world.client.open();
-    victim.send(request_headers(&post(&[]), false));
-    victim.send(request_body(completion("m", "stays"), true));
-    assert_eq!(destination(&victim.next().await), world.at(1));
-    victim.request_body(true).await;
-    for _ in 0..100 {
-        let leaver = world.client.open();
-        leaver.send(request_headers(&post(&[]), false));
-        drop(leaver);
-    }
-    for _ in 0..1_200 {
-        let mut refused = world.client.open();
-        refused.send(request_headers(&post(&[]), false));
-        assert_eq!(refusal(refused.next().await).status, 429);
-        refused.send(request_body("late", true));
-    }
-    victim.answered(200).await;
-    world.is_at_rest().await;
-}
-
 /// Streams in which nothing makes sense end with an error that says so.
 #[tokio::test]
 async fn streams_that_make_no_sense() {
