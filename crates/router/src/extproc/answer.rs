@@ -27,6 +27,11 @@ use crate::upstream::{Upstream, UpstreamError};
 const SEEN: &str = "x-went-into-resp-headers";
 /// The header by which Envoy tells how long an endpoint took. Its own answers have none.
 const ENDPOINT_TIME: &str = "x-envoy-upstream-service-time";
+/// Envoy's own answer when it got no answer from an endpoint; behind it the reason.
+const NO_HEADERS: &str = "upstream connect error or disconnect/reset before headers";
+const RESET_REASON: &str = "reset reason: ";
+/// How the reasons begin that lie with the endpoint. Others are Envoy's limits, or its own resets.
+const ENDPOINT_REASONS: [&str; 3] = ["connection ", "remote ", "protocol error"];
 
 /// What is left of an exchange once its request is decided.
 pub(super) struct Exchange {
@@ -50,6 +55,8 @@ struct Routed {
     api: Api,
     /// Gives the model the name that the client knows.
     restorer: Option<Restorer>,
+    /// A proxy answers with an error of its own, and its body is to say why.
+    unexplained: bool,
 }
 
 impl Exchange {
@@ -76,7 +83,15 @@ impl Exchange {
         wants_answer: bool,
     ) -> Exchange {
         let (id_value, api) = (way.id_value.clone(), way.api);
-        let routed = Routed { observer, upstream, response_headers, id_value, api, restorer };
+        let routed = Routed {
+            observer,
+            upstream,
+            response_headers,
+            id_value,
+            api,
+            restorer,
+            unexplained: false,
+        };
         Exchange {
             scanner: None,
             routed: Some(routed),
@@ -284,8 +299,9 @@ impl Stream<'_> {
         routed.upstream = other;
     }
 
-    /// Envoy answers for an endpoint that it cannot reach, or that breaks off. Such an answer
-    /// lacks what endpoints and Envoy put on those that endpoints gave.
+    /// Envoy answers for an endpoint that it cannot reach, that breaks off or that takes too long,
+    /// and when it has no room. Such an answer lacks what endpoints and Envoy put on those that
+    /// endpoints gave.
     fn note_failure(&self, routed: &mut Routed, block: &HeaderBlock, status: Option<u16>) {
         let is_local = matches!(status, Some(502..=504))
             && block.get(ENDPOINT_TIME).is_none()
@@ -293,16 +309,34 @@ impl Stream<'_> {
         if is_local {
             let endpoint = &routed.upstream.name;
             debug!(endpoint, status, "The proxy answered in the place of an endpoint.");
-            let now = self.shared.clock.now();
             // What follows says nothing about the endpoint, least of all that it answers.
             routed.observer.end(Some(&UpstreamError::ProxyAnswered));
-            self.shared.brain.lock().on_endpoint_failed(now, routed.upstream.id);
+            // 504 is a route's timeout, which says nothing against the endpoint.
+            routed.unexplained = status != Some(504);
         }
+    }
+
+    /// The body of a proxy's own answer tells whether the endpoint is to be avoided.
+    fn note_reason(&self, routed: &mut Routed, body: &[u8]) {
+        if body.is_empty() || !std::mem::take(&mut routed.unexplained) {
+            return;
+        }
+        if blames_endpoint(body) {
+            self.note_endpoint_failed(routed);
+        }
+    }
+
+    fn note_endpoint_failed(&self, routed: &Routed) {
+        let now = self.shared.clock.now();
+        self.shared.brain.lock().on_endpoint_failed(now, routed.upstream.id);
     }
 
     async fn on_piece(&mut self, exchange: &mut Exchange, piece: Piece) -> Result<(), End> {
         if let Some(routed) = exchange.routed.as_mut().filter(|routed| !routed.observer.ended) {
             routed.observer.chunk(&piece.body);
+        }
+        if let Some(routed) = &mut exchange.routed {
+            self.note_reason(routed, &piece.body);
         }
         if let Some(scanner) = &mut exchange.scanner {
             scanner.push(&piece.body);
@@ -347,6 +381,14 @@ impl Stream<'_> {
     }
 }
 
+/// Whether the text of Envoy's own answer says that it could not connect to an endpoint, or that
+/// the endpoint broke the exchange off.
+fn blames_endpoint(body: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(body);
+    let reason = text.split_once(NO_HEADERS).and_then(|(_, rest)| rest.split_once(RESET_REASON));
+    reason.is_some_and(|(_, reason)| ENDPOINT_REASONS.iter().any(|r| reason.starts_with(r)))
+}
+
 type Named<'a> = Vec<(&'a str, Vec<(&'a str, DynamicValue<'a>)>)>;
 
 /// Reports by namespace.
@@ -365,4 +407,44 @@ fn named(reports: &[Report]) -> Named<'_> {
 
 fn dynamic<'a>(named: &'a Named<'a>) -> Vec<(&'a str, &'a [(&'a str, DynamicValue<'a>)])> {
     named.iter().map(|(namespace, values)| (*namespace, &values[..])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The texts of Envoy 1.40's router filter and its reset reasons.
+    #[test]
+    fn which_of_envoys_own_answers_blame_the_endpoint() {
+        let reset = "upstream connect error or disconnect/reset before headers. ";
+        let retried = format!("{reset}retried and the latest ");
+        let table = [
+            (reset, "reset reason: remote connection failure", true),
+            (
+                reset,
+                "reset reason: remote connection failure, transport failure reason: delayed \
+                 connect error: Connection refused",
+                true,
+            ),
+            (&retried, "reset reason: connection timeout", true),
+            (reset, "reset reason: connection failure", true),
+            (reset, "reset reason: connection termination", true),
+            (reset, "reset reason: remote reset", true),
+            (reset, "reset reason: remote refused stream reset", true),
+            (reset, "reset reason: protocol error", true),
+            (reset, "reset reason: overflow", false),
+            (reset, "reset reason: overload manager reset", false),
+            (reset, "reset reason: local reset", false),
+            (reset, "reset reason: local connection failure", false),
+            (reset, "", false),
+            ("", "reset reason: connection timeout", false),
+            ("no healthy upstream", "", false),
+            ("upstream request timeout", "", false),
+            ("", "", false),
+        ];
+        for (before, reason, expected) in table {
+            let body = format!("{before}{reason}");
+            assert_eq!(blames_endpoint(body.as_bytes()), expected, "{body}");
+        }
+    }
 }

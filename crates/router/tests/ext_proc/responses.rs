@@ -273,24 +273,51 @@ async fn another_endpoint_served() {
     world.is_at_rest().await;
 }
 
-/// An endpoint that the proxy cannot reach is avoided for a while; one that answers 503 itself has
-/// been reached.
-#[tokio::test]
-async fn endpoints_that_the_proxy_cannot_reach() {
+/// A world that remembers a failure for longer than any test runs.
+async fn unforgiving() -> World {
     let mut setup = Setup::default();
     setup.settings.failure_backoff_ms = 60_000;
     setup.settings.failure_backoff_max_ms = 60_000;
-    let world = setup.start().await;
+    setup.start().await
+}
+
+/// The engine that the next request goes to.
+async fn next_of(world: &World) -> String {
+    let (_, answer) = world.post(&[], &completion("m", "y")).await;
+    destination(&answer)
+}
+
+const UNREACHED: &str = "upstream connect error or disconnect/reset before headers. reset reason: \
+    remote connection failure";
+const NO_ROOM: &str =
+    "upstream connect error or disconnect/reset before headers. reset reason: overflow";
+
+/// An endpoint that the proxy cannot reach is avoided for a while. One that answers 503 itself has
+/// been reached, and a proxy's timeout, or its own limits, say nothing against the endpoint.
+#[tokio::test]
+async fn endpoints_that_the_proxy_cannot_reach() {
+    let world = unforgiving().await;
     let own: &[(&str, &str)] = &[(":status", "503"), ("date", "x"), ("server", "uvicorn")];
-    let proxys: &[(&str, &str)] = &[(":status", "503"), ("content-length", "9")];
-    for (headers, next) in [(own, 1), (proxys, 0)] {
+    let timed: &[(&str, &str)] = &[(":status", "503"), ("x-envoy-upstream-service-time", "3")];
+    let proxys = |status| [(":status", status), ("content-length", "9")];
+    let table: [(&[(&str, &str)], &str, usize); 8] = [
+        (own, UNREACHED, 1),
+        (timed, UNREACHED, 1),
+        (&proxys("504"), "upstream request timeout", 1),
+        (&proxys("504"), UNREACHED, 1),
+        (&proxys("503"), "no healthy upstream", 1),
+        (&proxys("503"), NO_ROOM, 1),
+        (&proxys("500"), UNREACHED, 1),
+        (&proxys("503"), UNREACHED, 0),
+    ];
+    for (headers, body, next) in table {
         let mut call = routed_call(&world, "unreached").await;
         call.send(response_headers(headers, false));
         is_headers_answer(&call.next().await);
-        call.send(response_body("no health", true));
+        call.send(response_body(body, false));
+        call.send(response_body("", true));
         call.response_body(true).await;
         call.reset().await;
-        let (_, answer) = world.post(&[], &completion("m", "y")).await;
-        assert_eq!(destination(&answer), world.at(next), "{headers:?}");
+        assert_eq!(next_of(&world).await, world.at(next), "{headers:?} {body}");
     }
 }
