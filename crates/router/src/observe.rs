@@ -350,7 +350,9 @@ impl Observer {
 
     /// No endpoint answered: the router does, with this status.
     pub fn refuse(mut self, status: u16, error: &RouteError) {
-        self.ended = true;
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
         self.reservation.close(None, ResponseEvent::Aborted);
         self.outcome.status = status;
         if let Some(meter) = self.meter.as_ref().filter(|_| error.is_after_decision()) {

@@ -1,7 +1,7 @@
 //! The endpoint's answer on its way through Envoy: headers, pieces, end.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
@@ -36,6 +36,8 @@ const ENDPOINT_REASONS: [&str; 3] = ["connection ", "remote ", "protocol error"]
 /// What is left of an exchange once its request is decided.
 pub(super) struct Exchange {
     routed: Option<Routed>,
+    /// Since when, for what the request's deadline is about.
+    started: Instant,
     /// Pieces of the request that come are sent on.
     request_passes: bool,
     /// Nothing is to be learned from the answer.
@@ -65,6 +67,7 @@ impl Exchange {
         Exchange {
             scanner: Some(UsageScanner::new()),
             routed: None,
+            started: Instant::now(),
             request_passes: false,
             released: false,
             headers_seen: false,
@@ -95,6 +98,7 @@ impl Exchange {
         Exchange {
             scanner: None,
             routed: Some(routed),
+            started: way.started,
             request_passes,
             released: !wants_answer,
             headers_seen: false,
@@ -153,7 +157,7 @@ impl Stream<'_> {
                 }
                 return self.flush().await;
             }
-            let patience = self.patience(&exchange);
+            let (patience, error) = self.patience(&exchange);
             let next = match first.take() {
                 Some(message) => Next::Message(message),
                 None => self.next(patience).await?,
@@ -164,39 +168,51 @@ impl Stream<'_> {
                 _ if exchange.headers_seen && self.modes.response == BodyMode::None => {
                     exchange.done = true;
                 }
-                Next::TooLong => return self.give_up(exchange).await,
+                Next::TooLong => return self.give_up(exchange, &error).await,
                 Next::Gone => return Ok(()),
             }
         }
     }
 
-    fn patience(&self, exchange: &Exchange) -> Duration {
+    /// How long the next message is waited for, and what it means when none comes.
+    fn patience(&self, exchange: &Exchange) -> (Duration, RouteError) {
         let settings = &self.shared.settings;
-        let seconds = match exchange.headers_seen {
-            true => settings.response_idle_timeout_s,
+        let (seconds, error): (_, fn(u32) -> RouteError) = match exchange.headers_seen {
+            true => (settings.response_idle_timeout_s, RouteError::AnswerStalled),
             false if exchange.request_passes => {
-                settings.client_body_timeout_s.max(settings.first_byte_timeout_s)
+                (settings.client_body_timeout_s, RouteError::BodyTimeout)
             }
-            false => settings.first_byte_timeout_s,
+            false => (settings.first_byte_timeout_s, RouteError::NoAnswer),
         };
-        Duration::from_secs(u64::from(seconds.max(1)))
+        let patience = Duration::from_secs(u64::from(seconds.max(1)));
+        if exchange.request_passes && !exchange.headers_seen {
+            let whole_s = settings.ext_proc_request_timeout_s.max(1);
+            let until = exchange.started + Duration::from_secs(u64::from(whole_s));
+            let left = until.saturating_duration_since(Instant::now());
+            if left < patience {
+                return (left, RouteError::RequestTimeout(whole_s));
+            }
+        }
+        (patience, error(seconds.max(1)))
     }
 
     /// Ends an exchange that goes nowhere: the client gets an error, or its answer is cut.
-    async fn give_up(&mut self, exchange: Exchange) -> Result<(), End> {
-        let settings = &self.shared.settings;
-        let error = match exchange.headers_seen {
-            true => RouteError::AnswerStalled(settings.response_idle_timeout_s),
-            false => RouteError::NoAnswer(settings.first_byte_timeout_s),
-        };
+    async fn give_up(&mut self, exchange: Exchange, error: &RouteError) -> Result<(), End> {
         self.shared.metrics.count_reject(error.reason());
         let Some(routed) = exchange.routed else {
-            return self.refuse(Api::Other, None, &error).await;
+            return self.refuse(Api::Other, None, error).await;
         };
-        self.shared.count_upstream_failure(&routed.upstream.name, error.reason());
+        // What a proxy answers itself is over for the endpoint.
+        let is_open = !routed.observer.ended;
+        if is_open && matches!(error, RouteError::NoAnswer(_) | RouteError::AnswerStalled(_)) {
+            self.shared.count_upstream_failure(&routed.upstream.name, error.reason());
+        }
+        if is_open && matches!(error, RouteError::NoAnswer(_)) {
+            self.note_endpoint_failed(&routed);
+        }
         let (api, id_value) = (routed.api, routed.id_value);
-        routed.observer.refuse(error.status().as_u16(), &error);
-        self.refuse(api, Some(&id_value), &error).await
+        routed.observer.refuse(error.status().as_u16(), error);
+        self.refuse(api, Some(&id_value), error).await
     }
 
     async fn on_message(&mut self, exchange: &mut Exchange, message: Message) -> Result<(), End> {

@@ -1,6 +1,7 @@
 //! A proxy in the full duplex mode waits for ever: every deadline is the router's.
 
 use crate::client::*;
+use crate::support::metric;
 use crate::world::*;
 
 /// All of them a second, none by way of another.
@@ -58,6 +59,91 @@ async fn an_endpoint_that_does_not_answer() {
     assert_eq!(refusal.header("x-request-id"), Some("silent"));
     call.ends().await;
     assert_eq!(world.outcome("silent").await["outcome"]["status"], 504);
+    world.is_at_rest().await;
+}
+
+/// As with the embedded proxy, the next request goes elsewhere; a silence in the middle of an
+/// answer is no such reason.
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer_is_avoided() {
+    for (begins, next) in [(true, 1), (false, 0)] {
+        let mut setup = Setup::default();
+        let settings = &mut setup.settings;
+        (settings.first_byte_timeout_s, settings.response_idle_timeout_s) = (1, 1);
+        (settings.failure_backoff_ms, settings.failure_backoff_max_ms) = (60_000, 60_000);
+        let world = setup.start().await;
+        let (mut call, answer) = world.post(&[], &completion("m", "x")).await;
+        assert_eq!(destination(&answer), world.at(1));
+        call.request_body(true).await;
+        if begins {
+            call.send(response_headers(&[(":status", "200")], false));
+            set_headers(&call.next().await);
+        }
+        assert_eq!(refusal(call.next().await).status, 504);
+        call.ends().await;
+        let (_, answer) = world.post(&[], &completion("m", "y")).await;
+        assert_eq!(destination(&answer), world.at(next), "it began: {begins}");
+    }
+}
+
+/// What is not read passes through; who sends it is waited for as for any other body, and the
+/// endpoint is not to blame.
+#[tokio::test]
+async fn an_upload_that_stops_or_never_ends() {
+    for (silence_s, whole_s, says) in
+        [(1, 60, "nothing came for 1 s"), (60, 1, "kvroute.ext_proc_request_timeout_s")]
+    {
+        let mut setup = Setup::default();
+        let settings = &mut setup.settings;
+        settings.client_body_timeout_s = silence_s;
+        settings.ext_proc_request_timeout_s = whole_s;
+        settings.first_byte_timeout_s = 60;
+        let world = setup.start().await;
+        let mut call = world.client.open();
+        let headers = [(":method", "PUT"), ("x-request-id", "upload")];
+        call.send(request_headers(&post(&headers), false));
+        assert_eq!(destination(&call.next().await), world.at(1));
+        call.send(request_body("some", false));
+        assert_eq!(call.next().await, forwarded("some", false));
+        let mut next = None;
+        while next.is_none() {
+            if whole_s == 1 {
+                call.send(request_body(".", false));
+            }
+            next = Some(call.next().await).filter(|answer| *answer != forwarded(".", false));
+        }
+        let refusal = refusal(next.unwrap());
+        assert_eq!(refusal.status, 408, "{refusal:?}");
+        assert!(refusal.body.contains(says), "{refusal:?}");
+        call.ends().await;
+        assert_eq!(world.outcome("upload").await["outcome"]["status"], 408);
+        let page = crate::support::admin(&world.router, "/metrics").await.body;
+        assert!(!page.contains("kvroute_upstream_failures_total{"), "{page}");
+        world.is_at_rest().await;
+    }
+}
+
+/// A proxy's own answer that stalls: the endpoint's failure has been counted.
+#[tokio::test]
+async fn a_local_reply_that_stalls_is_counted_once() {
+    let world = hurried().await;
+    let (mut call, _) = world.post(&[("x-request-id", "local")], &completion("m", "x")).await;
+    call.request_body(true).await;
+    call.send(response_headers(&[(":status", "503")], false));
+    set_headers(&call.next().await);
+    let before = world.outcome("local").await;
+    assert_eq!(before["outcome"]["status"], 503, "{before}");
+    assert_eq!(refusal(call.next().await).status, 504);
+    call.ends().await;
+    assert_eq!(world.outcome("local").await, before);
+    let series = |reason: &str| {
+        let endpoint = world.at(1);
+        format!("kvroute_upstream_failures_total{{endpoint=\"{endpoint}\",reason=\"{reason}\"}}")
+    };
+    assert_eq!(metric(&world.router, &series("proxy_answered")).await, 1.0);
+    let page = crate::support::admin(&world.router, "/metrics").await.body;
+    assert_eq!(page.matches("kvroute_upstream_failures_total{").count(), 1, "{page}");
+    assert_eq!(page.matches("\nkvroute_requests_total{").count(), 1, "{page}");
     world.is_at_rest().await;
 }
 
