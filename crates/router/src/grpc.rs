@@ -4,13 +4,17 @@
 //! `h2` is used directly, so that a stream whose caller does not read can be reset, which an HTTP
 //! server above it would wait for.
 
-use std::future::poll_fn;
-use std::pin::pin;
+use std::future::{Future, poll_fn};
+use std::panic::AssertUnwindSafe;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use h2::server::SendResponse;
 use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use http::header::CONTENT_TYPE;
@@ -20,8 +24,8 @@ use kvroute_wire::error_body::grpc_message;
 use kvroute_wire::grpc::{Code, FrameError, MessageReader};
 use kvroute_wire::{ext_proc, grpc_health};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tracing::debug;
 
 use crate::accept::Failure;
@@ -89,8 +93,9 @@ where
     let mut lost = pin!(lost(connection.ping_pong()));
     // Who asks for nothing but health is no proxy, and needs no drain.
     let _counted = methods.ext_proc.is_some().then(|| Counted::new(shared));
-    // Every call holds a sender: the channel ends with the last of them.
-    let (alive, mut all_gone) = mpsc::channel::<()>(1);
+    // On the connection's own task: a piece of an answer is passed on without waking another
+    // thread, which would cost more than all that is done with it.
+    let mut calls = FuturesUnordered::new();
     let ended: Result<(), Failure> = loop {
         match *phase.borrow_and_update() {
             Phase::Serving | Phase::Draining => {}
@@ -100,22 +105,21 @@ where
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    let (shared, methods, alive) =
-                        (Arc::clone(shared), methods.clone(), alive.clone());
-                    tokio::spawn(async move {
-                        answer(shared, methods, request, respond).await;
-                        drop(alive);
-                    });
+                    let answer = answer(shared, methods, request, respond);
+                    calls.push(AssertUnwindSafe(answer).catch_unwind());
                 }
                 Some(Err(error)) => break Err(error.into()),
                 None => break Ok(()),
             },
+            // A panic has ended one call, and is in the log.
+            Some(_) = calls.next() => {}
             changed = phase.changed() => if let Err(error) = changed { break Err(error.into()) },
             () = lost.as_mut() => break Err("the caller gives no sign of life".into()),
         }
     };
-    drop((connection, alive));
-    let _ = timeout(FAREWELL, all_gone.recv()).await;
+    // They learn that the caller has gone. What those hold that do not is given back all the same.
+    drop(connection);
+    let _ = timeout(FAREWELL, async { while calls.next().await.is_some() {} }).await;
     ended
 }
 
@@ -135,6 +139,22 @@ impl Drop for Counted<'_> {
     }
 }
 
+/// A call in the count of those under way.
+struct Open<'a>(&'a Shared);
+
+impl Open<'_> {
+    fn new(shared: &Shared) -> Open<'_> {
+        shared.metrics.grpc_calls.inc();
+        Open(shared)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.metrics.grpc_calls.dec();
+    }
+}
+
 /// Ends when the caller has stopped answering pings.
 async fn lost(pings: Option<PingPong>) {
     let Some(mut pings) = pings else { return std::future::pending().await };
@@ -151,13 +171,14 @@ async fn lost(pings: Option<PingPong>) {
 
 /// Runs one call to its end.
 async fn answer(
-    shared: Arc<Shared>,
-    methods: Methods,
+    shared: &Arc<Shared>,
+    methods: &Methods,
     request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
 ) {
+    let _open = Open::new(shared);
     let (head, body) = request.into_parts();
-    let mut call = match Call::new(&shared, &head.headers, body, respond) {
+    let mut call = match Call::new(shared, &head.headers, body, respond) {
         Ok(call) => call,
         Err(mut respond) => {
             let mut refused = Response::new(());
@@ -168,9 +189,9 @@ async fn answer(
         }
     };
     let end = match (head.uri.path(), &methods.ext_proc) {
-        (ext_proc::METHOD, Some(options)) => extproc::process(&shared, options, &mut call).await,
-        (grpc_health::CHECK, _) => health::check(&shared, &mut call).await,
-        (grpc_health::WATCH, _) => health::watch(&shared, &mut call).await,
+        (ext_proc::METHOD, Some(options)) => extproc::process(shared, options, &mut call).await,
+        (grpc_health::CHECK, _) => health::check(shared, &mut call).await,
+        (grpc_health::WATCH, _) => health::watch(shared, &mut call).await,
         (path, _) => End::new(Code::Unimplemented, format!("there is no method {path} here")),
     };
     debug!(code = ?end.code, why = end.message, "A call is over.");
@@ -214,10 +235,33 @@ pub(crate) enum Silence {
     Broken(FrameError),
 }
 
+/// A deadline that moves with every message. Its timer is set anew only when it fires or would
+/// come too late: most messages come long before it.
+#[derive(Default)]
+struct Alarm(Option<Pin<Box<Sleep>>>);
+
+impl Alarm {
+    /// Ready once it is `until`, whatever it was before.
+    fn poll(&mut self, cx: &mut Context<'_>, until: Instant) -> Poll<()> {
+        let timer = self.0.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if timer.deadline() > until {
+            timer.as_mut().reset(until);
+        }
+        loop {
+            ready!(timer.as_mut().poll(cx));
+            if timer.deadline() >= until {
+                return Poll::Ready(());
+            }
+            timer.as_mut().reset(until);
+        }
+    }
+}
+
 /// One call: messages in, messages out.
 pub(crate) struct Call {
     receive: RecvStream,
     reader: MessageReader,
+    alarm: Alarm,
     respond: SendResponse<Bytes>,
     /// Once the response's head is sent.
     send: Option<SendStream<Bytes>>,
@@ -243,7 +287,8 @@ impl Call {
         let gzip = headers.get("grpc-encoding").is_some_and(|value| value == "gzip");
         let reader = MessageReader::new(settings.ext_proc_message_bytes_max, gzip);
         let patience = Duration::from_secs(u64::from(settings.client_body_timeout_s.max(1)));
-        Ok(Call { receive, reader, respond, send: None, patience, broken: false })
+        let alarm = Alarm::default();
+        Ok(Call { receive, reader, alarm, respond, send: None, patience, broken: false })
     }
 
     /// A message that has arrived already.
@@ -259,23 +304,28 @@ impl Call {
     /// # Errors
     /// [`Silence`]
     pub async fn next(&mut self, patience: Duration) -> Result<Bytes, Silence> {
-        match timeout(patience, self.arrive()).await {
-            Ok(arrived) => arrived,
-            Err(_) => Err(Silence::TooLong),
+        if let Some(message) = self.read()? {
+            return Ok(message);
         }
+        let until = Instant::now() + patience;
+        poll_fn(|cx| match self.poll_arrive(cx) {
+            Poll::Pending => self.alarm.poll(cx, until).map(|()| Err(Silence::TooLong)),
+            arrived => arrived,
+        })
+        .await
     }
 
-    async fn arrive(&mut self) -> Result<Bytes, Silence> {
+    fn poll_arrive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Silence>> {
         loop {
             if let Some(message) = self.read()? {
-                return Ok(message);
+                return Poll::Ready(Ok(message));
             }
-            let piece = match self.receive.data().await {
+            let piece = match ready!(self.receive.poll_data(cx)) {
                 Some(Ok(piece)) => piece,
-                Some(Err(_)) => return Err(Silence::Gone),
+                Some(Err(_)) => return Poll::Ready(Err(Silence::Gone)),
                 None => {
                     self.reader.finish().map_err(Silence::Broken)?;
-                    return Err(Silence::Gone);
+                    return Poll::Ready(Err(Silence::Gone));
                 }
             };
             // It fails for a stream that is over, which the next piece tells.

@@ -135,6 +135,8 @@ pub(crate) struct Metrics {
     pub client_aborts: Counter,
     pub requests_inflight: Gauge,
     pub connections: Gauge,
+    /// Health included.
+    pub grpc_calls: Gauge,
     pub ext_proc_streams: Gauge,
     ext_proc_ends: Family<CodeLabel, Counter>,
     pub ttft: Histogram,
@@ -212,6 +214,7 @@ impl Metrics {
             client_aborts: Counter::default(),
             requests_inflight: Gauge::default(),
             connections: Gauge::default(),
+            grpc_calls: Gauge::default(),
             ext_proc_streams: Gauge::default(),
             ext_proc_ends: Family::default(),
             ttft: Histogram::new(SECONDS_LONG),
@@ -284,6 +287,7 @@ impl Metrics {
         r.register("client_aborts", "Clients gone before their answer", self.client_aborts.clone());
         r.register("requests_inflight", "Requests under way", self.requests_inflight.clone());
         r.register("connections", "Client connections", self.connections.clone());
+        r.register("grpc_calls", "gRPC calls under way, health included", self.grpc_calls.clone());
         r.register("ext_proc_streams", "ext_proc streams", self.ext_proc_streams.clone());
         r.register("ext_proc_ends", "Ended ext_proc streams", self.ext_proc_ends.clone());
         r.register(

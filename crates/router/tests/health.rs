@@ -116,17 +116,20 @@ async fn watchers_that_leave_leave_nothing_behind() {
     let router = kvroute_router::start(with_ext_proc(config(&[], settings()))).await.unwrap();
     let mut client = client(router.health_addr().unwrap()).await;
     assert_eq!(check(&mut client, "").await, ServingStatus::Serving);
-    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
-    let before = tasks();
     let mut watched = Vec::new();
     for _ in 0..20 {
         let mut stream = watch(&mut client, "").await;
         assert_eq!(told(&mut stream).await, Ok(ServingStatus::Serving));
         watched.push(stream);
     }
-    assert!(tasks() >= before + 20);
+    let calls = async || metric(&router, "kvroute_grpc_calls").await;
+    assert_eq!(calls().await, 20.0);
     drop(watched);
-    eventually("the tasks of the watchers end", || tasks() <= before).await;
+    let until = tokio::time::Instant::now() + LONG;
+    while calls().await > 0.0 {
+        assert!(tokio::time::Instant::now() < until, "the calls of the watchers end");
+        tokio::task::yield_now().await;
+    }
 }
 
 #[tokio::test]
