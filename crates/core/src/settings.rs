@@ -17,6 +17,10 @@ use crate::rewrite::ModelRewrite;
 pub struct Settings {
     /// Largest request body; a larger one is answered with 413.
     pub body_bytes_max: usize,
+    /// Bytes of request bodies held at once, over all requests, from their arrival until they have
+    /// been sent on; not less than `body_bytes_max`. Requests whose bodies find no room are
+    /// answered with 503.
+    pub bodies_bytes_max: usize,
     /// Largest request head (request line and headers).
     pub header_bytes_max: usize,
     /// Client connections at once.
@@ -148,6 +152,7 @@ impl Default for Settings {
         const MIB: usize = 1 << 20;
         Settings {
             body_bytes_max: 32 * MIB,
+            bodies_bytes_max: 1_024 * MIB,
             header_bytes_max: 64 << 10,
             connections_max: 16_384,
             inflight_requests_max: 16_384,

@@ -67,6 +67,11 @@ pub(crate) enum RouteError {
     Tunnel,
     #[error("{0} requests are in flight, the limit of this router; try again shortly")]
     Inflight(u32),
+    #[error(
+        "the bodies of requests under way leave no room for another one in {0} bytes \
+         (kvroute.bodies_bytes_max); try again shortly"
+    )]
+    BodiesFull(usize),
     #[error("{0}")]
     Rejected(Reject),
     #[error("the chosen endpoint has just left the fleet; try again")]
@@ -90,7 +95,9 @@ impl RouteError {
             RouteError::BodyTimeout(_) | RouteError::RequestTimeout(_) => {
                 StatusCode::REQUEST_TIMEOUT
             }
-            RouteError::DecisionTimeout(_) => StatusCode::SERVICE_UNAVAILABLE,
+            RouteError::DecisionTimeout(_) | RouteError::BodiesFull(_) | RouteError::Gone => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             RouteError::NoAnswer(_) | RouteError::AnswerStalled(_) => StatusCode::GATEWAY_TIMEOUT,
             RouteError::BodyMode(_) => StatusCode::INTERNAL_SERVER_ERROR,
             RouteError::Tunnel | RouteError::Grpc(_) => StatusCode::NOT_IMPLEMENTED,
@@ -98,7 +105,6 @@ impl RouteError {
             RouteError::Rejected(reject) => {
                 StatusCode::from_u16(reject.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE)
             }
-            RouteError::Gone => StatusCode::SERVICE_UNAVAILABLE,
             RouteError::Upstream { error, .. } => match error {
                 UpstreamError::FirstByteTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
                 _ => StatusCode::BAD_GATEWAY,
@@ -137,6 +143,7 @@ impl RouteError {
             RouteError::MessageTooLarge(_) => "message_too_large",
             RouteError::Tunnel => "tunnel",
             RouteError::Inflight(_) => "inflight_limit",
+            RouteError::BodiesFull(_) => "bodies_full",
             RouteError::Rejected(reject) => reject.dropped_reason(),
             RouteError::Gone => "endpoint_gone",
             RouteError::Upstream { error, .. } => failure_label(error),
@@ -176,16 +183,24 @@ impl RouteError {
         error_body::render(api, self.status().as_u16(), self.kind(), &self.to_string())
     }
 
+    /// Value of `x-llm-d-request-dropped-reason`, for requests that might have been served at
+    /// another time (llm-d's words).
+    fn dropped_reason(&self) -> Option<&'static str> {
+        match self {
+            RouteError::Rejected(reject) => Some(reject.dropped_reason()),
+            RouteError::Inflight(_) | RouteError::BodiesFull(_) => Some("rejected-saturated"),
+            RouteError::DecisionTimeout(_) => Some("rejected-ttl-expired"),
+            RouteError::Gone => Some("rejected-no-endpoints"),
+            _ => None,
+        }
+    }
+
     /// The headers of the answer that tell of the error.
     pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
         let json = (CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let later = matches!(self.status().as_u16(), 429 | 503);
         let again = later.then(|| (RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S)));
-        let dropped = match self {
-            RouteError::Rejected(reject) if later => Some(reject.dropped_reason()),
-            _ => None,
-        };
-        let dropped = dropped.map(|reason| {
+        let dropped = self.dropped_reason().filter(|_| later).map(|reason| {
             (HeaderName::from_static(DROPPED_REASON), HeaderValue::from_static(reason))
         });
         [Some(json), again, dropped].into_iter().flatten()
@@ -221,6 +236,9 @@ pub(crate) fn failure_label(error: &UpstreamError) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderMap;
+    use kvroute_core::decision::NoEndpoints;
+
     use super::*;
 
     #[test]
@@ -233,6 +251,31 @@ mod tests {
         assert_eq!(header("grpc-status"), "12");
         assert!(header("grpc-message").ends_with("forward grpc_generate"));
         assert_eq!(error.respond(Api::Other).status(), StatusCode::NOT_IMPLEMENTED);
+    }
+
+    /// The words are llm-d's, by what happened there; bad requests and failed endpoints have none.
+    #[test]
+    fn dropped_requests_say_why() {
+        let why = NoEndpoints::EmptyFleet;
+        let table = [
+            (RouteError::Inflight(1), 429, Some("rejected-saturated")),
+            (RouteError::BodiesFull(1), 503, Some("rejected-saturated")),
+            (RouteError::DecisionTimeout(1), 503, Some("rejected-ttl-expired")),
+            (RouteError::Gone, 503, Some("rejected-no-endpoints")),
+            (RouteError::Rejected(Reject::NoEndpoints { why }), 503, Some("rejected-no-endpoints")),
+            (RouteError::Rejected(Reject::Shed), 429, Some("rejected-saturated")),
+            (RouteError::NoModel, 400, None),
+            (RouteError::BodyTooLarge(1), 413, None),
+            (RouteError::BodyTimeout(1), 408, None),
+            (RouteError::NoAnswer(1), 504, None),
+        ];
+        for (error, status, reason) in table {
+            assert_eq!(error.status().as_u16(), status, "{error}");
+            let headers: HeaderMap = error.headers().collect();
+            let found = headers.get(DROPPED_REASON).map(|value| value.to_str().unwrap());
+            assert_eq!(found, reason, "{error}");
+            assert_eq!(headers.contains_key(RETRY_AFTER), reason.is_some(), "{error}");
+        }
     }
 
     #[test]

@@ -125,7 +125,7 @@ pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut 
         }
     };
     shared.metrics.count_ext_proc_end(end.code);
-    if end.code.is_misuse() && shared.is_first_complaint(end.code.as_str()) {
+    if end.code.is_misuse() && shared.complaints.is_first_of_setup(end.code.as_str()) {
         let (code, why) = (end.code.as_str(), &end.message);
         warn!(code, why, "A proxy does not keep to ext_proc's protocol; its client gets a 500.");
     }
@@ -292,7 +292,7 @@ impl Stream<'_> {
     ) -> Result<(), End> {
         note_refused(self.shared, &way.request_id, error);
         if let RouteError::BodyMode(_) = error
-            && self.shared.is_first_complaint("ext_proc body mode")
+            && self.shared.complaints.is_first_of_setup("ext_proc body mode")
         {
             warn!(%error, "A proxy's ext_proc filter is not set up as it must be.");
         }
@@ -307,7 +307,7 @@ impl Stream<'_> {
     /// Says once what a mode costs.
     fn note_blind(&self, what: &'static str) {
         self.shared.metrics.count_fallback(what);
-        if self.shared.is_first_complaint(what) {
+        if self.shared.complaints.is_first_of_setup(what) {
             info!(
                 what,
                 "A proxy does not send bodies over ext_proc as routing needs them; set both body \

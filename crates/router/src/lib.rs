@@ -1,8 +1,11 @@
-//! Sockets and tasks around the brain: the proxy that clients talk to, the connections to
+//! Sockets and tasks around the brain: two doors for requests (the proxy that clients talk to, and
+//! Envoy's ext_proc protocol for proxies that ask where a request goes), the connections to
 //! endpoints, KV event subscribers, scraping, discovery, and the admin address.
 //!
-//! A request: `proxy` -> `route` -> `tokenize` -> core's brain -> `forward` ->
-//! `observe`. Knowledge: `scrape` and `events` feed the brain, `discover` the fleet.
+//! A client's request: `proxy` -> `route` -> `tokenize` -> core's brain -> `forward` -> `observe`.
+//! One that Envoy asks about: `grpc` -> `extproc`, which shares the way from `tokenize` to the
+//! brain and leaves forwarding to Envoy; the answer comes by `extproc` and `observe` again.
+//! Knowledge: `scrape` and `events` feed the brain, `discover` the fleet.
 //! Everything shares one `shared::Shared`; nothing is global, so several routers can run in one
 //! process.
 
@@ -263,7 +266,7 @@ fn share(
         rewriter,
         tokenize_room: Arc::new(Semaphore::new(room)),
         tokenize_ns_per_kib: AtomicU64::new(tokenize::NS_PER_KIB_AT_START),
-        tokenizer_complaints: Mutex::default(),
+        complaints: shared::Complaints::new(settings.label_values_max),
         discovery_errors: Mutex::default(),
         phase,
         sources_read: watch::Sender::new(false),

@@ -134,6 +134,8 @@ pub(crate) struct Metrics {
     pub upstream_failures: Family<EndpointReason, Counter>,
     pub client_aborts: Counter,
     pub requests_inflight: Gauge,
+    /// The account itself: what is added here is held.
+    pub bodies_held: Gauge,
     pub connections: Gauge,
     /// Health included.
     pub grpc_calls: Gauge,
@@ -213,6 +215,7 @@ impl Metrics {
             upstream_failures: Family::default(),
             client_aborts: Counter::default(),
             requests_inflight: Gauge::default(),
+            bodies_held: Gauge::default(),
             connections: Gauge::default(),
             grpc_calls: Gauge::default(),
             ext_proc_streams: Gauge::default(),
@@ -314,6 +317,12 @@ impl Metrics {
             "Sizes of request bodies",
             Unit::Bytes,
             self.request_body.clone(),
+        );
+        r.register_with_unit(
+            "request_bodies_held",
+            "Request bodies that have come and are not sent on",
+            Unit::Bytes,
+            self.bodies_held.clone(),
         );
         r.register("prompt_tokens", "Lengths of prompts in tokens", self.prompt_tokens.clone());
         r.register(

@@ -34,7 +34,7 @@ use crate::metrics::RequestLabels;
 use crate::metrics::upstream::{Decided, Meter, UpstreamMetrics};
 use crate::observe::{AnswerBody, Body, Observer, Reservation};
 use crate::rewrite::Rewrite;
-use crate::shared::{Inflight, Shared};
+use crate::shared::{HeldBody, Inflight, Shared};
 use crate::tokenize::{self, Asked};
 
 /// Header that names an objective; its older name.
@@ -125,8 +125,10 @@ async fn route(
     headers::strip_hop_by_hop(&mut parts.headers);
     headers::strip_control(&mut parts.headers);
     let routed = shared.rewriter.reads_body(way.api, &parts.headers);
+    // The body is kept for other endpoints until one answers.
+    let mut held = shared.hold_body();
     let payload = if routed {
-        Payload::Whole(collect(shared, &parts.headers, body).await?)
+        Payload::Whole(collect(shared, &parts.headers, body, &mut held).await?)
     } else {
         pass_through(shared, &parts.headers, body)?
     };
@@ -190,16 +192,20 @@ async fn collect(
     shared: &Shared,
     headers: &HeaderMap,
     body: Incoming,
+    held: &mut HeldBody,
 ) -> Result<Bytes, RouteError> {
     let expected = check_length(shared, headers)?;
     let mut pieces = Pieces::new(shared, Some(body));
     let first = pieces.next().await?.unwrap_or_default();
+    held.take(first.len())?;
     let Some(second) = pieces.next().await? else { return Ok(observed(shared, first)) };
+    held.take(second.len())?;
     let expected = expected.unwrap_or(0).min(BODY_RESERVE_BYTES_MAX);
     let mut all = BytesMut::with_capacity(expected.max(first.len() + second.len()));
     all.extend_from_slice(&first);
     all.extend_from_slice(&second);
     while let Some(piece) = pieces.next().await? {
+        held.take(piece.len())?;
         all.extend_from_slice(&piece);
     }
     Ok(observed(shared, all.freeze()))
@@ -497,7 +503,7 @@ fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
     }
     if record.reason == Reason::PromptDiffers {
         let (model, endpoint) = (asked.model.as_str(), record.endpoint.as_str());
-        if shared.is_first_complaint(&format!("{model} at {endpoint}")) {
+        if shared.complaints.is_first(&format!("{model} at {endpoint}")) {
             warn!(
                 model,
                 endpoint,
@@ -577,7 +583,7 @@ fn respond(
 
 /// Whether names can be found in an answer, which they cannot if it is compressed.
 pub(crate) fn may_restore(shared: &Shared, endpoint: &str, compressed: bool) -> bool {
-    if compressed && shared.is_first_complaint(&format!("compressed answers of {endpoint}")) {
+    if compressed && shared.complaints.is_first(&format!("compressed answers of {endpoint}")) {
         warn!(
             endpoint,
             "Its answers are compressed, unasked: their models keep the target's name."

@@ -75,8 +75,8 @@ pub(crate) struct Shared {
     pub tokenize_room: Arc<Semaphore>,
     /// How long reading a body takes, learned.
     pub tokenize_ns_per_kib: AtomicU64,
-    /// Models, and models at endpoints, whose trouble with tokens is in the log.
-    pub tokenizer_complaints: Mutex<FxHashSet<String>>,
+    /// Whose trouble is in the log.
+    pub complaints: Complaints,
     /// What is wrong with sources of endpoints right now.
     pub discovery_errors: Mutex<Vec<String>>,
     /// A source of endpoints that cannot be asked.
@@ -125,6 +125,11 @@ impl Shared {
         Ok(place)
     }
 
+    /// Room for a request body, of which nothing has come yet.
+    pub fn hold_body(self: &Arc<Shared>) -> HeldBody {
+        HeldBody { shared: Arc::clone(self), bytes: 0 }
+    }
+
     /// The best that the plan can know about a prompt; anything less is a fallback.
     pub fn best_mode(&self) -> Mode {
         match self.tokens {
@@ -134,16 +139,36 @@ impl Shared {
         }
     }
 
-    /// Whether trouble with the tokens of `what` is worth a line: said once, and not for more
-    /// names than labels.
-    pub fn is_first_complaint(&self, what: &str) -> bool {
-        let mut told = self.tokenizer_complaints.lock();
-        told.len() < self.settings.label_values_max as usize && told.insert(what.to_owned())
-    }
-
     /// The phase now.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
+    }
+}
+
+/// What has been complained about in the log: each thing once, not with every request.
+#[derive(Default)]
+pub(crate) struct Complaints {
+    names_max: usize,
+    named: Mutex<FxHashSet<String>>,
+    /// Apart from names, which clients choose: they cannot fill the room for these.
+    setup: Mutex<FxHashSet<&'static str>>,
+}
+
+impl Complaints {
+    /// Nothing yet; at most about so many names.
+    pub fn new(names_max: u32) -> Complaints {
+        Complaints { names_max: names_max as usize, ..Complaints::default() }
+    }
+
+    /// Whether trouble with `name`, a model's or an endpoint's, is worth a line now.
+    pub fn is_first(&self, name: &str) -> bool {
+        let mut told = self.named.lock();
+        told.len() < self.names_max && told.insert(name.to_owned())
+    }
+
+    /// The same for what is wrong with a proxy's set-up, of which there are few things.
+    pub fn is_first_of_setup(&self, what: &'static str) -> bool {
+        self.setup.lock().insert(what)
     }
 }
 
@@ -156,5 +181,45 @@ impl Drop for Inflight {
     fn drop(&mut self) {
         self.shared.inflight.fetch_sub(1, Ordering::AcqRel);
         self.shared.metrics.requests_inflight.dec();
+    }
+}
+
+/// Bytes of one request's body in the account of those that are held; given back when dropped.
+pub(crate) struct HeldBody {
+    shared: Arc<Shared>,
+    bytes: i64,
+}
+
+impl HeldBody {
+    /// Takes room for so many more bytes, if there is as much.
+    pub fn take(&mut self, bytes: usize) -> Result<(), RouteError> {
+        let max = self.shared.settings.bodies_bytes_max;
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX / 2);
+        self.bytes = self.bytes.saturating_add(bytes);
+        let before = self.shared.metrics.bodies_held.inc_by(bytes);
+        let fits = usize::try_from(before.saturating_add(bytes)).is_ok_and(|held| held <= max);
+        if fits { Ok(()) } else { Err(RouteError::BodiesFull(max)) }
+    }
+}
+
+impl Drop for HeldBody {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.shared.metrics.bodies_held.dec_by(self.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_leave_room_for_complaints_about_the_setup() {
+        let complaints = Complaints::new(2);
+        let told = ["a", "a", "b", "c"].map(|name| complaints.is_first(name));
+        assert_eq!(told, [true, false, true, false]);
+        let told = ["mode", "mode", "a"].map(|what| complaints.is_first_of_setup(what));
+        assert_eq!(told, [true, false, true]);
     }
 }

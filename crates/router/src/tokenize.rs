@@ -236,7 +236,7 @@ fn model_of(
         Ok(None) => {}
         Err(Unreachable) => {
             let api = api.as_str();
-            if shared.is_first_complaint(&format!("{model} of {api}")) {
+            if shared.complaints.is_first(&format!("{model} of {api}")) {
                 warn!(model, api, "A model's name inside of a gRPC message is not rewritten.");
             }
         }
@@ -341,7 +341,7 @@ fn failure(shared: &Shared, model: &str, error: &TokensError) -> Missing {
 
 /// Says once for each model that its prompts cannot be tokenized; the counter tells how often.
 fn complain(shared: &Shared, model: &str, error: &dyn std::fmt::Display) {
-    if shared.is_first_complaint(model) {
+    if shared.complaints.is_first(model) {
         warn!(model, %error, "A prompt could not be tokenized; such requests are routed by load.");
     }
 }

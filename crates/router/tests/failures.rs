@@ -98,6 +98,57 @@ async fn too_much_is_refused() {
     works(&router).await;
 }
 
+const HELD: &str = "kvroute_request_bodies_held_bytes";
+
+/// Waits until so many bytes of request bodies are held.
+async fn held(router: &kvroute_router::RouterHandle, bytes: usize) {
+    let until = tokio::time::Instant::now() + LONG;
+    while metric(router, HELD).await != bytes as f64 {
+        assert!(tokio::time::Instant::now() < until, "never {bytes} held");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Bodies count from their first piece until an endpoint answers.
+#[tokio::test]
+async fn bodies_that_find_no_room_are_refused() {
+    let engine = Mock::start().await;
+    let limits = Settings { body_bytes_max: 1_000, bodies_bytes_max: 1_000, ..settings() };
+    let router = router(&[engine.addr], limits).await;
+    let body = format!(r#"{{"model":"m","prompt":"{}"}}"#, "x".repeat(600));
+    let request = post("/v1/completions", &body);
+    let mut slow = TcpStream::connect(router.http_addr()).await.unwrap();
+    slow.write_all(&request.as_bytes()[..request.len() - 10]).await.unwrap();
+    held(&router, body.len() - 10).await;
+    let got = send(router.http_addr(), &request).await;
+    assert_eq!((got.status, got.headers["retry-after"].as_str()), (503, "1"), "{got:?}");
+    assert_eq!(got.headers["x-llm-d-request-dropped-reason"], "rejected-saturated");
+    assert!(got.error_message().contains("kvroute.bodies_bytes_max"), "{got:?}");
+    assert_eq!(metric(&router, "kvroute_rejects_total{reason=\"bodies_full\"}").await, 1.0);
+    // What was taken for it has been given back, and a small one fits.
+    held(&router, body.len() - 10).await;
+    works(&router).await;
+    // Complete, it is kept for another endpoint as long as this one is silent.
+    engine.script(Script::Stall);
+    slow.write_all(&request.as_bytes()[request.len() - 10..]).await.unwrap();
+    eventually("the engine has it", || engine.seen().len() == 2).await;
+    held(&router, body.len()).await;
+    assert_eq!(send(router.http_addr(), &request).await.status, 503);
+    drop(slow);
+    held(&router, 0).await;
+    // An answer's head is enough.
+    let go = std::sync::Arc::new(tokio::sync::Notify::new());
+    let head = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{".to_vec();
+    engine.script(Script::Gate(head, std::sync::Arc::clone(&go), b"}".to_vec()));
+    let mut client = TcpStream::connect(router.http_addr()).await.unwrap();
+    client.write_all(request.as_bytes()).await.unwrap();
+    eventually("the engine has it", || engine.seen().len() == 3).await;
+    held(&router, 0).await;
+    assert_eq!(router.inflight(), 1);
+    go.notify_one();
+    assert_eq!(read_answer(&mut client).await.body, "{}");
+}
+
 /// Waits for a count of rejects: hyper's own are counted when their connection has ended.
 async fn counted(router: &kvroute_router::RouterHandle, reason: &str, count: f64) {
     let series = format!("kvroute_rejects_total{{reason=\"{reason}\"}}");

@@ -12,6 +12,7 @@ use crate::fleet::Name;
 use crate::plugin::{PluginKind, PluginSpec, Role, Stability, known_names};
 use crate::produce::{TokenEstimate, Tokens};
 use crate::rewrite;
+use crate::settings::Settings;
 use crate::stage::{PREFIX_DEFAULT, Plugin, ProducerRef};
 
 /// Checks and completes a configuration.
@@ -63,6 +64,16 @@ impl<'a> Builder<'a> {
             return Err(error(
                 format!("kvroute.{field}"),
                 "must be positive: with 0 nothing works",
+            ));
+        }
+        let Settings { body_bytes_max, bodies_bytes_max, .. } = config.kvroute.limits;
+        if bodies_bytes_max < body_bytes_max {
+            return Err(error(
+                "kvroute.bodies_bytes_max",
+                format!(
+                    "must not be less than body_bytes_max: a body of {body_bytes_max} bytes would \
+                     never find room in {bodies_bytes_max}"
+                ),
             ));
         }
         rewrite::check(&config.kvroute.limits.model_rewrites).map_err(|fault| {

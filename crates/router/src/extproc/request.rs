@@ -22,7 +22,7 @@ use crate::grpc::{End, Silence};
 use crate::headers::{self, MODEL_REWRITE};
 use crate::rewrite::Rewrite;
 use crate::route::{self, BODY_RESERVE_BYTES_MAX, Chosen, Way};
-use crate::shared::Inflight;
+use crate::shared::{HeldBody, Inflight};
 use crate::upstream::Upstream;
 
 /// Every candidate's score: a key of the metadata.
@@ -46,6 +46,8 @@ struct Body {
     trailers: bool,
     /// It is not complete: what is left passes through.
     passes: bool,
+    /// Its place among the bodies that are held.
+    _held: Option<HeldBody>,
 }
 
 impl Stream<'_> {
@@ -195,6 +197,7 @@ impl Stream<'_> {
         let silence_s = settings.client_body_timeout_s.max(1);
         let until = Instant::now() + Duration::from_secs(u64::from(whole_s));
         let (mut first, mut rest) = (Bytes::new(), BytesMut::new());
+        let mut held = self.shared.hold_body();
         let trailers = loop {
             let left = until.saturating_duration_since(Instant::now());
             let patience = left.min(Duration::from_secs(u64::from(silence_s)));
@@ -214,6 +217,7 @@ impl Stream<'_> {
                     if first.len() + rest.len() + piece.body.len() > bytes_max {
                         return Err(RouteError::BodyTooLarge(bytes_max).into());
                     }
+                    held.take(piece.body.len())?;
                     match first.is_empty() && rest.is_empty() {
                         true => first = piece.body,
                         false if piece.body.is_empty() => {}
@@ -237,7 +241,7 @@ impl Stream<'_> {
         };
         let whole = if rest.is_empty() { first } else { rest.freeze() };
         self.shared.metrics.request_body.observe(whole.len() as f64);
-        Ok(Body { whole: Some(whole), trailers, passes: false })
+        Ok(Body { whole: Some(whole), trailers, passes: false, _held: Some(held) })
     }
 
     /// Decides, unless Envoy or the client has had enough meanwhile.

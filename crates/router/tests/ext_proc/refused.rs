@@ -1,6 +1,7 @@
 //! Requests that no endpoint gets: status, text, headers.
 
 use crate::client::*;
+use crate::support::{LONG, metric};
 use crate::world::*;
 
 const DROPPED: &str = "x-llm-d-request-dropped-reason";
@@ -106,6 +107,43 @@ schedulingProfiles:
     destination(&world.post(&[], &body).await.1);
 }
 
+/// Bodies count from their first piece until they have been sent on.
+#[tokio::test]
+async fn bodies_that_find_no_room() {
+    let mut setup = Setup::default();
+    setup.settings.body_bytes_max = 100_000;
+    setup.settings.bodies_bytes_max = 100_000;
+    let world = setup.start().await;
+    let held = async || metric(&world.router, "kvroute_request_bodies_held_bytes").await;
+    let body = completion("m", &text(60_000));
+    let mut call = world.client.open();
+    call.send(request_headers(&post(&[]), false));
+    call.send(request_body(&body[..50_000], false));
+    let until = tokio::time::Instant::now() + LONG;
+    while held().await != 50_000.0 {
+        assert!(tokio::time::Instant::now() < until, "never held: {}", held().await);
+    }
+    let refusal = world.refused(&[], &body).await;
+    assert_eq!((refusal.status, refusal.header("retry-after")), (503, Some("1")), "{refusal:?}");
+    assert_eq!(refusal.header(DROPPED), Some("rejected-saturated"));
+    assert!(refusal.body.contains("kvroute.bodies_bytes_max"), "{refusal:?}");
+    assert_eq!(metric(&world.router, "kvroute_rejects_total{reason=\"bodies_full\"}").await, 1.0);
+    let (small, answer) = world.post(&[], &completion("m", "x")).await;
+    destination(&answer);
+    small.reset().await;
+    call.send(request_body(&body[50_000..], true));
+    destination(&call.next().await);
+    assert_eq!(call.request_body(true).await.0, body.as_bytes());
+    // The answer is still to come, the body is gone.
+    while held().await != 0.0 {
+        assert!(tokio::time::Instant::now() < until, "held for ever: {}", held().await);
+    }
+    assert_eq!(world.router.brain().inflight_requests(), 1);
+    destination(&world.post(&[], &body).await.1);
+    call.answered(200).await;
+    world.is_at_rest().await;
+}
+
 /// The router's own limits are those of the embedded proxy.
 #[tokio::test]
 async fn limits_of_the_router() {
@@ -122,6 +160,7 @@ async fn limits_of_the_router() {
     destination(&answer);
     let refusal = world.refused(&[], &completion("m", "x")).await;
     assert_eq!(refusal.status, 429, "{refusal:?}");
+    assert_eq!(refusal.header(DROPPED), Some("rejected-saturated"));
     call.reset().await;
     world.is_at_rest().await;
     destination(&world.post(&[], &completion("m", "x")).await.1);
