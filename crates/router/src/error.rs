@@ -112,18 +112,6 @@ impl RouteError {
         }
     }
 
-    /// Whether it is about a decision, or the endpoint that was chosen: then the request's model is
-    /// known where it is counted.
-    pub fn is_after_decision(&self) -> bool {
-        matches!(
-            self,
-            RouteError::Rejected(_)
-                | RouteError::NoAnswer(_)
-                | RouteError::AnswerStalled(_)
-                | RouteError::Upstream { .. }
-        )
-    }
-
     /// The label in `kvroute_rejects_total`.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -348,19 +348,19 @@ impl Observer {
         }
     }
 
-    /// No endpoint answered: the router does, with this status.
-    pub fn refuse(mut self, status: u16, error: &RouteError) {
+    /// No endpoint answered, or none to the end: the router does.
+    pub fn refuse(mut self, error: &RouteError) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        self.reservation.close(None, ResponseEvent::Aborted);
-        self.outcome.status = status;
-        if let Some(meter) = self.meter.as_ref().filter(|_| error.is_after_decision()) {
+        let status = error.status().as_u16();
+        self.shared.metrics.count_reject(error.reason());
+        if let Some(meter) = &self.meter {
             meter.fail(error_code(status));
         }
+        self.outcome.status = status;
         self.outcome.error = Some(error.to_string());
-        self.outcome.total_s = self.started.elapsed().as_secs_f64();
-        self.shared.decisions.finish(self.number, std::mem::take(&mut self.outcome));
+        self.close(None, ResponseEvent::Aborted);
     }
 
     /// The answer is over; with an error, if it was cut short.

@@ -72,13 +72,16 @@ pub(crate) async fn serve(
     response
 }
 
-/// Counts a request that the router answers itself.
+/// Counts a request that the router answers itself, before it has gone to an endpoint. From then on
+/// its [`Observer`] counts it.
 pub(crate) fn note_refused(shared: &Shared, request_id: &str, error: &RouteError) {
     let reason = error.reason();
     debug!(request_id, reason, %error, "A request was answered by the router itself.");
     shared.metrics.count_reject(reason);
     let (endpoint, status) = (String::new(), error.status().as_u16());
-    if let Some(names) = shared.metrics.upstream.as_ref().filter(|_| !error.is_after_decision()) {
+    // What is about a decision has been counted where the request's model is known.
+    let is_counted = matches!(error, RouteError::Rejected(_));
+    if let Some(names) = shared.metrics.upstream.as_ref().filter(|_| !is_counted) {
         names.refused(status);
     }
     let labels = RequestLabels { endpoint, status, mode: NOT_ROUTED };
@@ -160,8 +163,8 @@ async fn route(
             Ok(respond(shared, answer, observer, restorer, &response_headers))
         }
         Err(error) => {
-            observer.refuse(error.status().as_u16(), &error);
-            Err(error)
+            observer.refuse(&error);
+            Ok(error.respond(way.api))
         }
     }
 }

@@ -198,8 +198,8 @@ impl Stream<'_> {
 
     /// Ends an exchange that goes nowhere: the client gets an error, or its answer is cut.
     async fn give_up(&mut self, exchange: Exchange, error: &RouteError) -> Result<(), End> {
-        self.shared.metrics.count_reject(error.reason());
         let Some(routed) = exchange.routed else {
+            self.shared.metrics.count_reject(error.reason());
             return self.refuse(Api::Other, None, error).await;
         };
         // What a proxy answers itself is over for the endpoint.
@@ -211,7 +211,7 @@ impl Stream<'_> {
             self.note_endpoint_failed(&routed);
         }
         let (api, id_value) = (routed.api, routed.id_value);
-        routed.observer.refuse(error.status().as_u16(), error);
+        routed.observer.refuse(error);
         self.refuse(api, Some(&id_value), error).await
     }
 

@@ -59,6 +59,15 @@ async fn an_endpoint_that_does_not_answer() {
     assert_eq!(refusal.header("x-request-id"), Some("silent"));
     call.ends().await;
     assert_eq!(world.outcome("silent").await["outcome"]["status"], 504);
+    // Counted once, as a request of that endpoint.
+    let page = crate::support::admin(&world.router, "/metrics").await.body;
+    assert_eq!(page.matches("\nkvroute_requests_total{").count(), 1, "{page}");
+    let series = format!(
+        "kvroute_requests_total{{endpoint=\"{}\",status=\"504\",mode=\"approximate\"}}",
+        world.at(1)
+    );
+    assert_eq!(metric(&world.router, &series).await, 1.0, "{page}");
+    assert_eq!(metric(&world.router, "kvroute_rejects_total{reason=\"no_answer\"}").await, 1.0);
     world.is_at_rest().await;
 }
 
