@@ -24,7 +24,6 @@ use kvroute_wire::api::Api;
 use kvroute_wire::error_body::grpc_status;
 use kvroute_wire::ext_proc::{Answer, BodyMode, Dynamic, Immediate, Message, Modes, Part, Side};
 use kvroute_wire::grpc::Code;
-use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::config::ExtProcConfig;
@@ -32,7 +31,7 @@ use crate::error::RouteError;
 use crate::grpc::{Call, End, Silence};
 use crate::headers;
 use crate::route::note_refused;
-use crate::shared::Shared;
+use crate::shared::{Phase, Shared};
 
 /// Largest piece of a body in one answer: other data planes than Envoy take messages of 64 KiB.
 const PIECE_BYTES_MAX: usize = 62_000;
@@ -44,6 +43,9 @@ const FLUSH_BYTES: usize = 32 << 10;
 const NAMESPACE: &str = "envoy.lb";
 /// Names the chosen endpoints: a header and a key of the metadata.
 const DESTINATION: &str = "x-gateway-destination-endpoint";
+
+/// What clients get from Envoy when a stream ends with an error.
+const BROKEN_STATUS: u16 = 500;
 
 /// How Envoy is answered.
 #[derive(Debug)]
@@ -113,24 +115,18 @@ pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut 
         answer: Answer::new(),
         modes: FULL_DUPLEX,
         trailers_answered: false,
+        until: began + Duration::from_secs(u64::from(age_max)),
     };
-    let ended = timeout(Duration::from_secs(u64::from(age_max)), stream.run()).await;
+    let end = stream.run().await.err().unwrap_or_else(End::ok);
     shared.metrics.ext_proc_streams.dec();
-    let end = match ended {
-        Ok(Ok(())) => End::ok(),
-        Ok(Err(end)) => end,
-        Err(_) => {
-            let text = format!("older than {age_max} s (kvroute.ext_proc_stream_timeout_s)");
-            End::new(Code::DeadlineExceeded, text)
-        }
-    };
     shared.metrics.count_ext_proc_end(end.code);
     if end.code.is_misuse() && shared.complaints.is_first_of_setup(end.code.as_str()) {
         let (code, why) = (end.code.as_str(), &end.message);
         warn!(code, why, "A proxy does not keep to ext_proc's protocol; its client gets a 500.");
     }
     named.inspect(|streams| streams.end(end.code, began.elapsed()));
-    end
+    // One that has closed its side has made no mistake.
+    if end.code == Code::Cancelled { End::ok() } else { end }
 }
 
 /// The mode where Envoy does not tell one.
@@ -147,6 +143,8 @@ struct Stream<'a> {
     modes: Modes,
     /// The request's trailers have come.
     trailers_answered: bool,
+    /// Streams do not get older.
+    until: Instant,
 }
 
 impl Stream<'_> {
@@ -176,12 +174,17 @@ impl Stream<'_> {
 
     /// The next message, if it comes in time. What was written before is sent first.
     async fn next(&mut self, patience: Duration) -> Result<Next, End> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(self.too_old());
+        }
         let bytes = match self.call.read() {
             Ok(Some(bytes)) => bytes,
             Ok(None) => {
                 self.flush().await?;
-                match self.call.next(patience).await {
+                match self.call.next(patience.min(left)).await {
                     Ok(bytes) => bytes,
+                    Err(Silence::TooLong) if left < patience => return Err(self.too_old()),
                     Err(Silence::TooLong) => return Ok(Next::TooLong),
                     Err(Silence::Gone) => return Ok(Next::Gone),
                     Err(Silence::Broken(error)) => return Err(error.into()),
@@ -191,6 +194,21 @@ impl Stream<'_> {
             Err(_) => return Ok(Next::Gone),
         };
         read(&bytes).map(Next::Message)
+    }
+
+    fn too_old(&self) -> End {
+        let age_max = self.shared.settings.ext_proc_stream_timeout_s.max(1);
+        let text = format!("older than {age_max} s (kvroute.ext_proc_stream_timeout_s)");
+        End::new(Code::DeadlineExceeded, text)
+    }
+
+    /// How a stream ends whose caller has closed its side, or gone, before it was over: what a
+    /// client that left looks like, and the router's own end.
+    fn gone(&self) -> End {
+        match self.shared.phase() {
+            Phase::Stopped => End::new(Code::Unavailable, "the router is being stopped"),
+            _ => End::new(Code::Cancelled, "the client left"),
+        }
     }
 
     /// Sends what is written. A caller that has gone is noticed at the next message.

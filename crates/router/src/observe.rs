@@ -25,11 +25,14 @@ use crate::error::RouteError;
 use crate::http1::Framing;
 use crate::metrics::RequestLabels;
 use crate::metrics::upstream::{MODEL_SERVER_ERROR, Meter, error_code};
-use crate::shared::{Inflight, Shared};
+use crate::shared::{Inflight, Phase, Shared};
 use crate::upstream::{Connection, Upstream, UpstreamError};
 
 /// Status noted for a client that left before its answer.
 const CLIENT_GONE: u16 = 499;
+/// What is noted for requests that the router's end breaks off.
+const STOPPED: &str = "the router was stopped before the end of the answer";
+const STOPPED_STATUS: u16 = 503;
 /// How often a running answer is reported as alive.
 const TOUCH_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -338,7 +341,7 @@ impl Observer {
     }
 
     /// The answer goes on unseen.
-    pub fn release(mut self) {
+    pub fn release(&mut self) {
         if !std::mem::replace(&mut self.ended, true) {
             let status = if self.outcome.status == 0 { 200 } else { self.outcome.status };
             if let Some(meter) = self.meter.as_ref().filter(|_| status >= 400) {
@@ -349,7 +352,7 @@ impl Observer {
     }
 
     /// No endpoint answered, or none to the end: the router does.
-    pub fn refuse(mut self, error: &RouteError) {
+    pub fn refuse(&mut self, error: &RouteError) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
@@ -360,6 +363,22 @@ impl Observer {
         }
         self.outcome.status = status;
         self.outcome.error = Some(error.to_string());
+        self.close(None, ResponseEvent::Aborted);
+    }
+
+    /// The router broke the exchange off, or a proxy did not keep to the protocol: no client has
+    /// left. The status is for one that has had none yet.
+    pub fn break_off(&mut self, status: u16, why: &str) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        if self.outcome.status == 0 {
+            self.outcome.status = status;
+        }
+        if let Some(meter) = &self.meter {
+            meter.fail(error_code(status));
+        }
+        self.outcome.error = Some(why.to_owned());
         self.close(None, ResponseEvent::Aborted);
     }
 
@@ -417,12 +436,18 @@ impl Observer {
 
 impl Drop for Observer {
     fn drop(&mut self) {
-        if !std::mem::replace(&mut self.ended, true) {
-            self.shared.metrics.client_aborts.inc();
-            self.outcome.status = CLIENT_GONE;
-            self.outcome.error = Some("the client left before the end of its answer".to_owned());
-            self.close(None, ResponseEvent::Aborted);
+        if self.ended {
+            return;
         }
+        if self.shared.phase() == Phase::Stopped {
+            self.break_off(STOPPED_STATUS, STOPPED);
+            return;
+        }
+        self.ended = true;
+        self.shared.metrics.client_aborts.inc();
+        self.outcome.status = CLIENT_GONE;
+        self.outcome.error = Some("the client left before the end of its answer".to_owned());
+        self.close(None, ResponseEvent::Aborted);
     }
 }
 

@@ -517,7 +517,8 @@ fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
     }
 }
 
-/// From here on, dropping the observer is what a client that left looks like.
+/// From here on, dropping the observer is what a client that left looks like; what else ends a
+/// request is told to it.
 pub(crate) fn observe(
     shared: &Arc<Shared>,
     way: &Way,

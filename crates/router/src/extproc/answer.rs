@@ -11,11 +11,12 @@ use kvroute_wire::api::Api;
 use kvroute_wire::ext_proc::{
     BodyMode, DynamicValue, HeaderBlock, HeaderChange, Message, Metadata, Part, Piece, Side,
 };
+use kvroute_wire::grpc::Code;
 use kvroute_wire::model_name::Restorer;
 use kvroute_wire::usage::{Usage, UsageScanner};
 use tracing::debug;
 
-use super::{Next, PIECE_BYTES_MAX, Stream, hints, unexpected};
+use super::{BROKEN_STATUS, Next, PIECE_BYTES_MAX, Stream, hints, unexpected};
 use crate::error::RouteError;
 use crate::grpc::End;
 use crate::headers;
@@ -144,32 +145,48 @@ impl Exchange {
 }
 
 impl Stream<'_> {
-    /// Follows an exchange to its end.
+    /// Follows an exchange to its end, and notes why it ends. Clients that leave and the router's
+    /// own end are what dropping it looks like.
     pub(super) async fn answers(
         &mut self,
         mut exchange: Exchange,
+        first: Option<Message>,
+    ) -> Result<(), End> {
+        let followed = self.follow(&mut exchange, first).await;
+        let observer = exchange.routed.as_mut().map(|routed| &mut routed.observer);
+        if let (Err(end), Some(observer)) = (&followed, observer)
+            && !matches!(end.code, Code::Cancelled | Code::Unavailable)
+        {
+            observer.break_off(BROKEN_STATUS, &end.message);
+        }
+        followed
+    }
+
+    async fn follow(
+        &mut self,
+        exchange: &mut Exchange,
         mut first: Option<Message>,
     ) -> Result<(), End> {
         loop {
             if exchange.done || exchange.is_released() {
-                if let Some(routed) = exchange.routed {
+                if let Some(routed) = &mut exchange.routed {
                     routed.observer.release();
                 }
                 return self.flush().await;
             }
-            let (patience, error) = self.patience(&exchange);
+            let (patience, error) = self.patience(exchange);
             let next = match first.take() {
                 Some(message) => Next::Message(message),
                 None => self.next(patience).await?,
             };
             match next {
-                Next::Message(message) => self.on_message(&mut exchange, message).await?,
+                Next::Message(message) => self.on_message(exchange, message).await?,
                 // Without the answer's body, this is what its end looks like.
                 _ if exchange.headers_seen && self.modes.response == BodyMode::None => {
                     exchange.done = true;
                 }
                 Next::TooLong => return self.give_up(exchange, &error).await,
-                Next::Gone => return Ok(()),
+                Next::Gone => return Err(self.gone()),
             }
         }
     }
@@ -197,8 +214,8 @@ impl Stream<'_> {
     }
 
     /// Ends an exchange that goes nowhere: the client gets an error, or its answer is cut.
-    async fn give_up(&mut self, exchange: Exchange, error: &RouteError) -> Result<(), End> {
-        let Some(routed) = exchange.routed else {
+    async fn give_up(&mut self, exchange: &mut Exchange, error: &RouteError) -> Result<(), End> {
+        let Some(routed) = &mut exchange.routed else {
             self.shared.metrics.count_reject(error.reason());
             return self.refuse(Api::Other, None, error).await;
         };
@@ -208,9 +225,9 @@ impl Stream<'_> {
             self.shared.count_upstream_failure(&routed.upstream.name, error.reason());
         }
         if is_open && matches!(error, RouteError::NoAnswer(_)) {
-            self.note_endpoint_failed(&routed);
+            self.note_endpoint_failed(routed);
         }
-        let (api, id_value) = (routed.api, routed.id_value);
+        let (api, id_value) = (routed.api, routed.id_value.clone());
         routed.observer.refuse(error);
         self.refuse(api, Some(&id_value), error).await
     }

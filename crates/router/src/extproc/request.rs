@@ -15,7 +15,10 @@ use kvroute_wire::ext_proc::{
 use kvroute_wire::grpc::Code;
 
 use super::answer::Exchange;
-use super::{DESTINATION, NAMESPACE, Next, PIECE_BYTES_MAX, Stop, Stream, hints, read, unexpected};
+use super::{
+    BROKEN_STATUS, DESTINATION, NAMESPACE, Next, PIECE_BYTES_MAX, Stop, Stream, hints, read,
+    unexpected,
+};
 use crate::error::RouteError;
 use crate::forward::known_length;
 use crate::grpc::{End, Silence};
@@ -69,7 +72,7 @@ impl Stream<'_> {
             Err(Stop::Answered(message)) => self.answers(Exchange::unasked(), Some(*message)).await,
             Err(Stop::Gone) => {
                 self.shared.metrics.client_aborts.inc();
-                Ok(())
+                Err(self.gone())
             }
             // Nothing has been answered but that the body may come.
             Err(Stop::End(end)) if end.code == Code::ResourceExhausted => {
@@ -133,7 +136,7 @@ impl Stream<'_> {
         let chosen = self.decide(head, &body, subset.flatten().as_deref()).await?;
         let upstream = self.shared.upstreams.get(chosen.candidates[0]).ok_or(RouteError::Gone)?;
         let restorer = chosen.rewrite.as_ref().and_then(Rewrite::restorer);
-        self.send_on(head, &body, &chosen, &upstream).await?;
+        let sent = self.send_on(head, &body, &chosen, &upstream).await;
         let wants_answer = head.way.api.tells_usage()
             || restorer.is_some()
             || !chosen.response_headers.is_empty()
@@ -142,6 +145,10 @@ impl Stream<'_> {
         let mut observer = route::observe(self.shared, &head.way, chosen, place);
         observer.outcome.attempts = 1;
         observer.outcome.endpoint.clone_from(&upstream.name);
+        if let Err(end) = sent {
+            observer.break_off(BROKEN_STATUS, &end.message);
+            return Err(end.into());
+        }
         Ok(Exchange::routed(
             observer,
             upstream,

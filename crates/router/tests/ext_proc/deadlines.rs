@@ -183,6 +183,39 @@ async fn a_stream_that_grows_old() {
     let status = call.next_or_end().await.expect("an error").expect_err("not an answer");
     assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
     world.is_at_rest().await;
+    // Nobody has left.
+    let page = world.outcome("old").await;
+    assert_eq!(page["outcome"]["status"], 500, "{page}");
+    let error = page["outcome"]["error"].as_str().unwrap();
+    assert!(error.contains("kvroute.ext_proc_stream_timeout_s"), "{page}");
+    assert_eq!(metric(&world.router, "kvroute_client_aborts_total").await, 0.0);
+    let ends = "kvroute_ext_proc_ends_total{code=\"deadline_exceeded\"}";
+    assert_eq!(metric(&world.router, ends).await, 1.0);
+}
+
+/// A peer that keeps sending does not stay for ever, either.
+#[tokio::test]
+async fn a_busy_stream_that_grows_old() {
+    let mut setup = Setup::default();
+    setup.settings.ext_proc_stream_timeout_s = 1;
+    let world = setup.start().await;
+    let (mut call, _) = world.post(&[("x-request-id", "busy")], &completion("m", "x")).await;
+    call.request_body(true).await;
+    call.send(response_headers(&[(":status", "200")], false));
+    set_headers(&call.next().await);
+    let status = loop {
+        call.send(response_body("x", false));
+        match call.next_or_end().await.expect("no clean end") {
+            Ok(answer) => assert_eq!(answer, returned("x", false)),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
+    world.is_at_rest().await;
+    // The client has got its head.
+    let page = world.outcome("busy").await;
+    assert_eq!(page["outcome"]["status"], 200, "{page}");
+    assert!(page["outcome"]["error"].is_string(), "{page}");
 }
 
 /// Streams that say nothing at all.

@@ -2,7 +2,7 @@
 
 use crate::client::*;
 use crate::envoy::*;
-use crate::support::metric;
+use crate::support::{LONG, metric};
 use crate::world::*;
 
 const JSON: &str = "{\"id\":\"x\",\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":10,\
@@ -220,6 +220,29 @@ async fn clients_that_leave() {
             }
         }
     }
+    let ends = "kvroute_ext_proc_ends_total{code=\"cancelled\"}";
+    let all_counted = async {
+        // What is reset at once may never arrive.
+        while metric(&world.router, ends).await < 7.0 {}
+    };
+    tokio::time::timeout(LONG, all_counted).await.expect("streams that were broken off");
+    assert!(metric(&world.router, "kvroute_client_aborts_total").await >= 7.0);
+    assert_eq!(metric(&world.router, "kvroute_ext_proc_ends_total{code=\"ok\"}").await, 0.0);
+}
+
+/// A proxy that breaks the protocol behind the decision is no client that left.
+#[tokio::test]
+async fn messages_out_of_order_behind_the_decision() {
+    let world = usual().await;
+    let mut call = routed_call(&world, "disorder").await;
+    call.send(response_body("too early", false));
+    let end = call.next_or_end().await.unwrap().unwrap_err();
+    assert_eq!(end.code(), tonic::Code::InvalidArgument, "{end:?}");
+    let page = world.outcome("disorder").await;
+    assert_eq!(page["outcome"]["status"], 500, "{page}");
+    assert_eq!(page["outcome"]["error"], "response_body out of order", "{page}");
+    assert_eq!(metric(&world.router, "kvroute_client_aborts_total").await, 0.0);
+    world.is_at_rest().await;
 }
 
 /// What is set on an answer, to the byte (difference 102), and what an endpoint may not say.
