@@ -8,6 +8,7 @@ use http::Version;
 use kvroute::envoy::free_port;
 
 use crate::client::{Client, completion, get, next, post, send};
+use crate::picking::decision_about;
 use crate::support::{PATIENCE, wait_until};
 use crate::upstream::{SERVED_BY, STREAM, Upstream, WISH, event};
 use crate::{Setup, Stack};
@@ -82,15 +83,24 @@ async fn a_model_server_that_is_down_is_avoided() {
 async fn with_a_known_set_of_endpoints_the_next_one_serves() {
     let upstreams = [Upstream::start().await, Upstream::start().await];
     let addrs = upstreams.each_ref().map(|upstream| upstream.addr);
-    let setup = Setup::override_host(&addrs).settings("scrape_interval_ms: 60000");
+    // Scrapes would notice it as well, and it is not tried again.
+    let setup = Setup::override_host(&addrs).settings(
+        "scrape_interval_ms: 60000, failure_backoff_ms: 60000, failure_backoff_max_ms: 60000",
+    );
     let Some(stack) = Stack::start(setup, &addrs).await else { return };
     let [first, second] = upstreams;
+    let gone = second.addr.to_string();
     drop(second);
+    let mut named = 0;
     for _ in 0..40 {
         let reply = send(stack.http, post("/v1/completions", completion("Hello"), &[])).await;
         assert_eq!(reply.status, 200, "{}\n{}", reply.text(), stack.envoy.log());
         assert_eq!(reply.header(SERVED_BY), first.addr.to_string());
+        let decision = decision_about(&stack.router, &reply).await;
+        named += u32::from(decision["decision"]["endpoint"] == gone);
     }
+    // Envoy says who served in its place; once is what it takes to learn.
+    assert_eq!(named, 1, "{}", stack.envoy.log());
     stack.unharmed().await;
 }
 

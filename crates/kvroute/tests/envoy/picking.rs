@@ -76,7 +76,7 @@ async fn ask(stack: &Stack, headers: &[(&str, &str)]) -> Reply {
 }
 
 /// What the router notes about an answered request. Envoy gives its requests ids of its own.
-async fn decision_about(router: &RouterHandle, reply: &Reply) -> Value {
+pub(crate) async fn decision_about(router: &RouterHandle, reply: &Reply) -> Value {
     admin(router, &format!("/decisions/{}", reply.header("x-request-id"))).await
 }
 

@@ -319,13 +319,14 @@ impl Stream<'_> {
         self.answer.headers(Side::Response, &changes, false, &[]);
     }
 
-    /// A data plane may have tried another endpoint than the first.
+    /// A data plane may have tried another endpoint than the first, which has failed it then.
     fn note_served(&self, routed: &mut Routed, served: Option<&str>) {
         let Some(served) = served.filter(|served| *served != routed.upstream.authority) else {
             return;
         };
         let upstreams = self.shared.upstreams.all();
         let Some(other) = upstreams.into_iter().find(|u| u.authority == served) else { return };
+        self.note_endpoint_failed(routed);
         routed.observer.reservation.redirect(other.id);
         routed.observer.outcome.attempts += 1;
         routed.observer.outcome.endpoint.clone_from(&other.name);

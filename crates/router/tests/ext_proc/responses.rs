@@ -277,10 +277,11 @@ async fn the_headers_of_an_answer() {
     world.is_at_rest().await;
 }
 
-/// The data plane may have tried another endpoint than the first, and says which one served.
+/// The data plane may have tried another endpoint than the first, and says which one served. The
+/// first is avoided then.
 #[tokio::test]
 async fn another_endpoint_served() {
-    let world = usual().await;
+    let world = unforgiving().await;
     let mut call = routed_call(&world, "other").await;
     let served = field("x-gateway-destination-endpoint-served", world.at(2).as_str());
     let headers = response_headers(JSON_HEADERS, false);
@@ -294,6 +295,14 @@ async fn another_endpoint_served() {
     assert_eq!(page["outcome"]["endpoint"], world.at(2), "{page}");
     assert_eq!(page["outcome"]["attempts"], 2, "{page}");
     world.is_at_rest().await;
+    assert_eq!(next_of(&world).await, world.at(0));
+    // Who serves what it was to serve has not failed.
+    let (mut call, _) = world.post(&[], &completion("m", "again")).await;
+    call.request_body(true).await;
+    let served = field("x-gateway-destination-endpoint-served", world.at(0).as_str());
+    call.send(response_headers(JSON_HEADERS, true).metadata("envoy.lb", served));
+    call.next().await;
+    assert_eq!(next_of(&world).await, world.at(0));
 }
 
 /// A world that remembers a failure for longer than any test runs.
