@@ -321,6 +321,17 @@ impl Observer {
             return;
         }
         let began = self.meter.is_some().then(Instant::now);
+        self.sign_of_life();
+        if let Some(scanner) = &mut self.scanner {
+            scanner.push(data);
+        }
+        if let (Some(meter), Some(began)) = (&mut self.meter, began) {
+            meter.piece(began, data.len());
+        }
+    }
+
+    /// The answer has begun, or goes on.
+    pub fn sign_of_life(&mut self) {
         if self.outcome.ttft_s.is_none() {
             let ttft_s = self.started.elapsed().as_secs_f64();
             self.outcome.ttft_s = Some(ttft_s);
@@ -331,12 +342,6 @@ impl Observer {
             // A long answer is a sign of life, too.
             self.reservation.first_chunk();
             self.touched = Instant::now();
-        }
-        if let Some(scanner) = &mut self.scanner {
-            scanner.push(data);
-        }
-        if let (Some(meter), Some(began)) = (&mut self.meter, began) {
-            meter.piece(began, data.len());
         }
     }
 

@@ -138,6 +138,12 @@ impl Exchange {
         self.scanner.as_ref().or(routed).and_then(UsageScanner::usage)
     }
 
+    /// There is something in the answer's body that is to be read or changed.
+    fn wants_body(&self) -> bool {
+        let routed = self.routed.as_ref();
+        routed.is_some_and(|routed| routed.observer.scanner.is_some() || routed.restorer.is_some())
+    }
+
     /// The answer need not be looked at, and the request is on its way: Envoy can go on alone.
     fn is_released(&self) -> bool {
         self.released && !self.request_passes && !self.headers_seen
@@ -152,6 +158,9 @@ impl Stream<'_> {
         mut exchange: Exchange,
         first: Option<Message>,
     ) -> Result<(), End> {
+        if self.modes.response == BodyMode::None && exchange.wants_body() {
+            self.note_blind("answer-not-sent");
+        }
         let followed = self.follow(&mut exchange, first).await;
         let observer = exchange.routed.as_mut().map(|routed| &mut routed.observer);
         if let (Err(end), Some(observer)) = (&followed, observer)
@@ -181,8 +190,11 @@ impl Stream<'_> {
             };
             match next {
                 Next::Message(message) => self.on_message(exchange, message).await?,
-                // Without the answer's body, this is what its end looks like.
-                _ if exchange.headers_seen && self.modes.response == BodyMode::None => {
+                // Without the answer's body, this is what its end looks like. Even its head may be
+                // one that is not sent.
+                _ if self.modes.response == BodyMode::None
+                    && (exchange.headers_seen || !exchange.request_passes) =>
+                {
                     exchange.done = true;
                 }
                 Next::TooLong => return self.give_up(exchange, &error).await,
@@ -298,7 +310,8 @@ impl Stream<'_> {
         if let Some(routed) = &mut exchange.routed {
             let is_encoded = headers::is_encoded(block.get("content-encoding"));
             if routed.restorer.is_some() {
-                if route::may_restore(self.shared, &routed.upstream.name, is_encoded) {
+                let is_seen = self.modes.response != BodyMode::None;
+                if is_seen && route::may_restore(self.shared, &routed.upstream.name, is_encoded) {
                     changes.push(HeaderChange::Remove(CONTENT_LENGTH.as_str()));
                 } else {
                     routed.restorer = None;
@@ -307,6 +320,10 @@ impl Stream<'_> {
             self.note_served(routed, served.as_deref());
             routed.observer.head(status.unwrap_or(0), block.get("content-type"));
             self.note_failure(routed, block, status);
+            if self.modes.response == BodyMode::None && !routed.observer.ended {
+                // Nothing else tells that the endpoint has read the prompt.
+                routed.observer.sign_of_life();
+            }
             told.push((headers::ENDPOINT_NAME.into(), routed.upstream.header.as_bytes().to_vec()));
             told.push((headers::REQUEST_ID_NAME.into(), routed.id_value.as_bytes().to_vec()));
             let wanted = routed.response_headers.iter();

@@ -123,6 +123,8 @@ async fn answers_whose_bodies_are_not_sent() {
         call.request_body(true).await;
         call.send(response_headers(&[(":status", "200")], false));
         set_headers(&call.next().await);
+        let first_byte = "kvroute_ttft_seconds_count";
+        assert_eq!(metric(&world.router, first_byte).await, 1.0 + f64::from(u8::from(waits)));
         // A long answer is no reason to break it off.
         if waits {
             call.ends().await;
@@ -134,4 +136,34 @@ async fn answers_whose_bodies_are_not_sent() {
         assert!(page["outcome"]["error"].is_null(), "{page}");
     }
     world.is_at_rest().await;
+    let series = "kvroute_fallbacks_total{reason=\"answer-not-sent\"}";
+    assert_eq!(metric(&world.router, series).await, 2.0);
+}
+
+/// And without the answer's head, the end of the stream is all that is seen.
+#[tokio::test]
+async fn answers_of_which_nothing_is_sent() {
+    let mut setup = Setup::default();
+    setup.settings.first_byte_timeout_s = 1;
+    let world = setup.start().await;
+    for waits in [false, true] {
+        let id = format!("unseen-{waits}");
+        let mut call = world.client.open();
+        let headers = request_headers(&post(&[("x-request-id", &id)]), false);
+        call.send(headers.modes(FullDuplexStreamed, BodySendMode::None));
+        call.send(request_body(completion("m", "unseen"), true));
+        destination(&call.next().await);
+        call.request_body(true).await;
+        if waits {
+            call.ends().await;
+        } else {
+            call.reset().await;
+        }
+        let page = world.outcome(&id).await;
+        assert!(page["outcome"]["error"].is_null(), "{page}");
+    }
+    world.is_at_rest().await;
+    assert_eq!(metric(&world.router, "kvroute_client_aborts_total").await, 0.0);
+    let page = crate::support::admin(&world.router, "/metrics").await.body;
+    assert!(!page.contains("kvroute_upstream_failures_total{"), "{page}");
 }

@@ -222,3 +222,19 @@ fn left_of(answer: ProcessingResponse, piece: &str) -> Vec<u8> {
         Some(other) => panic!("only for the full duplex mode: {other:?}"),
     }
 }
+
+/// A body that is not sent keeps its name, and so its length.
+#[tokio::test]
+async fn answers_that_are_not_sent_keep_name_and_length() {
+    let world = rewriting().await;
+    let mut call = world.client.open();
+    let modes = (BodySendMode::FullDuplexStreamed, BodySendMode::None);
+    call.send(request_headers(&post(&[]), false).modes(modes.0, modes.1));
+    call.send(request_body(completion("model-to-be-rewritten", "x"), true));
+    destination(&call.next().await);
+    call.request_body(true).await;
+    call.send(response_headers(&[(":status", "200"), ("content-length", "9")], false));
+    assert_eq!(removed_headers(&call.next().await), Vec::<String>::new());
+    call.reset().await;
+    world.is_at_rest().await;
+}
