@@ -44,6 +44,8 @@ pub(super) struct Exchange {
     /// Nothing is to be learned from the answer.
     released: bool,
     headers_seen: bool,
+    /// Of the answer's body, what is still to come; `None`: unknown.
+    bytes_left: Option<u64>,
     done: bool,
     /// Of answers to requests that were not decided here.
     scanner: Option<UsageScanner>,
@@ -72,6 +74,7 @@ impl Exchange {
             request_passes: false,
             released: false,
             headers_seen: false,
+            bytes_left: None,
             done: false,
         }
     }
@@ -103,6 +106,7 @@ impl Exchange {
             request_passes,
             released: !wants_answer,
             headers_seen: false,
+            bytes_left: None,
             done: false,
         }
     }
@@ -131,6 +135,12 @@ impl Exchange {
             return vec![Bytes::from(parts.concat())];
         }
         parts
+    }
+
+    /// All of the answer has been seen, as far as can be known, but not the message that says so:
+    /// there is none where the trailers that end an answer are not sent.
+    fn is_whole(&self) -> bool {
+        self.headers_seen && (self.bytes_left == Some(0) || self.usage().is_some())
     }
 
     fn usage(&self) -> Option<Usage> {
@@ -198,9 +208,16 @@ impl Stream<'_> {
                     exchange.done = true;
                 }
                 Next::TooLong => return self.give_up(exchange, &error).await,
+                // In full duplex, trailers are sent.
+                Next::Gone if !self.is_duplex() && exchange.is_whole() => exchange.end(),
                 Next::Gone => return Err(self.gone()),
             }
         }
+    }
+
+    /// Pieces of the answer that come need no answers of their own.
+    fn is_duplex(&self) -> bool {
+        self.modes.response == BodyMode::FullDuplexStreamed
     }
 
     /// How long the next message is waited for, and what it means when none comes.
@@ -290,6 +307,8 @@ impl Stream<'_> {
 
     fn on_headers(&mut self, exchange: &mut Exchange, block: &HeaderBlock, metadata: &Metadata) {
         exchange.headers_seen = true;
+        let length = block.get(CONTENT_LENGTH.as_str()).and_then(|l| std::str::from_utf8(l).ok());
+        exchange.bytes_left = length.and_then(|length| length.parse().ok());
         // Envoy's own name of it; other data planes leave the colon out.
         let status = block.get(":status").or_else(|| block.get("status"));
         let status = status.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
@@ -392,8 +411,14 @@ impl Stream<'_> {
         if let Some(scanner) = &mut exchange.scanner {
             scanner.push(&piece.body);
         }
+        exchange.bytes_left = match self.modes.response {
+            BodyMode::Buffered => Some(0),
+            _ => exchange.bytes_left.map(|left| left.saturating_sub(piece.body.len() as u64)),
+        };
         let restores = exchange.restorer().is_some();
-        let parts = exchange.restored(piece.body, piece.end_of_stream);
+        // Where a piece's answer takes its place, what is held back would be lost if trailers ended
+        // the answer: a name that is cut in two stays as it is.
+        let parts = exchange.restored(piece.body, piece.end_of_stream || !self.is_duplex());
         let mut reports = Vec::new();
         if piece.end_of_stream {
             reports = self.reports(exchange);

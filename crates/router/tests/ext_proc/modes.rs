@@ -167,3 +167,40 @@ async fn answers_of_which_nothing_is_sent() {
     let page = crate::support::admin(&world.router, "/metrics").await.body;
     assert!(!page.contains("kvroute_upstream_failures_total{"), "{page}");
 }
+
+/// Where trailers end an answer and are not sent, no message marks its end. One whose usage or
+/// length says that it is whole is no abort; in full duplex trailers are always sent.
+#[tokio::test]
+async fn answers_whose_trailers_are_not_sent() {
+    let world = usual().await;
+    let length = ANSWER.len().to_string();
+    let table = [
+        (Streamed, ANSWER, None, 200),
+        (Streamed, "{}", Some("2"), 200),
+        (Streamed, "{}", Some("3"), 499),
+        (Streamed, "{}", None, 499),
+        (Buffered, "{}", None, 200),
+        (FullDuplexStreamed, ANSWER, Some(length.as_str()), 499),
+    ];
+    for (at, (mode, body, length, status)) in table.into_iter().enumerate() {
+        let id = format!("whole-{at}");
+        let mut call = world.client.open();
+        let headers = request_headers(&post(&[("x-request-id", &id)]), false);
+        call.send(headers.modes(FullDuplexStreamed, mode));
+        call.send(request_body(completion("m", &id), true));
+        destination(&call.next().await);
+        call.request_body(true).await;
+        let mut headers = vec![(":status", "200"), ("content-type", "application/json")];
+        headers.extend(length.map(|length| ("content-length", length)));
+        call.send(response_headers(&headers, false));
+        set_headers(&call.next().await);
+        call.send(response_body(body, false));
+        call.next().await;
+        call.reset().await;
+        let page = world.outcome(&id).await;
+        assert_eq!(page["outcome"]["status"], status, "{mode:?} {body} {length:?}: {page}");
+        assert_eq!(page["outcome"]["error"].is_null(), status == 200, "{page}");
+    }
+    world.is_at_rest().await;
+    assert_eq!(metric(&world.router, "kvroute_client_aborts_total").await, 3.0);
+}
