@@ -15,7 +15,7 @@ const OUTCOME_TEXT_BYTES: usize = 128;
 /// What became of a request.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Outcome {
-    /// Status that the client got; 499 when it left first.
+    /// Status that the client got; 499 when it left first, 0 when the router has not seen it.
     pub status: u16,
     /// Endpoint that answered, or the last one tried.
     pub endpoint: String,
@@ -23,7 +23,9 @@ pub(crate) struct Outcome {
     pub attempts: u32,
     /// From the request's head to the first byte of the answer's body.
     pub ttft_s: Option<f64>,
-    /// From the request's head to the end of the answer.
+    /// A proxy has brought the answer to its end alone (`docs/differences.md`, row 106).
+    pub not_followed: bool,
+    /// From the request's head to the end of the answer, or of what was followed of it.
     pub total_s: f64,
     /// Prompt tokens as the engine counts them.
     pub prompt_tokens: Option<u32>,

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvroute_core::event::Tier;
 use kvroute_wire::grpc::Code;
 use parking_lot::Mutex;
-use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -40,8 +40,21 @@ type GaugeF64 = Gauge<f64, AtomicU64>;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct RequestLabels {
     pub endpoint: String,
-    pub status: u16,
+    pub status: StatusLabel,
     pub mode: &'static str,
+}
+
+/// An HTTP status; 0 is one that the router has not seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct StatusLabel(pub u16);
+
+impl EncodeLabelValue for StatusLabel {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        match self.0 {
+            0 => "unknown".encode(encoder),
+            status => status.encode(encoder),
+        }
+    }
 }
 
 /// One reason out of a fixed list.

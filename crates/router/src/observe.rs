@@ -23,8 +23,8 @@ use tracing::debug;
 use crate::decisions::Outcome;
 use crate::error::RouteError;
 use crate::http1::Framing;
-use crate::metrics::RequestLabels;
 use crate::metrics::upstream::{MODEL_SERVER_ERROR, Meter, error_code};
+use crate::metrics::{RequestLabels, StatusLabel};
 use crate::shared::{Inflight, Phase, Shared};
 use crate::upstream::{Connection, Upstream, UpstreamError};
 
@@ -345,15 +345,19 @@ impl Observer {
         }
     }
 
-    /// The answer goes on unseen.
+    /// The answer goes on unseen: what the request reserved is given back now, as if it had gone
+    /// well.
     pub fn release(&mut self) {
-        if !std::mem::replace(&mut self.ended, true) {
-            let status = if self.outcome.status == 0 { 200 } else { self.outcome.status };
-            if let Some(meter) = self.meter.as_ref().filter(|_| status >= 400) {
-                meter.fail(MODEL_SERVER_ERROR);
-            }
-            self.close(None, ResponseEvent::End { status });
+        if std::mem::replace(&mut self.ended, true) {
+            return;
         }
+        let status = self.outcome.status;
+        if let Some(meter) = self.meter.as_ref().filter(|_| status >= 400) {
+            meter.fail(MODEL_SERVER_ERROR);
+        }
+        self.outcome.not_followed = true;
+        let status = if status == 0 { 200 } else { status };
+        self.close(None, ResponseEvent::End { status });
     }
 
     /// No endpoint answered, or none to the end: the router does.
@@ -433,6 +437,7 @@ impl Observer {
         );
         // It is under way no longer, however long what is left of it is kept.
         self.meter = None;
+        let status = StatusLabel(status);
         let labels = RequestLabels { endpoint, status, mode: self.mode };
         self.shared.metrics.requests.get_or_create(&labels).inc();
         self.shared.decisions.finish(self.number, std::mem::take(outcome));

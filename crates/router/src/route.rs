@@ -30,8 +30,8 @@ use crate::error::RouteError;
 use crate::explain::PromptRecord;
 use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
-use crate::metrics::RequestLabels;
 use crate::metrics::upstream::{Decided, Meter, UpstreamMetrics};
+use crate::metrics::{RequestLabels, StatusLabel};
 use crate::observe::{AnswerBody, Body, Observer, Reservation};
 use crate::rewrite::Rewrite;
 use crate::shared::{HeldBody, Inflight, Shared};
@@ -84,7 +84,7 @@ pub(crate) fn note_refused(shared: &Shared, request_id: &str, error: &RouteError
     if let Some(names) = shared.metrics.upstream.as_ref().filter(|_| !is_counted) {
         names.refused(status);
     }
-    let labels = RequestLabels { endpoint, status, mode: NOT_ROUTED };
+    let labels = RequestLabels { endpoint, status: StatusLabel(status), mode: NOT_ROUTED };
     shared.metrics.requests.get_or_create(&labels).inc();
 }
 

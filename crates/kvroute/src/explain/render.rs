@@ -335,14 +335,20 @@ fn nobody(why: Option<&str>) -> String {
 
 fn outcome_text(outcome: &Outcome) -> String {
     let Outcome { status, endpoint, .. } = outcome;
-    let mut text = format!("status {status} from {endpoint}");
+    let mut text = match status {
+        0 => format!("status unknown from {endpoint}"),
+        status => format!("status {status} from {endpoint}"),
+    };
     if outcome.attempts > 1 {
         text += &format!(" after {} attempts", outcome.attempts);
     }
     if let Some(ttft) = outcome.ttft_s {
         text += &format!(", first byte after {} s", number(ttft));
     }
-    text += &format!(", end after {} s", number(outcome.total_s));
+    match outcome.not_followed {
+        true => text += ", not followed to its end",
+        false => text += &format!(", end after {} s", number(outcome.total_s)),
+    }
     if let Some(cached) = outcome.delivered_tokens {
         text += &format!(", {} tokens from its cache", count(cached.into()));
     }

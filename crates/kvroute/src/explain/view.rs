@@ -65,6 +65,7 @@ pub struct Outcome {
     pub endpoint: String,
     pub attempts: u32,
     pub ttft_s: Option<f64>,
+    pub not_followed: bool,
     pub total_s: f64,
     pub prompt_tokens: Option<u32>,
     pub completion_tokens: Option<u32>,

@@ -1,6 +1,7 @@
 //! Requests that are routed: where they go, and what is said about it.
 
 use crate::client::*;
+use crate::support::metric;
 use crate::support::settings;
 use crate::world::*;
 
@@ -114,10 +115,18 @@ async fn requests_without_a_body_are_scheduled_like_others() {
             post(&[(":method", method), (":path", "/v1/models"), ("x-request-id", "get-1")]);
         call.send(request_headers(&headers, true));
         assert_eq!(call.next().await, routed(&world.at(1), &[]), "{method}");
-        // Difference 106: there is nothing to learn from the answer.
+        // Difference 106: there is nothing to learn from the answer, so nothing is known of it.
         call.ends().await;
         world.is_at_rest().await;
+        let outcome = &world.outcome("get-1").await["outcome"];
+        assert_eq!((&outcome["status"], &outcome["not_followed"]), (&0.into(), &true.into()));
+        assert!(outcome["error"].is_null(), "{outcome}");
     }
+    let series = format!(
+        "kvroute_requests_total{{endpoint=\"{}\",status=\"unknown\",mode=\"pass-through\"}}",
+        world.at(1)
+    );
+    assert_eq!(metric(&world.router, &series).await, 3.0);
 }
 
 /// Hermetic case "passthrough parser".

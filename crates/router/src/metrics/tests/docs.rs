@@ -15,7 +15,7 @@ fn filled() -> Metrics {
     let reason = ReasonLabel { reason: "r" };
     metrics.endpoint("10.0.0.1:8000");
     metrics.set_model_mode("m", "precise");
-    let request = RequestLabels { endpoint: endpoint(), status: 200, mode: "precise" };
+    let request = RequestLabels { endpoint: endpoint(), status: StatusLabel(200), mode: "precise" };
     metrics.requests.get_or_create_owned(&request);
     for family in [
         &metrics.rejects,
