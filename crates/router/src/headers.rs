@@ -49,9 +49,17 @@ pub(crate) const RANK: &str = "x-data-parallel-rank";
 
 /// Is this a header that only the router itself may set?
 pub(crate) fn is_control(name: &HeaderName) -> bool {
-    let name = name.as_str();
-    name.starts_with("x-")
-        && (CONTROL.contains(&name) || CONTROL_PREFIXES.iter().any(|p| name.starts_with(p)))
+    is_control_name(name.as_str().as_bytes())
+}
+
+/// The same for a name as a data plane writes it, in any case.
+pub(crate) fn is_control_name(name: &[u8]) -> bool {
+    let begins_with = |text: &str| {
+        name.get(..text.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(text.as_bytes()))
+    };
+    begins_with("x-")
+        && (CONTROL.iter().any(|control| control.len() == name.len() && begins_with(control))
+            || CONTROL_PREFIXES.iter().any(|prefix| begins_with(prefix)))
 }
 
 /// RFC 9110 section 7.6.1: headers that mean one connection only.
@@ -233,6 +241,26 @@ mod tests {
             map.append(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         map
+    }
+
+    #[test]
+    fn headers_of_the_router_in_any_case() {
+        for (name, expected) in [
+            ("x-kvroute-endpoint", true),
+            ("X-Kvroute-", true),
+            ("x-gateway-destination-endpoint", true),
+            ("x-gateway-destination-endpoint-Served", true),
+            ("X-WENT-INTO-RESP-HEADERS", true),
+            ("x-went-into-resp-headers-", false),
+            ("x-went-into-resp-header", false),
+            ("x-kvroute", false),
+            ("x-", false),
+            ("x", false),
+            ("", false),
+            ("content-type", false),
+        ] {
+            assert_eq!(is_control_name(name.as_bytes()), expected, "{name}");
+        }
     }
 
     #[test]

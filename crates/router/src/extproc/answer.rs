@@ -155,6 +155,9 @@ impl Exchange {
     }
 
     /// The answer need not be looked at, and the request is on its way: Envoy can go on alone.
+    /// Behind the answer's head it cannot: in full duplex it sends pieces without waiting, and those
+    /// under way when the stream ends would be lost to the client. So an answer whose head alone is
+    /// wanted is followed to its end.
     fn is_released(&self) -> bool {
         self.released && !self.request_passes && !self.headers_seen
     }
@@ -314,13 +317,10 @@ impl Stream<'_> {
         let status = status.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
         let served = hints::served(metadata);
         let mut changes = vec![HeaderChange::Set(SEEN, b"true")];
-        let names: Vec<HeaderName> = block
-            .headers
-            .iter()
-            .filter_map(|(name, _)| HeaderName::from_bytes(name).ok())
-            .collect();
-        let spoofed = names.iter().filter(|name| headers::is_control(name));
-        changes.extend(spoofed.map(|name| HeaderChange::Remove(name.as_str())));
+        let names = block.headers.iter().map(|(name, _)| &name[..]);
+        let spoofed = names.filter(|name| headers::is_control_name(name));
+        let spoofed = spoofed.filter_map(|name| std::str::from_utf8(name).ok());
+        changes.extend(spoofed.map(HeaderChange::Remove));
         let mut told = Vec::new();
         if self.options.tells_served {
             let header = ServedVerifier::header(served.as_deref());

@@ -13,6 +13,7 @@ use kvroute_wire::ext_proc::{
     BodyMode, Dynamic, DynamicValue, HeaderBlock, HeaderChange, Metadata, Part, Side,
 };
 use kvroute_wire::grpc::Code;
+use rustc_hash::FxHashMap;
 
 use super::answer::Exchange;
 use super::{
@@ -374,10 +375,11 @@ impl Stream<'_> {
             return Vec::new();
         }
         let upstreams = self.shared.upstreams.all();
-        let address = |name: &str| upstreams.iter().find(|u| u.name == name);
+        let addresses: FxHashMap<&str, &str> =
+            upstreams.iter().map(|u| (u.name.as_str(), u.authority.as_str())).collect();
         let scores = chosen.scores.iter();
         scores
-            .filter_map(|(name, total)| Some((address(name.as_str())?.authority.clone(), *total)))
+            .filter_map(|(name, total)| Some(((*addresses.get(name.as_str())?).to_owned(), *total)))
             .collect()
     }
 }

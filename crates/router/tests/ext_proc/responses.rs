@@ -332,7 +332,8 @@ async fn endpoints_that_the_proxy_cannot_reach() {
     let own: &[(&str, &str)] = &[(":status", "503"), ("date", "x"), ("server", "uvicorn")];
     let timed: &[(&str, &str)] = &[(":status", "503"), ("x-envoy-upstream-service-time", "3")];
     let proxys = |status| [(":status", status), ("content-length", "9")];
-    let table: [(&[(&str, &str)], &str, usize); 8] = [
+    type Headers<'a> = &'a [(&'a str, &'a str)];
+    let table: [(Headers<'_>, &str, usize); 8] = [
         (own, UNREACHED, 1),
         (timed, UNREACHED, 1),
         (&proxys("504"), "upstream request timeout", 1),
