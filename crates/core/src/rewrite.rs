@@ -27,6 +27,14 @@ pub struct ModelRewrite {
     pub targets: Vec<RewriteTarget>,
 }
 
+impl ModelRewrite {
+    /// The models that the rule names, as requests do and as engines do.
+    pub fn models(&self) -> impl Iterator<Item = &str> {
+        let matched = self.matches.iter().map(|one| one.model.as_str());
+        matched.chain(self.targets.iter().map(|target| target.model.as_str()))
+    }
+}
+
 /// A model that requests name.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -1,7 +1,9 @@
 //! Which numbers does the router publish? All of them are declared here, prefix `kvroute_`.
 //!
 //! Label values that clients control (model names) are bounded by `label_values_max`; further
-//! ones are counted as `other`. Endpoint labels leave with their endpoint.
+//! ones, and long ones, are counted as `other`. As many again have room if they are known, from
+//! the configuration or from engines: clients cannot take the labels of these. Endpoint labels
+//! leave with their endpoint.
 
 #[cfg(test)]
 mod tests;
@@ -30,8 +32,17 @@ pub(crate) const STREAM_STATES: [&str; 4] = ["initial", "live", "replaying", "su
 
 /// Stands for label values beyond the limit.
 const OTHER: &str = "other";
-/// Longest model name that is a label of `kvroute_model_rewrites`.
-const MODEL_LABEL_BYTES_MAX: usize = 256;
+/// Names that clients choose and that have more bytes are never labels, and are cut in the log.
+pub(crate) const LABEL_BYTES_MAX: usize = 256;
+
+/// A name that a client chose, as long as the log shows it.
+pub(crate) fn cut(name: &str) -> &str {
+    let mut end = name.len().min(LABEL_BYTES_MAX);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name.get(..end).unwrap_or_default()
+}
 
 /// A gauge of fractions.
 type GaugeF64 = Gauge<f64, AtomicU64>;
@@ -494,13 +505,25 @@ impl Metrics {
         self.fallbacks.get_or_create(&ReasonLabel { reason }).inc();
     }
 
+    /// Whether one more name has labels of its own, beside `names` others.
+    fn has_room(&self, names: usize, is_known: impl FnOnce() -> bool) -> bool {
+        let max = self.label_values_max;
+        names < max || (names < max.saturating_mul(2) && is_known())
+    }
+
     /// Notes how a model's requests are routed.
-    pub fn set_model_mode(&self, model: &str, mode: &'static str) {
+    pub fn set_model_mode(
+        &self,
+        model: &str,
+        mode: &'static str,
+        is_known: impl FnOnce(&str) -> bool,
+    ) {
         let mut models = self.models.lock();
         let model = match models.get(model) {
             Some(before) if *before == mode => return,
             Some(_) => model,
-            None if models.len() < self.label_values_max => model,
+            None if model.len() > LABEL_BYTES_MAX => OTHER,
+            None if self.has_room(models.len(), || is_known(model)) => model,
             None => OTHER,
         };
         let before = models.insert(model.to_owned(), mode);
@@ -510,20 +533,26 @@ impl Metrics {
         self.model_mode.get_or_create(&ModelMode { model: model.to_owned(), mode }).set(1);
     }
 
-    /// Counts a request that a rule (empty: its header) gave a model.
-    pub fn count_rewrite(&self, rule: &str, from: &str, to: &str) {
-        let own = |name: &str| name.to_owned();
-        let mut labels = RewriteLabels { rule: own(rule), from: own(from), to: own(to) };
-        let is_long = from.len().max(to.len()) > MODEL_LABEL_BYTES_MAX;
+    /// Counts a request that a rule (empty: its header) gave a model. Without room, targets that
+    /// are known keep their label.
+    pub fn count_rewrite(&self, rule: &str, from: &str, to: &str, is_known: impl Fn(&str) -> bool) {
+        let labels = |from: &str, to: &str| {
+            let [rule, from, to] = [rule, from, to].map(str::to_owned);
+            RewriteLabels { rule, from, to }
+        };
+        let [from, to] =
+            [from, to].map(|name| if name.len() > LABEL_BYTES_MAX { OTHER } else { name });
+        let mut found = labels(from, to);
         let mut known = self.rewrites.lock();
-        if !known.contains(&labels) {
-            if is_long || known.len() >= self.label_values_max {
-                labels = RewriteLabels { rule: own(rule), from: own(OTHER), to: own(OTHER) };
+        if !known.contains(&found) {
+            let are_known = || (from.is_empty() || is_known(from)) && is_known(to);
+            if self.has_room(known.len(), are_known) {
+                known.insert(found.clone());
             } else {
-                known.insert(labels.clone());
+                found = labels(OTHER, if is_known(to) { to } else { OTHER });
             }
         }
-        self.model_rewrites.get_or_create(&labels).inc();
+        self.model_rewrites.get_or_create(&found).inc();
     }
 
     /// The text format that Prometheus scrapes.

@@ -5,6 +5,7 @@
 //! that is scheduled, tokenized and counted. A request that names no model is scheduled for it,
 //! too, but goes out as it came: nothing is put into a body that was not there.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -55,13 +56,24 @@ impl Rewrite {
 #[derive(Debug)]
 pub(crate) struct Rewriter {
     rules: Rewrites,
+    /// Models that rules ask for or choose.
+    named: BTreeSet<String>,
     rng: Mutex<Rng>,
 }
 
 impl Rewriter {
     /// `seed` fixes which target each request of a rule gets, in their order.
     pub fn new(rules: &[ModelRewrite], seed: u64) -> Rewriter {
-        Rewriter { rules: Rewrites::new(rules.to_vec()), rng: Mutex::new(Rng::seeded(seed)) }
+        Rewriter {
+            rules: Rewrites::new(rules.to_vec()),
+            named: rules.iter().flat_map(ModelRewrite::models).map(str::to_owned).collect(),
+            rng: Mutex::new(Rng::seeded(seed)),
+        }
+    }
+
+    /// Whether a rule names a model.
+    pub fn names(&self, model: &str) -> bool {
+        self.named.contains(model)
     }
 
     /// Whether the body of such a request must be there as a whole before it is forwarded: where

@@ -31,7 +31,7 @@ use crate::explain::PromptRecord;
 use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
 use crate::metrics::upstream::{Decided, Meter, UpstreamMetrics};
-use crate::metrics::{RequestLabels, StatusLabel};
+use crate::metrics::{RequestLabels, StatusLabel, cut};
 use crate::observe::{AnswerBody, Body, Observer, Reservation};
 use crate::rewrite::Rewrite;
 use crate::shared::{HeldBody, Inflight, Shared};
@@ -373,7 +373,7 @@ fn choose(
     let started = Instant::now();
     let asked = candidate.asked;
     if let Some(Rewrite { rule, from, to, .. }) = &asked.rewrite {
-        shared.metrics.count_rewrite(rule, from, to);
+        shared.metrics.count_rewrite(rule, from, to, |model| shared.knows_model(model));
     }
     let seen = scheduling_headers(shared, candidate.headers, asked);
     let seen = Headers(&seen);
@@ -500,12 +500,13 @@ fn note_mode(shared: &Shared, asked: &Asked, record: &DecisionRecord) {
     if asked.request_at_fault {
         return;
     }
-    metrics.set_model_mode(&asked.model, record.mode.as_str());
+    let is_known = |model: &str| shared.knows_model(model);
+    metrics.set_model_mode(&asked.model, record.mode.as_str(), is_known);
     if record.mode > shared.best_mode() {
         metrics.count_fallback(record.reason.as_str());
     }
     if record.reason == Reason::PromptDiffers {
-        let (model, endpoint) = (asked.model.as_str(), record.endpoint.as_str());
+        let (model, endpoint) = (cut(&asked.model), record.endpoint.as_str());
         if shared.complaints.is_first(&format!("{model} at {endpoint}")) {
             warn!(
                 model,

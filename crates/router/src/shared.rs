@@ -19,7 +19,7 @@ use crate::config::Tokenizers;
 use crate::decisions::Decisions;
 use crate::error::RouteError;
 use crate::events::bound::Bound;
-use crate::metrics::{EndpointReason, Metrics};
+use crate::metrics::{EndpointReason, Metrics, cut};
 use crate::recorder::Recorder;
 use crate::rewrite::Rewriter;
 use crate::upstream::{PoolLimits, Upstream, Upstreams};
@@ -139,6 +139,12 @@ impl Shared {
         }
     }
 
+    /// Whether the configuration or an engine names a model.
+    pub fn knows_model(&self, model: &str) -> bool {
+        let is_served = |brain: &Brain| brain.fleet().iter().any(|e| e.serves(model) == Some(true));
+        self.rewriter.names(model) || is_served(&self.brain.lock())
+    }
+
     /// The phase now.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
@@ -160,8 +166,10 @@ impl Complaints {
         Complaints { names_max: names_max as usize, ..Complaints::default() }
     }
 
-    /// Whether trouble with `name`, a model's or an endpoint's, is worth a line now.
+    /// Whether trouble with `name`, a model's or an endpoint's, is worth a line now. Of longer
+    /// names only the beginning counts.
     pub fn is_first(&self, name: &str) -> bool {
+        let name = cut(name);
         let mut told = self.named.lock();
         told.len() < self.names_max && told.insert(name.to_owned())
     }
@@ -213,6 +221,7 @@ impl Drop for HeldBody {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::LABEL_BYTES_MAX;
 
     #[test]
     fn names_leave_room_for_complaints_about_the_setup() {
@@ -221,5 +230,15 @@ mod tests {
         assert_eq!(told, [true, false, true, false]);
         let told = ["mode", "mode", "a"].map(|what| complaints.is_first_of_setup(what));
         assert_eq!(told, [true, false, true]);
+    }
+
+    #[test]
+    fn long_names_are_not_kept() {
+        let complaints = Complaints::new(8);
+        let long = "x".repeat(1 << 20);
+        assert!(complaints.is_first(&long));
+        assert!(!complaints.is_first(&format!("{long} at an endpoint")));
+        let kept: usize = complaints.named.lock().iter().map(String::capacity).sum();
+        assert!(kept <= LABEL_BYTES_MAX, "{kept}");
     }
 }

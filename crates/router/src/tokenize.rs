@@ -24,7 +24,7 @@ use kvroute_wire::request::{self, NoPrompt, Prompt, RequestBody};
 use tracing::warn;
 
 use crate::error::RouteError;
-use crate::metrics::ReasonLabel;
+use crate::metrics::{ReasonLabel, cut};
 use crate::rewrite::{self, Rewrite, Unreachable};
 use crate::shared::Shared;
 
@@ -235,7 +235,7 @@ fn model_of(
         }
         Ok(None) => {}
         Err(Unreachable) => {
-            let api = api.as_str();
+            let (api, model) = (api.as_str(), cut(model));
             if shared.complaints.is_first(&format!("{model} of {api}")) {
                 warn!(model, api, "A model's name inside of a gRPC message is not rewritten.");
             }
@@ -341,6 +341,7 @@ fn failure(shared: &Shared, model: &str, error: &TokensError) -> Missing {
 
 /// Says once for each model that its prompts cannot be tokenized; the counter tells how often.
 fn complain(shared: &Shared, model: &str, error: &dyn std::fmt::Display) {
+    let model = cut(model);
     if shared.complaints.is_first(model) {
         warn!(model, %error, "A prompt could not be tokenized; such requests are routed by load.");
     }

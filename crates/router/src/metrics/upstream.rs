@@ -148,7 +148,8 @@ impl UpstreamMetrics {
     pub fn new(names: &UpstreamNames, plan: &Plan) -> UpstreamMetrics {
         let mut registry = Registry::with_prefix("llm_d_epp");
         let r = &mut registry;
-        let flows = Flows::new(r, plan.settings.model_rewrites.iter().flat_map(models));
+        let flows =
+            Flows::new(r, plan.settings.model_rewrites.iter().flat_map(ModelRewrite::models));
         let pool = Pool::new(r, names, plan);
         let request_processing = Histogram::new(REQUEST_PROCESSING);
         let response_processing = Histogram::new(RESPONSE_PROCESSING);
@@ -304,12 +305,6 @@ impl Lookups {
         r.register("kv_cache_index_max_pod_hit_count", help, lookups.max_pod_hits.clone());
         lookups
     }
-}
-
-/// The models that a rule names.
-fn models(rule: &ModelRewrite) -> impl Iterator<Item = &str> {
-    let matched = rule.matches.iter().map(|one| one.model.as_str());
-    matched.chain(rule.targets.iter().map(|target| target.model.as_str()))
 }
 
 /// Headers that name flows: those of `agent-identity` where the plan has it.

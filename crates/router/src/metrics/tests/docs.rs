@@ -14,7 +14,7 @@ fn filled() -> Metrics {
     let label = EndpointLabel { endpoint: endpoint() };
     let reason = ReasonLabel { reason: "r" };
     metrics.endpoint("10.0.0.1:8000");
-    metrics.set_model_mode("m", "precise");
+    metrics.set_model_mode("m", "precise", |_| false);
     let request = RequestLabels { endpoint: endpoint(), status: StatusLabel(200), mode: "precise" };
     metrics.requests.get_or_create_owned(&request);
     for family in [
@@ -47,7 +47,7 @@ fn filled() -> Metrics {
     metrics.upstream_failures.get_or_create_owned(&failure);
     metrics.count_ext_proc_end(Code::Ok);
     metrics.certificate_reloads.get_or_create_owned(&ResultLabel { result: "ok" });
-    metrics.count_rewrite("r", "a", "b");
+    metrics.count_rewrite("r", "a", "b", |_| false);
     let tier = EndpointTier { endpoint: endpoint(), tier: "gpu" };
     metrics.index_blocks.get_or_create_owned(&tier);
     let state = EndpointState { endpoint: endpoint(), state: "live" };

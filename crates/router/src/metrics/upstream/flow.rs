@@ -15,6 +15,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::split;
+use crate::metrics::LABEL_BYTES_MAX;
 
 /// Distinct model names, and distinct fairness ids, that have labels of their own; llm-d's number.
 /// What comes later counts as `other`.
@@ -22,8 +23,6 @@ pub(super) const LABEL_VALUES_MAX: usize = 1000;
 /// Combinations of labels with series of their own. One takes up to 6 KiB, so all together take
 /// some 25 MB; llm-d has no such limit.
 pub(super) const FLOWS_MAX: usize = 4096;
-/// Longer names count as `other`.
-pub(super) const LABEL_BYTES_MAX: usize = 256;
 /// Pairs of model and endpoint that decisions are counted for; further ones count as `other`.
 const ATTEMPTS_MAX: usize = 4096;
 /// Stands for all that has no label of its own.

@@ -7,8 +7,9 @@ use kvroute_wire::grpc::Code;
 use kvroute_wire::usage::Usage;
 use prometheus_client::encoding::text;
 
-use super::flow::{FLOWS_MAX, LABEL_BYTES_MAX, LABEL_VALUES_MAX};
+use super::flow::{FLOWS_MAX, LABEL_VALUES_MAX};
 use super::*;
+use crate::metrics::LABEL_BYTES_MAX;
 use crate::metrics::tests::exposition::{families, registered};
 
 /// Prefill and decode apart, prefixes by events.
