@@ -155,9 +155,9 @@ impl Exchange {
     }
 
     /// The answer need not be looked at, and the request is on its way: Envoy can go on alone.
-    /// Behind the answer's head it cannot: in full duplex it sends pieces without waiting, and those
-    /// under way when the stream ends would be lost to the client. So an answer whose head alone is
-    /// wanted is followed to its end.
+    /// Behind the answer's head it cannot: in full duplex it sends pieces without waiting, and
+    /// those under way when the stream ends would be lost to the client. So an answer whose head
+    /// alone is wanted is followed to its end.
     fn is_released(&self) -> bool {
         self.released && !self.request_passes && !self.headers_seen
     }
