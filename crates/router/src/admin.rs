@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
+use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -16,6 +17,7 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use crate::metrics::page::PageFormat;
 use crate::shared::Shared;
 use crate::tls::Acceptor;
 
@@ -81,19 +83,22 @@ async fn answer(shared: &Arc<Shared>, rooms: &Rooms, request: Request<Incoming>)
                 }
             }
         }
-        (&Method::GET | &Method::HEAD, _) => look(shared, &request),
+        (&Method::GET | &Method::HEAD, _) => {
+            let parts = request.into_parts().0;
+            look(shared, &parts, health::Details::Shown).await
+        }
         _ => fault(StatusCode::METHOD_NOT_ALLOWED, "this address is read only; use GET"),
     }
 }
 
-fn look(shared: &Shared, request: &Request<Incoming>) -> Answer {
-    let path = request.uri().path();
-    let query = request.uri().query().unwrap_or_default();
+async fn look(shared: &Arc<Shared>, asked: &Parts, details: health::Details) -> Answer {
+    let path = asked.uri.path();
+    let query = asked.uri.query().unwrap_or_default();
     match path {
-        "/metrics" => metrics(shared),
+        "/metrics" => metrics(shared, PageFormat::wanted(&asked.headers)).await,
         "/healthz" => json(StatusCode::OK, &health::Health { status: "ok" }),
         "/readyz" => {
-            let ready = health::readiness(shared);
+            let ready = health::readiness(shared, details);
             let status = if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             json(status, &ready)
         }
@@ -131,12 +136,23 @@ fn last(query: &str) -> Option<usize> {
     }
 }
 
-fn metrics(shared: &Shared) -> Answer {
-    index::mirror_metrics(shared);
-    let mut answer = Response::new(Full::new(Bytes::from(shared.metrics.render())));
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-    answer
+/// Written on a thread where it stalls nobody, for one reader at a time.
+async fn metrics(shared: &Arc<Shared>, format: PageFormat) -> Answer {
+    let place = Arc::clone(&shared.metrics.writing).acquire_owned().await;
+    let there = Arc::clone(shared);
+    let work = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        index::mirror_metrics(&there);
+        format.of(there.metrics.render())
+    });
+    match work.await {
+        Ok(page) => {
+            let mut answer = Response::new(Full::new(Bytes::from(page)));
+            answer.headers_mut().insert(CONTENT_TYPE, format.content_type());
+            answer
+        }
+        Err(error) => fault(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
 }
 
 fn json(status: StatusCode, value: &impl Serialize) -> Answer {

@@ -5,6 +5,7 @@
 //! the configuration or from engines: clients cannot take the labels of these. Endpoint labels
 //! leave with their endpoint.
 
+pub(crate) mod page;
 #[cfg(test)]
 mod tests;
 pub(crate) mod upstream;
@@ -23,6 +24,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
+use tokio::sync::Semaphore;
 
 use self::upstream::UpstreamMetrics;
 use crate::recorder::RecorderMetrics;
@@ -210,6 +212,9 @@ pub(crate) struct Metrics {
     /// Those that have labels of their own.
     rewrites: Mutex<BTreeSet<RewriteLabels>>,
     label_values_max: usize,
+    /// For whoever brings the numbers up to date and writes a page of them: two at once would take
+    /// each other's series, and much memory.
+    pub writing: Arc<Semaphore>,
     /// llm-d's, where they are asked for.
     pub upstream: Option<Arc<UpstreamMetrics>>,
 }
@@ -285,6 +290,7 @@ impl Metrics {
             model_rewrites: Family::default(),
             rewrites: Mutex::default(),
             label_values_max: label_values_max as usize,
+            writing: Arc::new(Semaphore::new(1)),
             upstream: None,
         };
         metrics.register_requests();
@@ -311,7 +317,8 @@ impl Metrics {
         );
         r.register("retries", "Requests sent to another endpoint, by reason", self.retries.clone());
         r.register("upstream_failures", "Failed exchanges", self.upstream_failures.clone());
-        r.register("client_aborts", "Clients gone before their answer", self.client_aborts.clone());
+        let help = "Clients that left before the end of their answer, as far as that is seen";
+        r.register("client_aborts", help, self.client_aborts.clone());
         r.register("requests_inflight", "Requests under way", self.requests_inflight.clone());
         r.register("connections", "Client connections", self.connections.clone());
         r.register("grpc_calls", "gRPC calls under way, health included", self.grpc_calls.clone());
@@ -555,7 +562,7 @@ impl Metrics {
         self.model_rewrites.get_or_create(&found).inc();
     }
 
-    /// The text format that Prometheus scrapes.
+    /// All numbers, as OpenMetrics.
     pub fn render(&self) -> String {
         let mut out = String::with_capacity(16 << 10);
         let upstream = self.upstream.iter().map(|upstream| upstream.registry());

@@ -27,6 +27,11 @@ async fn monitors_see_numbers_and_health_and_nothing_else() {
     ready(&router, 1).await;
     let metrics = send(address, get("/metrics")).await;
     assert!(metrics.status == 200 && metrics.body.contains("kvroute_"), "{}", metrics.body);
+    assert!(metrics.headers["content-type"].starts_with("text/plain; version=0.0.4"));
+    let open = "GET /metrics HTTP/1.1\r\nhost: x\r\naccept: application/openmetrics-text\r\n\r\n";
+    let metrics = send(address, open).await;
+    assert!(metrics.headers["content-type"].starts_with("application/openmetrics-text"));
+    assert!(metrics.body.ends_with("# EOF\n"), "{}", metrics.body);
     let table = [
         ("/healthz", 200),
         ("/readyz", 200),
@@ -43,6 +48,47 @@ async fn monitors_see_numbers_and_health_and_nothing_else() {
     }
     assert_eq!(send(address, post("/explain", COMPLETION)).await.status, 405);
     assert!(send(address, get("/")).await.body.contains("/readyz"), "it says what there is");
+}
+
+#[tokio::test]
+async fn pages_that_are_asked_for_at_once_are_all_complete() {
+    let engine = Mock::start().await;
+    let mut config = config(&[engine.addr], settings());
+    config.metrics = Some(monitor(ServerTls::default(), None));
+    let names = kvroute_router::UpstreamNames { pool: "pool".to_owned(), streams: false };
+    config.upstream_metric_names = Some(names);
+    let router = kvroute_router::start(config).await.unwrap();
+    ready(&router, 1).await;
+    let ask = |_| send(router.metrics_addr().unwrap(), get("/metrics"));
+    for _ in 0..10 {
+        for page in futures_util::future::join_all((0..16).map(ask)).await {
+            let series = page.body.matches("\nllm_d_epp_inflight_requests{").count();
+            assert_eq!(series, 1, "{}", page.body);
+        }
+    }
+}
+
+#[tokio::test]
+async fn monitors_are_not_shown_what_files_say() {
+    let engine = Mock::start().await;
+    let path = std::env::temp_dir().join(format!("kvroute-monitor-{}.yaml", std::process::id()));
+    let (host, port) = (engine.addr.ip(), engine.addr.port());
+    let good = format!("endpoints:\n- {{ name: one, address: {host}, port: \"{port}\" }}\n");
+    std::fs::write(&path, good).unwrap();
+    let mut config = config(&[], settings());
+    config.endpoints_file = Some(path.clone());
+    config.metrics = Some(monitor(ServerTls::default(), None));
+    let router = kvroute_router::start(config).await.unwrap();
+    ready(&router, 1).await;
+    std::fs::write(&path, "endpoints:\n- secret: one\n").unwrap();
+    let until = tokio::time::Instant::now() + LONG;
+    while !admin(&router, "/readyz").await.body.contains("secret") {
+        assert!(tokio::time::Instant::now() < until, "the fault is not noticed");
+    }
+    let page = send(router.metrics_addr().unwrap(), get("/readyz")).await.body;
+    assert!(page.contains("1 sources of endpoints cannot be read"), "{page}");
+    assert!(!page.contains("secret") && !page.contains("yaml"), "{page}");
+    std::fs::remove_file(&path).unwrap();
 }
 
 #[tokio::test]

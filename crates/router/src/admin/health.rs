@@ -23,11 +23,29 @@ pub(super) struct Readiness {
     pub requests_inflight: u32,
 }
 
+/// How much is said about what is wrong with sources of endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Details {
+    /// Everything, which may be lines of files.
+    Shown,
+    /// How many there are.
+    Counted,
+}
+
 /// Ready: not draining, every source of endpoints can be asked, and at least one endpoint answers.
-pub(super) fn readiness(shared: &Shared) -> Readiness {
+pub(super) fn readiness(shared: &Shared, details: Details) -> Readiness {
     let upstreams = shared.upstreams.all();
     let answering = upstreams.iter().filter(|u| u.up.load(Ordering::Relaxed)).count();
-    let mut reasons = shared.discovery_errors.lock().clone();
+    let mut reasons = {
+        let errors = shared.discovery_errors.lock();
+        match details {
+            Details::Counted if !errors.is_empty() => vec![format!(
+                "{} sources of endpoints cannot be read; the log and the admin address say why",
+                errors.len()
+            )],
+            _ => errors.clone(),
+        }
+    };
     let draining = shared.phase() != Phase::Serving;
     if draining {
         reasons.push("draining: the router is about to stop".to_owned());

@@ -1,15 +1,16 @@
 //! What may a monitor ask, on a port that others reach, too? Numbers and health, no names of
-//! requests: `/metrics`, `/healthz`, `/readyz`.
+//! requests and nothing of what files say: `/metrics`, `/healthz`, `/readyz`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use http::header::WWW_AUTHENTICATE;
+use http::request::Parts;
 use http::{HeaderValue, Method, Request, StatusCode};
 use hyper::body::Incoming;
 use tokio::net::TcpListener;
 
-use super::{Answer, connections, fault, look};
+use super::{Answer, connections, fault, health, look};
 use crate::StartError;
 use crate::config::MetricsListener;
 use crate::shared::Shared;
@@ -47,25 +48,28 @@ impl Monitor {
     /// Answers until its task is aborted. Where metrics are refused, nobody is shown them.
     pub async fn serve(self, shared: Arc<Shared>) {
         let refused: Option<Arc<str>> = self.refused.map(Arc::from);
-        let answer = move |request| {
-            let answer = answer(&shared, refused.as_deref(), &request);
-            async move { answer }
+        let answer = move |request: Request<Incoming>| {
+            let (shared, refused) = (Arc::clone(&shared), refused.clone());
+            let parts = request.into_parts().0;
+            async move { answer(&shared, refused.as_deref(), &parts).await }
         };
         connections::serve(self.listener, self.acceptor, answer).await;
     }
 }
 
-fn answer(shared: &Shared, refused: Option<&str>, request: &Request<Incoming>) -> Answer {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+async fn answer(shared: &Arc<Shared>, refused: Option<&str>, asked: &Parts) -> Answer {
+    if !matches!(asked.method, Method::GET | Method::HEAD) {
         return fault(StatusCode::METHOD_NOT_ALLOWED, "this port is read only; use GET");
     }
-    match (request.uri().path(), refused) {
+    match (asked.uri.path(), refused) {
         ("/metrics", Some(why)) => {
             let mut answer = fault(StatusCode::UNAUTHORIZED, why);
             answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             answer
         }
-        ("/metrics" | "/healthz" | "/readyz", _) => look(shared, request),
+        ("/metrics" | "/healthz" | "/readyz", _) => {
+            look(shared, asked, health::Details::Counted).await
+        }
         ("/debug/pprof", _) => fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES),
         (path, _) if path.starts_with("/debug/pprof/") => {
             fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES)

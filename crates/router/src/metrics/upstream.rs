@@ -168,7 +168,8 @@ impl UpstreamMetrics {
         let help = "Requests whose model a rule chose";
         r.register("model_rewrite_decisions", help, rewrites.clone());
         let info = Family::<InfoLabels, Gauge>::default();
-        r.register("info", "What runs", info.clone());
+        let help = "What runs: build_ref is kvroute's version, a commit is not told";
+        r.register("info", help, info.clone());
         let build_ref = concat!("kvroute-", env!("CARGO_PKG_VERSION"));
         info.get_or_create(&InfoLabels { commit: "unknown", build_ref }).set(1);
         UpstreamMetrics {
