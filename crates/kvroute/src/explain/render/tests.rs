@@ -149,7 +149,7 @@ fn what_was_refused_and_what_became_of_it() {
         "ttft_s": 0.25, "total_s": 1.5, "delivered_tokens": 1488, "completion_tokens": 64});
     let text = super::super::text(&real, Paint::Plain).unwrap();
     assert!(text.contains("status 200 from 10.0.0.2:8000 after 2 attempts"), "{text}");
-    assert!(text.contains("end after 1.5"), "{text}");
+    assert!(text.contains("1.5 s, 1,488 tokens from its cache"), "{text}");
     real["outcome"] = json!({"status": 0, "endpoint": "e", "attempts": 1, "total_s": 0.0001,
         "not_followed": true});
     let unseen = super::super::text(&real, Paint::Plain).unwrap();
