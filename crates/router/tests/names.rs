@@ -90,7 +90,8 @@ async fn three_requests_and_a_refusal() {
         let found = metric(&router, &format!("llm_d_epp_{series}")).await;
         assert_eq!(found, expected, "{series}");
     }
-    let page = admin(&router, "/metrics").await.body;
+    let open = "GET /metrics HTTP/1.1\r\nhost: x\r\naccept: application/openmetrics-text\r\n\r\n";
+    let page = send(router.admin_addr(), open).await.body;
     assert!(page.ends_with("# EOF\n") && page.matches("# EOF").count() == 1, "{page}");
     let pieces = format!("llm_d_epp_request_streaming_itl_seconds_count{{{FLOW}}}");
     // How many pieces a stream comes in is the network's choice.
