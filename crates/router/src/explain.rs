@@ -169,7 +169,7 @@ pub(crate) async fn explain(
     }
     let asked = match api {
         api if !shared.rewriter.reads_body(api, &client) => Asked::nothing(),
-        api => tokenize::read(shared, api, &body, tokenize::Hints::of(&client)).await?,
+        api => tokenize::read(shared, api, &body, tokenize::Hints::of_explained(&client)).await?,
     };
     let prompt = PromptRecord::of(&asked);
     let seen = route::scheduling_headers(shared, &client, &asked);

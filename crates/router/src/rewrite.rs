@@ -91,7 +91,29 @@ impl Rewriter {
         wanted: Option<&str>,
         body: &RequestBody<'_>,
     ) -> Result<Option<Rewrite>, Unreachable> {
-        let (rule, to) = match self.rules.choose(model, &mut self.rng.lock()) {
+        self.with(&mut self.rng.lock(), model, wanted, body)
+    }
+
+    /// The same, for requests of which nothing may come: the next request of a rule gets the same
+    /// target.
+    pub fn peek(
+        &self,
+        model: &str,
+        wanted: Option<&str>,
+        body: &RequestBody<'_>,
+    ) -> Result<Option<Rewrite>, Unreachable> {
+        let mut rng = self.rng.lock().clone();
+        self.with(&mut rng, model, wanted, body)
+    }
+
+    fn with(
+        &self,
+        rng: &mut Rng,
+        model: &str,
+        wanted: Option<&str>,
+        body: &RequestBody<'_>,
+    ) -> Result<Option<Rewrite>, Unreachable> {
+        let (rule, to) = match self.rules.choose(model, rng) {
             Some(found) => (found.rule.to_owned(), found.model.to_owned()),
             None => match wanted {
                 Some(wanted) => (String::new(), wanted.to_owned()),
@@ -147,6 +169,19 @@ mod tests {
             let seen = found.as_ref().map(|found| (found.rule.as_str(), found.to.as_str()));
             assert_eq!(seen, expected, "{model} {wanted:?}");
             assert!(found.is_none_or(|found| found.from == model));
+        }
+    }
+
+    #[test]
+    fn peeking_moves_no_draw() {
+        let rule = r#"[{"name":"r","targets":[{"model":"b"},{"model":"c"}]}]"#;
+        let body = request::parse(Api::Completions, br#"{"model":"a","prompt":"x"}"#).unwrap();
+        let (one, other) = (Rewriter::new(&rules(rule), 1), Rewriter::new(&rules(rule), 1));
+        for at in 0..50 {
+            let peeked = one.peek("a", None, &body).unwrap();
+            assert_eq!(one.peek("a", None, &body).unwrap(), peeked, "{at}");
+            assert_eq!(one.rewrite("a", None, &body).unwrap(), peeked, "{at}");
+            assert_eq!(other.rewrite("a", None, &body).unwrap(), peeked, "{at}");
         }
     }
 

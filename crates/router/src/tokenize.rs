@@ -101,6 +101,8 @@ pub(crate) struct Hints {
     videos: VideoHints,
     /// See [`rewrite::wanted`].
     model: Option<String>,
+    /// Nothing may come of reading it: no draw, no number, no line in the log.
+    leaves_no_trace: bool,
 }
 
 impl Hints {
@@ -109,7 +111,13 @@ impl Hints {
         Hints {
             videos: VideoHints::read(|name| headers.get(name)?.to_str().ok()),
             model: rewrite::wanted(headers).map(str::to_owned),
+            leaves_no_trace: false,
         }
+    }
+
+    /// For a request that is only explained.
+    pub fn of_explained(headers: &HeaderMap) -> Hints {
+        Hints { leaves_no_trace: true, ..Hints::of(headers) }
     }
 }
 
@@ -121,6 +129,7 @@ pub(crate) async fn read(
     body: &Bytes,
     hints: Hints,
 ) -> Result<Asked, RouteError> {
+    let is_explained = hints.leaves_no_trace;
     let started = Instant::now();
     if !api.reads_body() {
         let rewrite = model_of(shared, api, &request::parse(api, body)?, &hints)?.rewrite;
@@ -132,7 +141,9 @@ pub(crate) async fn read(
     } else {
         read_elsewhere(shared, api, body, hints).await
     };
-    shared.metrics.tokenize.observe(started.elapsed().as_secs_f64());
+    if !is_explained {
+        shared.metrics.tokenize.observe(started.elapsed().as_secs_f64());
+    }
     asked.map(|asked| Asked { body_bytes: body.len(), ..asked })
 }
 
@@ -141,7 +152,7 @@ pub(crate) async fn read(
 fn timed(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Asked, RouteError> {
     let started = Instant::now();
     let asked = read_now(shared, api, body, hints);
-    if body.len() >= LEARN_BYTES_MIN {
+    if body.len() >= LEARN_BYTES_MIN && !hints.leaves_no_trace {
         let ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let seen = ns.saturating_mul(1024) / body.len() as u64;
         let before = shared.tokenize_ns_per_kib.load(Relaxed);
@@ -172,7 +183,9 @@ async fn read_elsewhere(
         Err(_) => {
             let parsed = request::parse(api, body)?;
             let named = model_of(shared, api, &parsed, &wanted)?;
-            complain(shared, &named.model, &"it panicked");
+            if !wanted.leaves_no_trace {
+                complain(shared, &named.model, &"it panicked");
+            }
             let estimator = Estimator { estimate: &shared.estimate, videos };
             Ok(without_tokens(&parsed, named, body.len(), &estimator, NoTokens::TokenizerFailed))
         }
@@ -189,6 +202,7 @@ fn read_now(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Ask
         return Ok(without_tokens(&parsed, named, body.len(), &estimator, why));
     }
     let found = tokens_of(shared, model, &parsed, &estimator);
+    let found = found.map_err(|error| failure(shared, model, &error, hints));
     let (Tokenized { ids: tokens, chars }, known) = match found {
         Ok(tokens) => tokens,
         Err(Missing { why, request_at_fault }) => {
@@ -229,14 +243,20 @@ fn model_of(
 ) -> Result<Named, RouteError> {
     let given = parsed.model.as_deref().filter(|m| !m.is_empty());
     let model = given.or(shared.default_model.as_deref()).unwrap_or_default();
-    match shared.rewriter.rewrite(model, hints.model.as_deref(), parsed) {
+    let wanted = hints.model.as_deref();
+    let rewritten = match hints.leaves_no_trace {
+        true => shared.rewriter.peek(model, wanted, parsed),
+        false => shared.rewriter.rewrite(model, wanted, parsed),
+    };
+    match rewritten {
         Ok(Some(rewrite)) => {
             return Ok(Named { model: rewrite.to.clone(), rewrite: Some(rewrite) });
         }
         Ok(None) => {}
         Err(Unreachable) => {
             let (api, model) = (api.as_str(), cut(model));
-            if shared.complaints.is_first(&format!("{model} of {api}")) {
+            let is_told = !hints.leaves_no_trace;
+            if is_told && shared.complaints.is_first(&format!("{model} of {api}")) {
                 warn!(model, api, "A model's name inside of a gRPC message is not rewritten.");
             }
         }
@@ -298,16 +318,13 @@ fn tokens_of(
     model: &str,
     parsed: &RequestBody<'_>,
     estimator: &Estimator<'_>,
-) -> Result<(Tokenized, TokensKnown), Missing> {
+) -> Result<(Tokenized, TokensKnown), TokensError> {
     let unrendered = |ids| Tokenized { ids, chars: None };
     let exact = shared.tokens == TokensNeed::Exact;
     match (&parsed.prompt, tokenizer_of(shared, model).filter(|_| exact)) {
-        (Prompt::None(why), _) => Err(failure(shared, model, &TokensError::NoPrompt(*why))),
+        (Prompt::None(why), _) => Err(TokensError::NoPrompt(*why)),
         (Prompt::TokenIds(prompts), _) => Ok((unrendered(prompts.clone()), TokensKnown::Exact)),
-        (_, Some(tokenizer)) => match tokenizer.tokenize(parsed) {
-            Ok(tokens) => Ok((tokens, TokensKnown::Exact)),
-            Err(error) => Err(failure(shared, model, &error)),
-        },
+        (_, Some(tokenizer)) => Ok((tokenizer.tokenize(parsed)?, TokensKnown::Exact)),
         (_, None) => Ok((unrendered(estimator.tokens_of(parsed)), TokensKnown::Estimated)),
     }
 }
@@ -324,16 +341,18 @@ fn tokenizer_of<'a>(shared: &'a Shared, model: &str) -> Option<&'a Tokenizer> {
 /// Some prompts cannot be tokenized here and never could (images), and some never will be
 /// (nonsense, which the engine refuses). All are counted; only what lies in the tokenizer deserves
 /// a line in the log, because only that will happen to other requests as well.
-fn failure(shared: &Shared, model: &str, error: &TokensError) -> Missing {
+fn failure(shared: &Shared, model: &str, error: &TokensError, hints: &Hints) -> Missing {
     let reason = error.reason();
-    shared.metrics.tokenize_failures.get_or_create(&ReasonLabel { reason }).inc();
+    if !hints.leaves_no_trace {
+        shared.metrics.tokenize_failures.get_or_create(&ReasonLabel { reason }).inc();
+    }
     let why = match error {
         TokensError::NoPrompt(_) => NoTokens::NoPrompt,
         TokensError::TooLarge { .. } => NoTokens::TooLong,
         _ => NoTokens::TokenizerFailed,
     };
     let request_at_fault = error.is_clients_fault();
-    if !request_at_fault {
+    if !request_at_fault && !hints.leaves_no_trace {
         complain(shared, model, error);
     }
     Missing { why, request_at_fault }
