@@ -58,7 +58,7 @@ pub(crate) struct RequestLabels {
 }
 
 /// An HTTP status; 0 is one that the router has not seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct StatusLabel(pub u16);
 
 impl EncodeLabelValue for StatusLabel {
@@ -149,15 +149,22 @@ pub(crate) struct EndpointMetrics {
     pub up: Gauge,
 }
 
+/// Labels of one endpoint's requests and failures, of which there are few.
+#[derive(Debug, Default)]
+struct Served {
+    requests: BTreeSet<(StatusLabel, &'static str)>,
+    failures: BTreeSet<&'static str>,
+}
+
 /// Every metric family.
 pub(crate) struct Metrics {
     registry: Registry,
-    pub requests: Family<RequestLabels, Counter>,
+    requests: Family<RequestLabels, Counter>,
     pub rejects: Family<ReasonLabel, Counter>,
     pub fallbacks: Family<ReasonLabel, Counter>,
     pub tokenize_failures: Family<ReasonLabel, Counter>,
     pub retries: Family<ReasonLabel, Counter>,
-    pub upstream_failures: Family<EndpointReason, Counter>,
+    upstream_failures: Family<EndpointReason, Counter>,
     pub client_aborts: Counter,
     pub requests_inflight: Gauge,
     /// The account itself: what is added here is held.
@@ -212,6 +219,8 @@ pub(crate) struct Metrics {
     /// Those that have labels of their own.
     rewrites: Mutex<BTreeSet<RewriteLabels>>,
     label_values_max: usize,
+    /// Labels of what the endpoints of the fleet served, so that they can go.
+    served: Mutex<BTreeMap<String, Served>>,
     /// For whoever brings the numbers up to date and writes a page of them: two at once would take
     /// each other's series, and much memory.
     pub writing: Arc<Semaphore>,
@@ -290,6 +299,7 @@ impl Metrics {
             model_rewrites: Family::default(),
             rewrites: Mutex::default(),
             label_values_max: label_values_max as usize,
+            served: Mutex::default(),
             writing: Arc::new(Semaphore::new(1)),
             upstream: None,
         };
@@ -454,6 +464,7 @@ impl Metrics {
     /// Handles for one endpoint.
     pub fn endpoint(&self, name: &str) -> EndpointMetrics {
         let label = EndpointLabel { endpoint: name.to_owned() };
+        self.served.lock().entry(name.to_owned()).or_default();
         EndpointMetrics {
             scrapes: self.scrapes.get_or_create_owned(&label),
             scrape_failures: self.scrape_failures.get_or_create_owned(&label),
@@ -464,8 +475,55 @@ impl Metrics {
         }
     }
 
-    /// Forgets an endpoint's gauges and counters. What it served (`requests`) stays.
+    /// Counts a request that is over, by the endpoint that it went to (empty: none). What ends
+    /// after its endpoint has left counts as `other`.
+    pub fn count_request(&self, endpoint: &str, status: StatusLabel, mode: &'static str) {
+        let mut served = self.served.lock();
+        let endpoint = match served.get_mut(endpoint) {
+            Some(served) => {
+                served.requests.insert((status, mode));
+                endpoint
+            }
+            None if endpoint.is_empty() => endpoint,
+            None => OTHER,
+        };
+        let labels = RequestLabels { endpoint: endpoint.to_owned(), status, mode };
+        self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Counts a failed exchange with an endpoint that has not left.
+    pub fn count_upstream_failure(&self, endpoint: &str, reason: &'static str) {
+        let mut served = self.served.lock();
+        let endpoint = match served.get_mut(endpoint) {
+            Some(served) => {
+                served.failures.insert(reason);
+                endpoint
+            }
+            None => OTHER,
+        };
+        let label = EndpointReason { endpoint: endpoint.to_owned(), reason };
+        self.upstream_failures.get_or_create(&label).inc();
+    }
+
+    fn forget_served(&self, name: &str) {
+        let mut all = self.served.lock();
+        let Some(served) = all.remove(name) else { return };
+        let endpoint = || name.to_owned();
+        for (status, mode) in served.requests {
+            self.requests.remove(&RequestLabels { endpoint: endpoint(), status, mode });
+        }
+        for reason in served.failures {
+            self.upstream_failures.remove(&EndpointReason { endpoint: endpoint(), reason });
+        }
+    }
+
+    /// Forgets an endpoint's gauges and counters. Pages of further sources (`source_scrapes`) go
+    /// with the task that reads them.
     pub fn forget_endpoint(&self, name: &str) {
+        self.forget_served(name);
+        if let Some(upstream) = &self.upstream {
+            upstream.forget_endpoint(name);
+        }
         let label = EndpointLabel { endpoint: name.to_owned() };
         for family in [
             &self.scrapes,

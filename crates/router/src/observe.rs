@@ -23,8 +23,8 @@ use tracing::debug;
 use crate::decisions::Outcome;
 use crate::error::RouteError;
 use crate::http1::Framing;
+use crate::metrics::StatusLabel;
 use crate::metrics::upstream::{MODEL_SERVER_ERROR, Meter, error_code};
-use crate::metrics::{RequestLabels, StatusLabel};
 use crate::shared::{Inflight, Phase, Shared};
 use crate::upstream::{Connection, Upstream, UpstreamError};
 
@@ -437,9 +437,7 @@ impl Observer {
         );
         // It is under way no longer, however long what is left of it is kept.
         self.meter = None;
-        let status = StatusLabel(status);
-        let labels = RequestLabels { endpoint, status, mode: self.mode };
-        self.shared.metrics.requests.get_or_create(&labels).inc();
+        self.shared.metrics.count_request(&endpoint, StatusLabel(status), self.mode);
         self.shared.decisions.finish(self.number, std::mem::take(outcome));
     }
 }

@@ -31,7 +31,7 @@ use crate::explain::PromptRecord;
 use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
 use crate::metrics::upstream::{Decided, Meter, UpstreamMetrics};
-use crate::metrics::{RequestLabels, StatusLabel, cut};
+use crate::metrics::{StatusLabel, cut};
 use crate::observe::{AnswerBody, Body, Observer, Reservation};
 use crate::rewrite::Rewrite;
 use crate::shared::{HeldBody, Inflight, Shared};
@@ -78,14 +78,13 @@ pub(crate) fn note_refused(shared: &Shared, request_id: &str, error: &RouteError
     let reason = error.reason();
     debug!(request_id, reason, %error, "A request was answered by the router itself.");
     shared.metrics.count_reject(reason);
-    let (endpoint, status) = (String::new(), error.status().as_u16());
+    let status = error.status().as_u16();
     // What is about a decision has been counted where the request's model is known.
     let is_counted = matches!(error, RouteError::Rejected(_));
     if let Some(names) = shared.metrics.upstream.as_ref().filter(|_| !is_counted) {
         names.refused(status);
     }
-    let labels = RequestLabels { endpoint, status: StatusLabel(status), mode: NOT_ROUTED };
-    shared.metrics.requests.get_or_create(&labels).inc();
+    shared.metrics.count_request("", StatusLabel(status), NOT_ROUTED);
 }
 
 /// A request on its way, apart from its contents.

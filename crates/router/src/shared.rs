@@ -19,7 +19,7 @@ use crate::config::Tokenizers;
 use crate::decisions::Decisions;
 use crate::error::RouteError;
 use crate::events::bound::Bound;
-use crate::metrics::{EndpointReason, Metrics, cut};
+use crate::metrics::{Metrics, cut};
 use crate::recorder::Recorder;
 use crate::rewrite::Rewriter;
 use crate::upstream::{PoolLimits, Upstream, Upstreams};
@@ -110,8 +110,7 @@ impl Shared {
 
     /// Counts a failed exchange.
     pub fn count_upstream_failure(&self, endpoint: &str, reason: &'static str) {
-        let label = EndpointReason { endpoint: endpoint.to_owned(), reason };
-        self.metrics.upstream_failures.get_or_create(&label).inc();
+        self.metrics.count_upstream_failure(endpoint, reason);
     }
 
     /// A place for one more request, if there is one.

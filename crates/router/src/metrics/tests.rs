@@ -66,9 +66,21 @@ fn labels_of_rewrites_are_bounded() {
 
 #[test]
 fn an_endpoint_leaves_no_labels() {
-    let metrics = Metrics::new(2);
-    metrics.endpoint("10.0.0.1:8000").up.set(1);
-    assert!(metrics.render().contains("10.0.0.1:8000"));
-    metrics.forget_endpoint("10.0.0.1:8000");
-    assert!(!metrics.render().contains("10.0.0.1:8000"));
+    let metrics = docs::filled();
+    let endpoint = "10.0.0.1:8000";
+    let series = |page: &str, endpoint: &str| -> Vec<String> {
+        let of = |line: &&str| line.contains(&format!("endpoint=\"{endpoint}\""));
+        page.lines().filter(of).map(str::to_owned).collect()
+    };
+    assert!(series(&metrics.render(), endpoint).len() > 20);
+    metrics.forget_endpoint(endpoint);
+    let page = metrics.render();
+    let left = series(&page, endpoint);
+    assert!(left.iter().all(|line| line.starts_with("kvroute_source_")), "{left:#?}");
+    // What is in flight ends later.
+    metrics.count_request(endpoint, StatusLabel(200), "precise");
+    metrics.count_upstream_failure(endpoint, "r");
+    let page = metrics.render();
+    assert_eq!(series(&page, endpoint), left);
+    assert_eq!(series(&page, OTHER).len(), 2, "{page}");
 }

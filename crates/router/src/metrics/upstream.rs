@@ -234,6 +234,11 @@ impl UpstreamMetrics {
         self.flows.get("", "", DEFAULT_FLOW, 0).count_error(error_code(status));
     }
 
+    /// An endpoint has left. Gauges of the fleet go when they are brought up to date.
+    pub fn forget_endpoint(&self, endpoint: &str) {
+        self.flows.forget_endpoint(endpoint);
+    }
+
     /// The flow of a request; a rule that made it what it is, is counted.
     fn flow(&self, about: &Decided<'_>) -> Arc<Flow> {
         let flow = self.flows.get(about.model, about.target, about.fairness_id, about.priority);

@@ -8,15 +8,14 @@ use super::super::*;
 use super::exposition::{families, registered};
 
 /// A series in every family.
-fn filled() -> Metrics {
+pub(super) fn filled() -> Metrics {
     let metrics = Metrics::new(8);
     let endpoint = || "10.0.0.1:8000".to_owned();
     let label = EndpointLabel { endpoint: endpoint() };
     let reason = ReasonLabel { reason: "r" };
     metrics.endpoint("10.0.0.1:8000");
     metrics.set_model_mode("m", "precise", |_| false);
-    let request = RequestLabels { endpoint: endpoint(), status: StatusLabel(200), mode: "precise" };
-    metrics.requests.get_or_create_owned(&request);
+    metrics.count_request(&endpoint(), StatusLabel(200), "precise");
     for family in [
         &metrics.rejects,
         &metrics.fallbacks,
@@ -43,8 +42,7 @@ fn filled() -> Metrics {
     metrics.engine_waiting.get_or_create_owned(&label);
     metrics.engine_running.get_or_create_owned(&label);
     metrics.engine_kv_usage.get_or_create_owned(&label);
-    let failure = EndpointReason { endpoint: endpoint(), reason: "r" };
-    metrics.upstream_failures.get_or_create_owned(&failure);
+    metrics.count_upstream_failure(&endpoint(), "r");
     metrics.count_ext_proc_end(Code::Ok);
     metrics.certificate_reloads.get_or_create_owned(&ResultLabel { result: "ok" });
     metrics.count_rewrite("r", "a", "b", |_| false);

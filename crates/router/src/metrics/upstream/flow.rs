@@ -225,8 +225,8 @@ pub(crate) struct Flow {
     attempts: Arc<Attempts>,
 }
 
-/// Decisions for one model, by endpoint; shared by the flows of the model.
-type Attempts = Mutex<HashMap<Name, Counter>>;
+/// Decisions for one model, by endpoint, with their labels; shared by the flows of the model.
+type Attempts = Mutex<HashMap<Name, (AttemptLabels, Counter)>>;
 
 impl Flow {
     fn new(families: &Arc<FlowFamilies>, labels: FlowLabels, attempts: Arc<Attempts>) -> Flow {
@@ -281,7 +281,7 @@ impl Flow {
     /// A decision for an endpoint.
     pub fn count_chosen(&self, endpoint: &Name, port: impl FnOnce() -> Option<u16>) {
         let mut known = self.attempts.lock();
-        if let Some(series) = known.get(endpoint) {
+        if let Some((_, series)) = known.get(endpoint) {
             series.inc();
             return;
         }
@@ -297,7 +297,7 @@ impl Flow {
         let labels = attempt("success", target, [name, namespace, &port]);
         let series = attempts.get_or_create_owned(&labels);
         series.inc();
-        known.insert(endpoint.clone(), series);
+        known.insert(endpoint.clone(), (labels, series));
     }
 
     /// No endpoint could be chosen.
@@ -351,6 +351,19 @@ impl Flows {
         families.register(registry);
         let configured = configured.into_iter().map(Box::from).collect();
         Flows { families, known: Mutex::new(Known { configured, ..Known::default() }) }
+    }
+
+    /// An endpoint has left; its decisions are counted no more, and others have its room.
+    pub fn forget_endpoint(&self, endpoint: &str) {
+        let endpoint = Name::from(endpoint);
+        let attempts: Vec<_> = self.known.lock().attempts.values().cloned().collect();
+        let families = &self.families;
+        for attempts in attempts {
+            if let Some((labels, _)) = attempts.lock().remove(&endpoint) {
+                families.attempts.remove(&labels);
+                families.attempts_known.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
     }
 
     /// The flow of a request. Priorities come from the configuration, the rest from clients.

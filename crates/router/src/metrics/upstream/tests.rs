@@ -368,6 +368,11 @@ fn attempts_are_bounded() {
     let series = page.matches("llm_d_epp_scheduler_attempts_total{").count();
     assert_eq!(series, 4097);
     assert!(page.contains("target_model_name=\"other\",endpoint_name=\"other\""), "{page}");
+    metrics.forget_endpoint("pod7");
+    metrics.decided(&about("m", "f"), &record("late", None), || Some(1));
+    let page = self::page(&metrics);
+    assert!(!page.contains("endpoint_name=\"pod7\""), "what left takes its series along");
+    assert!(page.contains("endpoint_name=\"late\""), "and makes room");
 }
 
 #[test]
