@@ -16,10 +16,10 @@ const ASKED: &str = "{ \"prompt\":\"say \\\"model\\\":\\\"incoming\\\" <&> \u{e9
 const SENT: &str = "{ \"prompt\":\"say \\\"model\\\":\\\"incoming\\\" <&> \u{e9}\",\n\"seed\" : \
     9007199254740993, \"model\": \"target/1\",\"n\":1.0 }";
 const ANSWERED: &str = r#"{"id":"1","model":"target/1",
-    "choices":[{"text":"\"model\":\"target/1\""}],
+    "choices":[{"text":"\"model\":\"target/1\"","input":{"model":"target/1"}}],
     "usage":{"prompt_tokens":9,"completion_tokens":2}}"#;
 const TOLD: &str = r#"{"id":"1","model":"incoming",
-    "choices":[{"text":"\"model\":\"target/1\""}],
+    "choices":[{"text":"\"model\":\"target/1\"","input":{"model":"target/1"}}],
     "usage":{"prompt_tokens":9,"completion_tokens":2}}"#;
 
 /// A router with these rules, in YAML.

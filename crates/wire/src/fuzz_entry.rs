@@ -192,7 +192,8 @@ pub fn ext_proc(bytes: &[u8]) {
     assert!(held <= bytes.len(), "{held} of {} bytes", bytes.len());
 }
 
-/// Where an answer is cut makes no difference. A request's new name is read again.
+/// Where an answer is cut makes no difference, and JSON inside of one stays as it is. A request's
+/// new name is read again.
 pub fn model_name(bytes: &[u8]) {
     let step = 1 + bytes.first().map_or(0, |byte| usize::from(*byte % 16));
     for (to, from) in [("t", "in"), ("a/\u{fc}", "\"")] {
@@ -206,6 +207,13 @@ pub fn model_name(bytes: &[u8]) {
         }
         cut.finish(&mut piecewise);
         assert_eq!(at_once.concat(), piecewise.concat(), "{to} in chunks of {step}");
+        if serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok() {
+            let generated = [b"{\"input\":", bytes, b"}"].concat();
+            let (mut restorer, mut out): (_, Vec<Bytes>) = (Restorer::new(to, from), Vec::new());
+            restorer.push(generated.clone().into(), &mut out);
+            restorer.finish(&mut out);
+            assert_eq!(out.concat(), generated);
+        }
     }
     let Ok(body) = request::parse(Api::Completions, bytes) else { return };
     let Some(place) = body.model_place else { return };

@@ -3,19 +3,14 @@
 //!
 //! Nothing is parsed again and nothing is copied but the name: bodies are given as pieces.
 
+mod walk;
+
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::LazyLock;
 
 use bytes::{Bytes, BytesMut};
-use memchr::memmem::Finder;
 
-/// White space between the key `model` and its name that is looked over, in bytes. Engines write
-/// none or one.
-pub const SPACE_BYTES_MAX: usize = 32;
-
-const KEY: &[u8] = b"\"model\"";
-static KEY_FINDER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
+use walk::Walk;
 
 /// Where in `body` does `text`, a part of it that is a JSON string or `null`, stand?
 pub(crate) fn place(body: &[u8], text: &str) -> Option<Range<usize>> {
@@ -41,11 +36,11 @@ pub fn replace(body: &Bytes, place: &Range<usize>, name: &str) -> Option<[Bytes;
 /// Gives an answer the model name that the client knows: JSON or server-sent events, cut into
 /// chunks anywhere.
 ///
-/// The value of each key `model`, at any depth, that is the serving model's name, however it is
-/// escaped, becomes the client's. As in [`crate::usage`], a key is genuine unless an odd number of
-/// backslashes stands before its quote: text that a model generates cannot look like it. Where a
-/// chunk ends inside of such a value, the bytes from its key on wait for the next chunk: at most
-/// [`Restorer::held_bytes_max`].
+/// Where the API puts the model's name (`model_name/walk.rs`: `model`, `message.model` and
+/// `response.model` of the answer or of an event), the serving model's, however it is escaped,
+/// becomes the client's. What the model generates stays as it is, be it JSON with a `model` of its
+/// own. Where a chunk ends inside of such a value, the bytes from its quote on wait for the next
+/// chunk: at most [`Restorer::held_bytes_max`].
 #[derive(Clone, Debug)]
 pub struct Restorer {
     /// The serving model's name.
@@ -56,20 +51,19 @@ pub struct Restorer {
     value_bytes_max: usize,
     /// The client's name, in quotes.
     from: Bytes,
-    /// Begins with a genuine quote; may be the beginning of what is to be replaced.
+    /// Begins with the quote that `walk` stopped at; may be the beginning of what is replaced.
     held: Bytes,
-    /// An odd number of backslashes ends the bytes before `held`.
-    escaped: bool,
+    walk: Walk,
 }
 
-/// What bytes that begin with a genuine quote are.
+/// What a string is that stands where the model's name does.
 enum Verdict {
-    /// Not the key with the serving model's name.
+    /// Another name.
     Other,
     /// More bytes will tell.
     Undecided,
-    /// The name stands here.
-    Name(Range<usize>),
+    /// The serving model's, so many bytes with its quotes.
+    Name(usize),
 }
 
 impl Restorer {
@@ -83,13 +77,13 @@ impl Restorer {
             value_bytes_max,
             from: quoted(from),
             held: Bytes::new(),
-            escaped: false,
+            walk: Walk::default(),
         }
     }
 
     /// Most bytes that wait for the next chunk.
     pub fn held_bytes_max(&self) -> usize {
-        KEY.len() + 1 + SPACE_BYTES_MAX + self.value_bytes_max
+        self.value_bytes_max
     }
 
     /// Takes the next chunk of the answer, and adds what can go on to `out`, in order.
@@ -108,76 +102,52 @@ impl Restorer {
         }
     }
 
-    /// The answer is over, complete or not: what still waits goes on as it is.
+    /// The answer is over, complete or not, or nothing may wait until its next chunk: what still
+    /// waits goes on as it is.
     pub fn finish(&mut self, out: &mut impl Extend<Bytes>) {
-        emit(std::mem::take(&mut self.held), out);
+        let held = std::mem::take(&mut self.held);
+        if held.is_empty() {
+            return;
+        }
+        let mut found = Some(0);
+        while let Some(quote) = found {
+            self.walk.enter();
+            found = self.walk.next_name(&held, quote + 1);
+        }
+        emit(held, out);
     }
 
     /// Passes bytes on up to those that must wait.
     fn pass(&mut self, mut bytes: Bytes, out: &mut impl Extend<Bytes>) {
         let mut at = 0;
-        while let Some(found) = self.next_key(&bytes, at) {
+        while let Some(found) = self.walk.next_name(&bytes, at) {
             match self.examine(bytes.get(found..).unwrap_or_default()) {
-                Verdict::Other => at = found + 1,
+                Verdict::Other => {
+                    self.walk.enter();
+                    at = found + 1;
+                }
                 Verdict::Undecided => {
                     self.held = bytes.split_off(found);
                     break;
                 }
-                Verdict::Name(name) => {
-                    let rest = bytes.split_off(found + name.end);
-                    bytes.truncate(found + name.start);
+                Verdict::Name(len) => {
+                    self.walk.skip();
+                    let rest = bytes.split_off(found + len);
+                    bytes.truncate(found);
                     emit(bytes, out);
                     emit(self.from.clone(), out);
-                    self.escaped = false;
                     (bytes, at) = (rest, 0);
                 }
             }
         }
-        self.escaped = self.is_escaped(&bytes, bytes.len());
         emit(bytes, out);
     }
 
-    /// The next genuine quote from `at` on with the key behind it, or as much of the key as there
-    /// is.
-    fn next_key(&self, bytes: &[u8], mut at: usize) -> Option<usize> {
-        while let Some(found) = KEY_FINDER.find(bytes.get(at..)?) {
-            if !self.is_escaped(bytes, at + found) {
-                return Some(at + found);
-            }
-            at += found + 1;
-        }
-        let first = at.max((bytes.len() + 1).saturating_sub(KEY.len()));
-        let mut ends = first..bytes.len();
-        ends.find(|end| KEY.starts_with(&bytes[*end..]) && !self.is_escaped(bytes, *end))
-    }
-
-    /// Whether an odd number of backslashes stands before `bytes[at]`.
-    fn is_escaped(&self, bytes: &[u8], at: usize) -> bool {
-        let run = bytes[..at].iter().rev().take_while(|byte| **byte == b'\\').count();
-        let before = run == at && self.escaped;
-        (run % 2 == 1) != before
-    }
-
-    /// Bytes that begin with the key, or are its beginning.
+    /// Bytes that begin with a string, or with as much of it as has come.
     fn examine(&self, bytes: &[u8]) -> Verdict {
-        let mut at = KEY.len();
-        let mut space = 0;
-        for expected in [b':', b'"'] {
-            while let Some(b' ' | b'\t' | b'\r' | b'\n') = bytes.get(at) {
-                (at, space) = (at + 1, space + 1);
-            }
-            match bytes.get(at) {
-                _ if space > SPACE_BYTES_MAX => return Verdict::Other,
-                None => return Verdict::Undecided,
-                Some(byte) if *byte != expected => return Verdict::Other,
-                Some(_) => at += 1,
-            }
-        }
-        let start = at - 1;
-        let value = bytes.get(start..).unwrap_or_default();
-        let value = value.get(..self.value_bytes_max).unwrap_or(value);
+        let value = bytes.get(..self.value_bytes_max).unwrap_or(bytes);
         match end_of_string(value) {
-            Some(end) if self.is_name(&value[..end]) => Verdict::Name(start..start + end),
+            Some(end) if self.is_name(&value[..end]) => Verdict::Name(end),
             None if self.may_be_name(value) => Verdict::Undecided,
             _ => Verdict::Other,
         }

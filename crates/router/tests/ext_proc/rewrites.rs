@@ -49,9 +49,9 @@ async fn the_engine_gets_its_name_and_the_client_its_own() {
         let whole = format!("{{\"x\":1, \"model\": \"{to}\"}}");
         let (first, rest) = whole.split_at(22);
         call.send(response_body(first, false));
-        assert_eq!(call.next().await, returned("{\"x\":1, ", false));
+        assert_eq!(call.next().await, returned("{\"x\":1, \"model\": ", false));
         call.send(response_body(rest, false));
-        assert_eq!(call.next().await, returned(format!("\"model\": \"{from}\"}}"), false));
+        assert_eq!(call.next().await, returned(format!("\"{from}\"}}"), false));
         call.send(response_body("", true));
         assert_eq!(call.next().await, returned("", true));
         call.reset().await;
@@ -95,13 +95,13 @@ async fn answers_that_end_in_the_middle_of_a_name() {
         call.send(response_body("{\"model\":\"rewr", false));
         if trailers {
             call.send(response_trailers(&[("grpc-status", "0")]));
-            assert_eq!(call.next().await, returned("{", false));
-            assert_eq!(call.next().await, returned("\"model\":\"rewr", false));
+            assert_eq!(call.next().await, returned("{\"model\":", false));
+            assert_eq!(call.next().await, returned("\"rewr", false));
             assert_eq!(call.next().await, response_trailers_answer());
         } else {
             call.send(response_body("", true));
-            assert_eq!(call.next().await, returned("{", false));
-            assert_eq!(call.next().await, returned("\"model\":\"rewr", true));
+            assert_eq!(call.next().await, returned("{\"model\":", false));
+            assert_eq!(call.next().await, returned("\"rewr", true));
         }
         call.reset().await;
     }
@@ -185,8 +185,8 @@ async fn the_name_in_an_answer_wherever_it_is_cut() {
 #[tokio::test]
 async fn the_name_in_an_answer_whose_pieces_are_answered_one_by_one() {
     let world = rewriting().await;
-    let found = ANSWER.find("\"model\"").unwrap();
-    let name = found..found + "\"model\":\"rewritten-model\"".len();
+    let found = ANSWER.find("\"rewritten").unwrap();
+    let name = found..found + "\"rewritten-model\"".len();
     for mode in [BodySendMode::Streamed, BodySendMode::Buffered] {
         for cut in 0..=ANSWER.len() {
             let trailers = cut % 2 == 0;

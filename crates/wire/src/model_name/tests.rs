@@ -1,4 +1,10 @@
+use std::borrow::Cow;
+use std::ops::Range;
+
 use kvroute_core::Rng;
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
 use super::*;
 use crate::api::Api;
@@ -37,25 +43,20 @@ fn check(to: &str, from: &str, answer: &str, expected: &str) {
 
 #[test]
 fn answers_name_the_model_that_was_asked_for() {
-    let long_space = format!("{{\"model\":{}\"t\"}}", " ".repeat(SPACE_BYTES_MAX + 1));
-    let most_space = format!("{{\"model\":{}\"t\"}}", " ".repeat(SPACE_BYTES_MAX));
-    let most_restored = most_space.replace("\"t\"", "\"in\"");
+    let spaced = format!("{{\"model\":{}\"t\"}}", " ".repeat(1_000));
+    let spaced_restored = spaced.replace("\"t\"", "\"in\"");
     let table = [
         (r#"{"model":"t","x":1}"#, r#"{"model":"in","x":1}"#),
         (r#"{"model": "t"}"#, r#"{"model": "in"}"#),
         ("{\"model\"\n :\t\r\n\"t\"}", "{\"model\"\n :\t\r\n\"in\"}"),
+        ("\r\n {\n\"a\":[\n],\n\"model\":\"t\"\n}", "\r\n {\n\"a\":[\n],\n\"model\":\"in\"\n}"),
         (r#"{"model":"\u0074"}"#, r#"{"model":"in"}"#),
+        (r#"{"model":"t","model":"t"}"#, r#"{"model":"in","model":"in"}"#),
         (r#"{"message":{"model":"t"},"model":"t"}"#, r#"{"message":{"model":"in"},"model":"in"}"#),
-        (
-            "data: {\"model\":\"t\",\"a\":1}\n\ndata: {\"model\":\"t\",\"a\":2}\n\ndata: [DONE]\n",
-            "data: {\"model\":\"in\",\"a\":1}\n\ndata: {\"model\":\"in\",\"a\":2}\n\n\
-             data: [DONE]\n",
-        ),
+        (r#"{"response":{"x":{},"model":"t"}}"#, r#"{"response":{"x":{},"model":"in"}}"#),
         (r#"{"x":"\\","model":"t"}"#, r#"{"x":"\\","model":"in"}"#),
-        (r#""mo"model":"t""#, r#""mo"model":"in""#),
-        (r#""model""model":"t""#, r#""model""model":"in""#),
-        (r#""model":"model":"t""#, r#""model":"model":"in""#),
-        (&most_space, &most_restored),
+        (r#"{"x":[{"model":"t"},"]"],"model":"t"}"#, r#"{"x":[{"model":"t"},"]"],"model":"in"}"#),
+        (&spaced, &spaced_restored),
     ];
     for (answer, expected) in table {
         check("t", "in", answer, expected);
@@ -68,17 +69,81 @@ fn answers_name_the_model_that_was_asked_for() {
         r#"{"model":""}"#,
         r#"{"model":null,"t":"t"}"#,
         r#"{"model":["t"]}"#,
-        r#"{"models":"t","a_model":"t"}"#,
+        r#"{"model":{"model":"t"}}"#,
+        r#"{"models":"t","a_model":"t","model ":"t","\model":"t","mod\u0065l":"t"}"#,
         r#"{"text":"say \"model\":\"t\""}"#,
         r#"{"text":"\\\"model\":\"t\"}"}"#,
         r#"{"text":"model","x":"t"}"#,
         r#"["model","t"]"#,
+        r#"[{"model":"t"}]"#,
+        r#""model":"t""#,
         r#"{"model":"t"#,
         r#"{"model""#,
         r#"{"mod"#,
         r#"{"model":"\u00"#,
         r#"{"model":"\ud800"}"#,
-        &long_space,
+    ];
+    for answer in untouched {
+        check("t", "in", answer, answer);
+    }
+}
+
+/// What a model generates is the client's, also where it is JSON that names a model.
+#[test]
+fn what_is_generated_stays() {
+    let anthropic = r#"{"type":"message","model":"t","content":[{"type":"tool_use","name":"buy",
+        "input":{"model":"t","message":{"model":"t"}}}],"usage":{"model":"t"}}"#;
+    check("t", "in", anthropic, &anthropic.replacen("\"t\"", "\"in\"", 1));
+    let untouched = [
+        r#"{"choices":[{"message":{"model":"t","tool_calls":[{"model":"t"}]}}]}"#,
+        r#"{"message":{"input":{"model":"t"}},"response":{"output":[{"model":"t"}]}}"#,
+        r#"{"message":[{"model":"t"}],"response":"model","x":"t"}"#,
+        r#"{"message":{"message":{"model":"t"}},"x":{"response":{"model":"t"}}}"#,
+        r#"{"messages":{"model":"t"},"respons":{"model":"t"},"responses":{"model":"t"}}"#,
+        r#"{"message":0,"x":{"model":"t"}}"#,
+        "data: {\"delta\":{\"partial_json\":\"{\\\"model\\\":\\\"t\\\"}\",\"model\":\"t\"}}\n\n",
+    ];
+    for answer in untouched {
+        check("t", "in", answer, answer);
+    }
+}
+
+#[test]
+fn each_event_is_a_document() {
+    let table = [
+        (
+            "data: {\"model\":\"t\",\"a\":1}\n\ndata: {\"model\":\"t\",\"a\":2}\n\ndata: [DONE]\n",
+            "data: {\"model\":\"in\",\"a\":1}\n\ndata: {\"model\":\"in\",\"a\":2}\n\n\
+             data: [DONE]\n",
+        ),
+        (
+            "event: message_start\r\ndata:{\"message\":{\"model\":\"t\"}}\r\n\r\n",
+            "event: message_start\r\ndata:{\"message\":{\"model\":\"in\"}}\r\n\r\n",
+        ),
+        (": wait\rdata:\t{\"model\":\"t\"}\r\r", ": wait\rdata:\t{\"model\":\"in\"}\r\r"),
+        // An event that is cut off leaves no trace.
+        ("data: {\"a\":{\ndata: {\"model\":\"t\"}", "data: {\"a\":{\ndata: {\"model\":\"in\"}"),
+        ("data: {\"a\":\"\ndata: {\"model\":\"t\"}", "data: {\"a\":\"\ndata: {\"model\":\"in\"}"),
+        (
+            "data: {\"a\":\"\\\ndata: {\"model\":\"t\"}",
+            "data: {\"a\":\"\\\ndata: {\"model\":\"in\"}",
+        ),
+        ("data: {\"mod\ndata: {\"model\":\"t\"}", "data: {\"mod\ndata: {\"model\":\"in\"}"),
+        ("data: [[\ndata: {\"model\":\"t\"}", "data: [[\ndata: {\"model\":\"in\"}"),
+    ];
+    for (answer, expected) in table {
+        check("t", "in", answer, expected);
+    }
+    let untouched = [
+        "event: {\"model\":\"t\"}\n\n",
+        "event: x\n{\"model\":\"t\"}\n\n",
+        "datum: {\"model\":\"t\"}\n\n",
+        "dat\na: {\"model\":\"t\"}\n\n",
+        "x data: {\"model\":\"t\"}\n\n",
+        "data: x {\"model\":\"t\"}\n\n",
+        "data: {} {\"model\":\"t\"}\n\n",
+        "data\n: {\"model\":\"t\"}\n\n",
+        "<p>{\"model\":\"t\"}</p>",
     ];
     for answer in untouched {
         check("t", "in", answer, answer);
@@ -112,55 +177,93 @@ fn chunks_without_the_key_are_not_copied_nor_held() {
     }
     // Of a chunk with a name, all but the name is the chunk's own memory.
     let chunk = Bytes::from_static(b"{\"model\":\"t\",\"x\":1}");
+    let mut restorer = Restorer::new("t", "in");
     let mut out: Vec<Bytes> = Vec::new();
     restorer.push(chunk.clone(), &mut out);
     assert_eq!(out.len(), 3);
     assert_eq!((out[0].as_ptr(), out[2].as_ptr()), (chunk.as_ptr(), chunk[12..].as_ptr()));
     // A name that is another one already is not waited for.
+    let mut restorer = Restorer::new("t", "in");
     let mut out: Vec<Bytes> = Vec::new();
     restorer.push(Bytes::from_static(b"{\"model\":\"ot"), &mut out);
     assert_eq!(out.concat(), b"{\"model\":\"ot");
 }
 
-/// Walks over a JSON text string by string.
-fn by_force(text: &str, to: &str, from: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut out = String::new();
-    let (mut at, mut copied) = (0, 0);
-    let mut key = None;
-    while at < bytes.len() {
-        match bytes[at] {
-            b'"' => {
-                let end = at + end_of_string(&bytes[at..]).unwrap();
-                let string = &text[at..end];
-                let named = serde_json::from_str::<String>(string).is_ok_and(|name| name == to);
-                if key == Some("\"model\"") && named {
-                    out.push_str(&text[copied..at]);
-                    out.push_str(&serde_json::to_string(from).unwrap());
-                    copied = end;
-                }
-                let is_key = text[end..].trim_start().starts_with(':');
-                key = is_key.then_some(string);
-                at = end;
+/// Keys as they are written: borrowed unless they have escapes.
+#[derive(Deserialize, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The entries of an object, in order; none of what is no object.
+struct Entries<'a>(Vec<(Key<'a>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Entries<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entries<'de>, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Entries<'de>;
+            fn expecting(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                to.write_str("an object")
             }
-            b':' | b' ' | b'\n' => at += 1,
-            _ => {
-                key = None;
-                at += 1;
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<'de>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
+/// A document with the names in their places replaced.
+fn by_force(text: &str, to: &str, from: &str) -> String {
+    replaced(text, names(text, to), from)
+}
+
+fn replaced(text: &str, names: Vec<Range<usize>>, from: &str) -> String {
+    let mut out = text.to_owned();
+    for name in names {
+        out.replace_range(name, &serde_json::to_string(from).unwrap());
+    }
+    out
+}
+
+/// Where a document has the name as serde_json reads it, from the last place to the first.
+fn names(text: &str, to: &str) -> Vec<Range<usize>> {
+    let mut names = Vec::new();
+    let mut objects = vec![(text, true)];
+    while let Some((object, is_root)) = objects.pop() {
+        let Ok(Entries(entries)) = serde_json::from_str(object) else { continue };
+        for (Key(key), value) in entries {
+            let Cow::Borrowed(key) = key else { continue };
+            let is_carrier = is_root && ["message", "response"].contains(&key);
+            let is_name = serde_json::from_str::<String>(value.get()).is_ok_and(|name| name == to);
+            if is_carrier {
+                objects.push((value.get(), false));
+            } else if key == "model" && is_name {
+                let start = value.get().as_ptr() as usize - text.as_ptr() as usize;
+                names.push(start..start + value.get().len());
             }
         }
     }
-    out + &text[copied..]
+    names.sort_by_key(|name: &Range<usize>| std::cmp::Reverse(name.start));
+    names
 }
 
 const NAMES: [&str; 6] = ["t", "model", "a/b", "q\"\\", "ü😀", "a longer name, of no meaning"];
+
+/// The first names are the most likely ones.
+fn name(rng: &mut Rng) -> &'static str {
+    NAMES[rng.below(NAMES.len()).min(rng.below(NAMES.len()))]
+}
 
 fn string(rng: &mut Rng) -> String {
     const PIECES: [&str; 12] =
         ["model", "\"", "\\", ":", "t", "a/b", "\n", "\"model\":\"t\"", "ü", "{", "usage", " "];
     let text: String = match rng.below(3) {
-        0 => "model".to_owned(),
-        1 => NAMES[rng.below(NAMES.len())].to_owned(),
+        0 => ["model", "model", "message", "response"][rng.below(4)].to_owned(),
+        1 => name(rng).to_owned(),
         _ => (0..rng.below(5)).map(|_| PIECES[rng.below(PIECES.len())]).collect(),
     };
     let mut quoted = serde_json::to_string(&text).unwrap();
@@ -193,7 +296,12 @@ fn value(rng: &mut Rng, depth: usize) -> String {
             let entries: Vec<String> = (0..count)
                 .map(|_| {
                     let (before, after) = (space(rng), space(rng));
-                    format!("{}{before}:{after}{}", string(rng), value(rng, depth - 1))
+                    let key = string(rng);
+                    let value = match key == "\"model\"" && rng.below(4) > 0 {
+                        true => serde_json::to_string(name(rng)).unwrap(),
+                        false => value(rng, depth - 1),
+                    };
+                    format!("{key}{before}:{after}{value}")
                 })
                 .collect();
             format!("{{{}}}", entries.join(", "))
@@ -201,30 +309,96 @@ fn value(rng: &mut Rng, depth: usize) -> String {
     }
 }
 
+/// The text in chunks of random sizes.
+fn cut<'a>(rng: &mut Rng, bytes: &'a [u8]) -> Vec<&'a [u8]> {
+    let mut chunks = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let end = (at + 1 + rng.below(12)).min(bytes.len());
+        chunks.push(&bytes[at..end]);
+        at = end;
+    }
+    chunks
+}
+
 #[test]
-fn like_a_walk_over_the_strings_of_any_json_however_it_is_cut() {
+fn as_a_parser_that_knows_paths_would_however_it_is_cut() {
     let mut replaced = 0;
-    for seed in 0..3_000 {
+    for seed in 0..5_000 {
         let mut rng = Rng::seeded(seed);
         let text = value(&mut rng, DEPTH);
-        let (to, from) = (NAMES[rng.below(NAMES.len())], NAMES[rng.below(NAMES.len())]);
+        let (to, from) = (name(&mut rng), name(&mut rng));
         let expected = by_force(&text, to, from);
         replaced += usize::from(expected != text);
-        let bytes = text.as_bytes();
-        let mut chunks = Vec::new();
-        let mut at = 0;
-        while at < bytes.len() {
-            let end = (at + 1 + rng.below(12)).min(bytes.len());
-            chunks.push(&bytes[at..end]);
-            at = end;
-        }
-        for chunks in [vec![bytes], chunks] {
+        for chunks in [vec![text.as_bytes()], cut(&mut rng, text.as_bytes())] {
             let found = restored(to, from, &chunks).0;
             let found = String::from_utf8_lossy(&found);
             assert_eq!(found, expected, "seed {seed}: {to} to {from} in {text}");
         }
     }
     assert!(replaced > 100, "{replaced} texts with a name to replace");
+}
+
+/// Where nothing may wait from chunk to chunk, names that are cut stay, and no others.
+#[test]
+fn names_within_a_chunk_are_restored_where_nothing_may_wait() {
+    let mut kept = 0;
+    for seed in 0..5_000 {
+        let mut rng = Rng::seeded(seed);
+        let text = value(&mut rng, DEPTH);
+        let (to, from) = (name(&mut rng), name(&mut rng));
+        let chunks = cut(&mut rng, text.as_bytes());
+        let mut ends = Vec::new();
+        let (mut restorer, mut out): (_, Vec<Bytes>) = (Restorer::new(to, from), Vec::new());
+        for chunk in chunks {
+            ends.push(ends.last().unwrap_or(&0) + chunk.len());
+            restorer.push(Bytes::copy_from_slice(chunk), &mut out);
+            restorer.finish(&mut out);
+        }
+        let mut names = names(&text, to);
+        let all = names.len();
+        names.retain(|name| !ends.iter().any(|end| name.start < *end && *end < name.end));
+        kept += all - names.len();
+        let found = out.concat();
+        let found = String::from_utf8_lossy(&found);
+        assert_eq!(found, replaced(&text, names, from), "seed {seed}: {to} to {from} in {text}");
+    }
+    assert!(kept > 50, "{kept} names that are cut");
+}
+
+/// Events with documents, whole or cut off, between lines of all kinds.
+#[test]
+fn events_like_documents_of_their_own_however_they_are_cut() {
+    let mut replaced = 0;
+    for seed in 0..4_000 {
+        let mut rng = Rng::seeded(seed);
+        let (to, from) = (name(&mut rng), name(&mut rng));
+        let end = ["\n", "\r\n"][rng.below(2)];
+        let (mut text, mut expected) = (format!("event: x{end}"), format!("event: x{end}"));
+        for _ in 0..rng.below(6) {
+            // In an event, a document has no line ends.
+            let document = value(&mut rng, DEPTH).replace('\n', " ");
+            let before = ["data: ", "data:", "id: ", ": ", "datadata: "][rng.below(5)];
+            let (mut written, mut wanted) = (document.clone(), document.clone());
+            if before.starts_with("data:") {
+                wanted = by_force(&document, to, from);
+            }
+            if wanted == document && rng.below(3) == 0 {
+                let half = (0..=document.len() / 2).rev().find(|at| document.is_char_boundary(*at));
+                written.truncate(half.unwrap());
+                wanted.truncate(half.unwrap());
+            }
+            replaced += usize::from(written != wanted);
+            text += &format!("{before}{written}{end}");
+            expected += &format!("{before}{wanted}{end}");
+        }
+        for chunks in [vec![text.as_bytes()], cut(&mut rng, text.as_bytes())] {
+            let found = restored(to, from, &chunks).0;
+            let found = String::from_utf8_lossy(&found);
+            assert_eq!(found, expected, "seed {seed}: {to} to {from} in {text}");
+        }
+    }
+    assert!(replaced > 100, "{replaced} events with a name to replace");
 }
 
 fn rewritten(body: &str, name: &str) -> Option<String> {
