@@ -27,7 +27,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use self::flow::{Buckets, Flow, Flows, Of};
+use self::flow::{Buckets, Flow, Flows};
 pub(crate) use self::meter::{MODEL_SERVER_ERROR, Meter, error_code};
 use self::pool::Pool;
 use self::streams::Streams;
@@ -211,14 +211,11 @@ impl UpstreamMetrics {
         let flow = self.flow(about);
         self.scheduling.observe(about.took.as_secs_f64());
         flow.count_chosen(&record.endpoint, port);
-        if about.body_bytes > 0 {
-            flow.observe(Of::RequestBytes, about.body_bytes as f64);
-        }
         self.note_prefix(about, record);
         if let Some(disagg) = &self.disagg {
             disagg.get_or_create(&disagg_labels(&flow, record)).inc();
         }
-        Meter::new(Arc::clone(self), flow)
+        Meter::new(Arc::clone(self), flow, about.body_bytes)
     }
 
     /// No endpoint could be chosen; the client gets `status`.

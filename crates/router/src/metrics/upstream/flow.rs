@@ -2,7 +2,7 @@
 //! look into a bounded table.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kvroute_core::fleet::Name;
@@ -20,9 +20,11 @@ use crate::metrics::LABEL_BYTES_MAX;
 /// Distinct model names, and distinct fairness ids, that have labels of their own; llm-d's number.
 /// What comes later counts as `other`.
 pub(super) const LABEL_VALUES_MAX: usize = 1000;
-/// Combinations of labels with series of their own. One takes up to 6 KiB, so all together take
-/// some 25 MB; llm-d has no such limit.
-pub(super) const FLOWS_MAX: usize = 4096;
+/// Combinations of labels with series of their own. One takes up to 40 KB of the page, if it was
+/// answered in every way there is, and some 8 KB as a rule; llm-d has no such limit.
+pub(super) const FLOWS_MAX: usize = 1024;
+/// Of these, how many are for models alone: fairness ids cannot take their room.
+const FLOWS_OF_MODELS: usize = 256;
 /// Pairs of model and endpoint that decisions are counted for; further ones count as `other`.
 const ATTEMPTS_MAX: usize = 4096;
 /// Stands for all that has no label of its own.
@@ -223,13 +225,21 @@ pub(crate) struct Flow {
     ttft: [OnceLock<Histogram>; 2],
     histograms: [OnceLock<Histogram>; HISTOGRAMS.len()],
     attempts: Arc<Attempts>,
+    /// An endpoint has answered such a request, or the configuration names its model. What clients
+    /// make up has no histograms of its own: they are most of the page.
+    is_served: AtomicBool,
 }
 
 /// Decisions for one model, by endpoint, with their labels; shared by the flows of the model.
 type Attempts = Mutex<HashMap<Name, (AttemptLabels, Counter)>>;
 
 impl Flow {
-    fn new(families: &Arc<FlowFamilies>, labels: FlowLabels, attempts: Arc<Attempts>) -> Flow {
+    fn new(
+        families: &Arc<FlowFamilies>,
+        labels: FlowLabels,
+        attempts: Arc<Attempts>,
+        is_served: bool,
+    ) -> Flow {
         Flow {
             labels,
             families: Arc::clone(families),
@@ -238,7 +248,18 @@ impl Flow {
             ttft: Default::default(),
             histograms: Default::default(),
             attempts,
+            is_served: AtomicBool::new(is_served),
         }
+    }
+
+    /// An endpoint has answered.
+    pub fn set_served(&self) {
+        self.is_served.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has histograms of its own.
+    pub fn is_served(&self) -> bool {
+        self.is_served.load(Ordering::Relaxed)
     }
 
     /// The labels.
@@ -366,6 +387,14 @@ impl Flows {
         }
     }
 
+    /// Whose histograms a request counts in: its own flow's, if it is served.
+    pub fn measured(&self, flow: &Arc<Flow>) -> Arc<Flow> {
+        match flow.is_served() {
+            true => Arc::clone(flow),
+            false => self.get(OTHER, OTHER, OTHER, flow.labels.priority),
+        }
+    }
+
     /// The flow of a request. Priorities come from the configuration, the rest from clients.
     pub fn get(&self, model: &str, target: &str, fairness_id: &str, priority: i32) -> Arc<Flow> {
         let mut known = self.known.lock();
@@ -380,7 +409,7 @@ impl Flows {
         };
         let (model, target) = (of_model(model), of_model(target));
         let fairness_id = bounded(&mut known.fairness_ids, fairness_id);
-        let choices = [(fairness_id, FLOWS_MAX - LABEL_VALUES_MAX), (OTHER, FLOWS_MAX)];
+        let choices = [(fairness_id, FLOWS_MAX - FLOWS_OF_MODELS), (OTHER, FLOWS_MAX)];
         for (fairness_id, flows_max) in choices {
             if let Some(flow) = known.find(model, target, fairness_id, priority) {
                 return flow;
@@ -427,7 +456,8 @@ impl Known {
             priority,
         };
         let attempts = Arc::clone(self.attempts.entry(target.into()).or_default());
-        let flow = Arc::new(Flow::new(families, labels, attempts));
+        let is_served = self.configured.contains(target) || target == OTHER;
+        let flow = Arc::new(Flow::new(families, labels, attempts, is_served));
         self.flows.insert(self.key.as_str().into(), Arc::clone(&flow));
         flow
     }

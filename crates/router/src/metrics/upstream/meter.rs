@@ -31,6 +31,8 @@ pub(crate) struct Meter {
     names: Arc<UpstreamMetrics>,
     flow: Arc<Flow>,
     arrived: Instant,
+    /// Of its body; 0 when it was not read.
+    request_bytes: usize,
     /// When the answer's head came.
     answered: Option<Instant>,
     streaming: bool,
@@ -44,13 +46,14 @@ pub(crate) struct Meter {
 
 impl Meter {
     /// A request that was just routed. `arrived` is corrected by [`Meter::arrived`].
-    pub(super) fn new(names: Arc<UpstreamMetrics>, flow: Arc<Flow>) -> Meter {
+    pub(super) fn new(names: Arc<UpstreamMetrics>, flow: Arc<Flow>, request_bytes: usize) -> Meter {
         flow.count();
         flow.running().inc();
         Meter {
             names,
             flow,
             arrived: Instant::now(),
+            request_bytes,
             answered: None,
             streaming: false,
             first: None,
@@ -80,6 +83,7 @@ impl Meter {
         }
         self.response_bytes = self.response_bytes.saturating_add(bytes as u64);
         if self.streaming {
+            self.flow.set_served();
             match self.last {
                 None => self.flow.observe_ttft(true, seconds(self.arrived, at)),
                 Some(last) => self.flow.observe(Of::BetweenPieces, seconds(last, at)),
@@ -93,10 +97,12 @@ impl Meter {
     /// The whole answer has come.
     pub fn end(&mut self, status: u16, usage: Option<Usage>) {
         let now = Instant::now();
-        let (flow, total) = (&self.flow, seconds(self.arrived, now));
-        if status >= 400 {
-            flow.count_error(MODEL_SERVER_ERROR);
+        let total = seconds(self.arrived, now);
+        match status {
+            400.. => self.flow.count_error(MODEL_SERVER_ERROR),
+            _ => self.flow.set_served(),
         }
+        let flow = self.names.flows.measured(&self.flow);
         flow.observe(Of::Duration, total);
         flow.observe(Of::ResponseBytes, self.response_bytes as f64);
         if !self.streaming {
@@ -135,6 +141,10 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.flow.running().dec();
+        if self.request_bytes > 0 {
+            let flow = self.names.flows.measured(&self.flow);
+            flow.observe(Of::RequestBytes, self.request_bytes as f64);
+        }
     }
 }
 

@@ -359,6 +359,36 @@ fn combinations_of_labels_are_bounded() {
 }
 
 #[test]
+fn what_nobody_serves_has_no_histograms_of_its_own() {
+    let metrics = metrics("{}");
+    let ask = |model: &str, status: u16| {
+        let mut meter = metrics.decided(&about(model, "f"), &record("pod", None), || None);
+        meter.head(false);
+        meter.piece(Instant::now(), 10);
+        meter.end(status, None);
+    };
+    ask("made-up", 404);
+    ask("m", 200);
+    ask("m", 500);
+    let page = page(&metrics);
+    let count = |name: &str, model: &str, id: &str| {
+        let labels = format!(
+            "{{model_name=\"{model}\",target_model_name=\"{model}\",fairness_id=\"{id}\",\
+             priority=\"2\"}} "
+        );
+        let start = format!("llm_d_epp_{name}{labels}");
+        let value = page.lines().find_map(|line| line.strip_prefix(start.as_str()));
+        value.map_or(0, |value| value.parse::<u32>().unwrap())
+    };
+    for (model, id, expected) in [("made-up", "f", 0), ("other", "other", 1), ("m", "f", 2)] {
+        for name in ["request_duration_seconds", "request_size_bytes", "response_size_bytes"] {
+            assert_eq!(count(&format!("{name}_count"), model, id), expected, "{name} {model}");
+        }
+    }
+    assert_eq!(count("request_total", "made-up", "f"), 1, "{page}");
+}
+
+#[test]
 fn attempts_are_bounded() {
     let metrics = metrics("{}");
     for at in 0..5000 {
