@@ -346,3 +346,33 @@ async fn the_drain_timeout_breaks_off_what_is_left() {
     assert!(!router.shutdown(Duration::from_millis(50)).await);
     eventually("the engine is told", || engine.cancelled() == 1).await;
 }
+
+#[tokio::test]
+async fn long_model_names_are_kept_nowhere_for_good() {
+    let engine = Mock::start().await;
+    let mut settings = settings();
+    settings.decisions_bytes_max = 1 << 20;
+    let router = router(&[engine.addr], settings).await;
+    ready(&router, 1).await;
+    for at in 0..20 {
+        let model = format!("{at}{}", "x".repeat(200 << 10));
+        let body = format!(r#"{{"model":"{model}","prompt":"Hello there"}}"#);
+        send(router.http_addr(), post("/v1/completions", &body)).await;
+    }
+    let kept = admin_json(&router, "/decisions?last=100").await;
+    assert!(kept.as_array().is_some_and(|kept| (1..=5).contains(&kept.len())));
+    let page = admin(&router, "/metrics").await.body;
+    assert!(page.contains("kvroute_model_mode{model=\"other\"") && !page.contains("xxx"));
+}
+
+#[tokio::test]
+async fn explaining_a_request_counts_nothing() {
+    let engine = Mock::start().await;
+    let router = router(&[engine.addr], settings()).await;
+    ready(&router, 1).await;
+    let explained = send(router.admin_addr(), post("/explain", COMPLETION)).await;
+    assert_eq!(explained.status, 200, "{}", explained.body);
+    assert_eq!(metric(&router, "kvroute_tokenize_seconds_count").await, 0.0);
+    works(&router).await;
+    assert_eq!(metric(&router, "kvroute_tokenize_seconds_count").await, 1.0);
+}
