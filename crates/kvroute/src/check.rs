@@ -1,7 +1,6 @@
 //! `kvroute check`: does a configuration load, what does it do, and are the engines as it expects
 //! them?
 
-use std::io::Read;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -11,9 +10,10 @@ use kvroute_core::config_tests::{self, TestOutcome};
 use kvroute_core::plan::{Experimental, Plan};
 use kvroute_router::{EventsConfig, ask};
 use kvroute_tokens::TokenizerOptions;
-use kvroute_wire::config::{CONFIG_BYTES_MAX, ConfigError};
+use kvroute_wire::config::ConfigError;
 use serde_json::{Value, json};
 
+use crate::config::{text_from, text_of};
 use crate::{cli, config};
 
 pub mod live;
@@ -96,25 +96,7 @@ fn check(file: &Path, experimental: Experimental) -> Checked {
 
 /// The text of a file, or why it cannot be one of a configuration.
 fn read(file: &Path, name: &str) -> Result<String, ConfigError> {
-    let wrong = |message: &str| ConfigError::of_file(name, message);
-    let mut bytes = Vec::new();
-    // One byte more than the limit tells that the file is too long.
-    let most = CONFIG_BYTES_MAX as u64 + 1;
-    let outcome = match is_stdin(file) {
-        true => std::io::stdin().take(most).read_to_end(&mut bytes),
-        false if file.is_dir() => return Err(wrong("this is a folder; name the files in it")),
-        false => std::fs::File::open(file).and_then(|open| open.take(most).read_to_end(&mut bytes)),
-    };
-    outcome.map_err(|error| wrong(&format!("cannot read it: {error}")))?;
-    if bytes.len() > CONFIG_BYTES_MAX {
-        let message = format!("longer than {CONFIG_BYTES_MAX} bytes, the limit of a configuration");
-        return Err(wrong(&message));
-    }
-    let text = String::from_utf8(bytes).map_err(|_| wrong("this is no text (UTF-8)"))?;
-    if text.contains('\0') {
-        return Err(wrong("this is no text: it holds zero bytes"));
-    }
-    Ok(text)
+    if is_stdin(file) { text_from(std::io::stdin(), name) } else { text_of(file) }
 }
 
 fn expected(files: &[Checked]) -> live::Expected {

@@ -1,5 +1,6 @@
 //! What can be typed: commands and flags, nothing of what they do.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -203,7 +204,7 @@ pub struct Serve {
 pub struct Epp {
     /// llm-d's flags; --help lists them.
     #[arg(value_name = "FLAGS", trailing_var_arg = true, allow_hyphen_values = true)]
-    pub args: Vec<String>,
+    pub args: Vec<OsString>,
 }
 
 /// `kvroute check`.
@@ -629,9 +630,13 @@ pub(crate) fn address(text: &str) -> Result<SocketAddr, String> {
     named.parse().map_err(|_| "write IP:PORT, for example 127.0.0.1:8080 or [::]:8080".to_owned())
 }
 
-/// Levels, or modules with levels; what cannot be meant is refused.
+/// Levels, or modules with levels; what cannot be meant is refused. Nothing is as if not given:
+/// that is how a variable of the environment is taken back.
 fn log_filter(text: &str) -> Result<String, String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    if text.is_empty() {
+        return Ok(String::new());
+    }
     let is_level = |part: &str| LEVELS.contains(&part.trim().to_ascii_lowercase().as_str());
     let known = text.split(',').all(|part| match part.rsplit_once('=') {
         Some((_, level)) => is_level(level),
@@ -645,8 +650,13 @@ fn log_filter(text: &str) -> Result<String, String> {
 
 /// Parses the command line, runs the command and says what went wrong.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let log = cli.log.as_deref();
+    let mut args: Vec<OsString> = std::env::args_os().collect();
+    let foreign = args.split_off(behind_epp(&args));
+    let mut cli = Cli::parse_from(args);
+    if let Command::Epp(epp) = &mut cli.command {
+        epp.args = foreign;
+    }
+    let log = cli.log.as_deref().filter(|log| !log.is_empty());
     let json = matches!(cli.log_format, LogFormat::Json);
     match cli.command {
         // It has flags of its own about logging.
@@ -677,10 +687,24 @@ pub fn main() -> ExitCode {
     })
 }
 
+/// Where the arguments begin that llm-d's flags are read from: behind `epp`, if that is the
+/// command, else at the end.
+fn behind_epp(args: &[OsString]) -> usize {
+    let mut at = 1;
+    while let Some(arg) = args.get(at).and_then(|arg| arg.to_str()) {
+        match arg {
+            "epp" => return at + 1,
+            "--log" | "--log-format" => at += 2,
+            _ if arg.len() > 2 && arg.starts_with("--") => at += 1,
+            _ => break,
+        }
+    }
+    args.len()
+}
+
 /// A line for the person at the terminal, outside of the log.
-#[expect(clippy::print_stderr, reason = "the command line's own voice")]
 pub fn tell(line: &str) {
-    eprintln!("{line}");
+    let _nobody_reads = writeln!(std::io::stderr(), "{line}");
 }
 
 /// A line of the command's result. Who closes the pipe early (`| head`) has seen enough.
@@ -693,8 +717,56 @@ pub fn say(line: &str) {
 pub(crate) fn init_logging(filter: &str, json: bool) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
-        .with_writer(std::io::stderr)
+        .with_writer(|| Unheard(std::io::stderr()))
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
     if json { builder.json().init() } else { builder.init() }
+}
+
+/// Standard error that may be closed: a line that nobody can read is no reason to stop.
+struct Unheard(std::io::Stderr);
+
+impl Write for Unheard {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let _nobody_reads = self.0.write_all(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_behind_epp_is_not_ours() {
+        let table: [(&[&str], usize); 12] = [
+            (&["kvroute", "epp"], 2),
+            (&["kvroute", "epp", "--log=debug"], 2),
+            (&["kvroute", "epp", "--", "--version"], 2),
+            (&["kvroute", "--log", "debug", "epp", "-v=4"], 4),
+            (&["kvroute", "--log-format", "json", "--log=debug", "epp", "epp"], 5),
+            (&["kvroute"], 1),
+            (&["kvroute", "help", "epp"], 3),
+            (&["kvroute", "serve", "epp"], 3),
+            (&["kvroute", "--log", "epp"], 3),
+            (&["kvroute", "--log", "epp", "epp", "x"], 4),
+            (&["kvroute", "--", "epp", "-x"], 4),
+            (&[], 0),
+        ];
+        for (args, ours) in table {
+            let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+            assert_eq!(behind_epp(&args), ours, "{args:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_filter_is_none() {
+        assert_eq!(log_filter(""), Ok(String::new()));
+        assert!(log_filter("debug,").is_err());
+    }
 }

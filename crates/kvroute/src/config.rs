@@ -1,5 +1,7 @@
 //! From a configuration file to a plan, and from flags to what they mean.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
@@ -125,8 +127,44 @@ fn load_with_text(
 ) -> anyhow::Result<(Plan, String)> {
     let Some(path) = path else { return Ok((Plan::least_cost(), String::new())) };
     let name = path.display().to_string();
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
+    let text = text_of(path).map_err(|error| anyhow!("{error}"))?;
     Ok((load_text(&text, &name, experimental)?, text))
+}
+
+/// The text of a file, or why it cannot be one of a configuration. No more is read than one may
+/// have.
+///
+/// # Errors
+/// It cannot be read, is too long, or is no text.
+pub fn text_of(file: &Path) -> Result<String, ConfigError> {
+    let name = file.display().to_string();
+    let wrong = |message: &str| ConfigError::of_file(&name, message);
+    if file.is_dir() {
+        return Err(wrong("this is a folder; name the files in it"));
+    }
+    let open = File::open(file).map_err(|error| wrong(&format!("cannot read it: {error}")))?;
+    text_from(open, &name)
+}
+
+/// The same from something that is open; `name` stands for it in errors.
+///
+/// # Errors
+/// As [`text_of`].
+pub fn text_from(from: impl Read, name: &str) -> Result<String, ConfigError> {
+    let wrong = |message: &str| ConfigError::of_file(name, message);
+    let mut bytes = Vec::new();
+    // One byte more than the limit tells that the file is too long.
+    let read = from.take(CONFIG_BYTES_MAX as u64 + 1).read_to_end(&mut bytes);
+    read.map_err(|error| wrong(&format!("cannot read it: {error}")))?;
+    if bytes.len() > CONFIG_BYTES_MAX {
+        let message = format!("longer than {CONFIG_BYTES_MAX} bytes, the limit of a configuration");
+        return Err(wrong(&message));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| wrong("this is no text (UTF-8)"))?;
+    if text.contains('\0') {
+        return Err(wrong("this is no text: it holds zero bytes"));
+    }
+    Ok(text)
 }
 
 /// What `kvroute serve` was told, resolved.
@@ -161,7 +199,7 @@ pub fn router(args: &cli::Serve) -> anyhow::Result<RouterConfig> {
         seed: args.seed,
         http: Some(args.http),
         ext_proc: args.ext_proc.map(ExtProcConfig::plain),
-        admin: args.admin,
+        admin: Some(args.admin),
         endpoints: endpoints(engines)?,
         endpoints_file: engines.endpoints_file.clone(),
         endpoints_missing: None,

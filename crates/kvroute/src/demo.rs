@@ -75,6 +75,9 @@ pub fn main(args: &cli::Demo) -> anyhow::Result<ExitCode> {
 /// # Errors
 /// As [`main`].
 pub async fn compare(args: &cli::Demo) -> anyhow::Result<Report> {
+    if let Some(binary) = &args.envoy {
+        Envoy::check(binary).context("--envoy")?;
+    }
     let duration_s = if args.quick { QUICK_DURATION_S } else { DURATION_S };
     let text = SCENARIO.replace("DURATION_S", &duration_s.to_string());
     let scenario = Scenario::parse(&text, "the demo's scenario")?;

@@ -136,6 +136,20 @@ impl Envoy {
         }
     }
 
+    /// Whether this is a program that can be run, and is an Envoy.
+    ///
+    /// # Errors
+    /// It is not, or it does not run on this machine.
+    pub fn check(binary: &Path) -> anyhow::Result<()> {
+        let name = binary.display();
+        let version = Command::new(binary).arg("--version").stdin(Stdio::null()).output();
+        let version = version.with_context(|| format!("cannot start {name}"))?;
+        match String::from_utf8_lossy(&version.stdout).contains("envoy") {
+            true => Ok(()),
+            false => bail!("{name} --version does not say that it is an Envoy"),
+        }
+    }
+
     fn launch(binary: &Path, config: &Template) -> anyhow::Result<Envoy> {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);

@@ -1,9 +1,12 @@
 //! `kvroute epp`: llm-d's Endpoint Picker for Envoy, started as llm-d's Helm charts start theirs.
 //! Flags, ports and environment are llm-d's; docs/epp.md lists them and what differs.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
+use kvroute_router::Listens;
 use tracing::{error, info, warn};
 
 use crate::{cli, serve};
@@ -25,7 +28,7 @@ pub use table::FLAGS;
 /// # Errors
 /// A flag or the configuration is wrong, or an address is taken.
 pub fn main(args: &cli::Epp, log: Option<&str>) -> anyhow::Result<ExitCode> {
-    let flags = match flags::parse(&args.args).map_err(anyhow::Error::msg)? {
+    let flags = match flags::parse(&texts(&args.args)?).map_err(anyhow::Error::msg)? {
         Asked::Help => {
             cli::say(flags::help().trim_end());
             return Ok(ExitCode::SUCCESS);
@@ -49,7 +52,25 @@ pub fn main(args: &cli::Epp, log: Option<&str>) -> anyhow::Result<ExitCode> {
     if let Fleet::Watched(what) = &fleet {
         error!("No endpoints: {}.", rules::unwatched(what));
     }
-    serve::run(config, drain)
+    serve::run(config, drain, flag_of)
+}
+
+/// The flag that says where something listens.
+fn flag_of(what: Listens) -> &'static str {
+    match what {
+        Listens::ExtProc => "--grpc-port",
+        Listens::Health => "--grpc-health-port",
+        Listens::Metrics => "--metrics-port",
+        Listens::Admin | Listens::Clients => "--admin",
+    }
+}
+
+fn texts(args: &[OsString]) -> anyhow::Result<Vec<String>> {
+    let text = |arg: &OsString| {
+        let text = arg.to_str().map(str::to_owned);
+        text.with_context(|| format!("the argument {} is no text (UTF-8)", arg.display()))
+    };
+    args.iter().map(text).collect()
 }
 
 /// How long ext_proc goes on after SIGTERM.

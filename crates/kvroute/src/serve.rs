@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use kvroute_core::plan::NoteKind;
+use kvroute_router::{Listens, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -17,18 +18,35 @@ use crate::{cli, config};
 pub fn main(args: &cli::Serve) -> anyhow::Result<ExitCode> {
     let config = config::router(args)?;
     let drain = Duration::from_secs(u64::from(config.plan.settings.drain_timeout_s));
-    run(config, drain)
+    run(config, drain, flag_of)
 }
 
-/// Runs a router until SIGTERM or SIGINT; what it has begun then has `drain` to finish.
+/// The flag that says where something listens.
+fn flag_of(what: Listens) -> &'static str {
+    match what {
+        Listens::Clients => "--http",
+        Listens::ExtProc | Listens::Health => "--ext-proc",
+        Listens::Admin | Listens::Metrics => "--admin",
+    }
+}
+
+/// Runs a router until SIGTERM or SIGINT; what it has begun then has `drain` to finish. `flag_of`
+/// names the flag that is to blame for an address.
 ///
 /// # Errors
 /// It cannot start.
-pub fn run(config: kvroute_router::RouterConfig, drain: Duration) -> anyhow::Result<ExitCode> {
+pub fn run(
+    config: kvroute_router::RouterConfig,
+    drain: Duration,
+    flag_of: fn(Listens) -> &'static str,
+) -> anyhow::Result<ExitCode> {
     warn_of_degradations(&config);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let finished = runtime.block_on(async {
-        let router = kvroute_router::start(config).await?;
+        let router = kvroute_router::start(config).await.map_err(|error| match error {
+            StartError::Listen { what, .. } => anyhow::Error::new(error).context(flag_of(what)),
+            _ => error.into(),
+        })?;
         stop_signal().await.context("cannot listen for signals")?;
         tokio::select! {
             finished = router.shutdown(drain) => anyhow::Ok(finished),

@@ -94,7 +94,10 @@ impl Picker {
         // The pipe is read to its end, or the process would wait for it.
         std::thread::spawn(move || {
             for line in log.lines().map_while(Result::ok) {
-                let _ = told.send(line);
+                // Nobody listens any more: the pipe is closed.
+                if told.send(line).is_err() {
+                    break;
+                }
             }
         });
         let mut picker = Picker { process, lines, log: Vec::new() };
@@ -249,6 +252,7 @@ async fn the_standalone_chart_starts_it_and_it_is_not_ready() {
         "--grpc-health-port",
         "9003",
         "--tracing=false",
+        "--drain-timeout=100ms",
     ];
     let pod = [("POD_NAME", "llm-epp-7d9f8c6b5-x2k4z"), ("NAMESPACE", "models")];
     let mut picker = Picker::start(&args, &pod);
@@ -319,7 +323,58 @@ async fn the_gateway_chart_starts_it_and_sigterm_ends_it_politely() {
     assert_eq!(late.check(EXT_PROC).await, Ok(NOT_SERVING), "connections are still taken");
     assert!(picker.process.try_wait().unwrap().is_none(), "it goes on");
     drop((health, beside, late));
+    picker.terminate();
     assert_eq!(picker.ended().await, Some(0));
+}
+
+/// Whoever reads the log may end before the picker does.
+#[tokio::test]
+async fn a_closed_log_stops_nothing() {
+    let engine = engine().await;
+    let endpoint = format!("--endpoint=http://{}", engine.http_addr());
+    let args = ["--secure-serving=false", "-v=5", "--drain-timeout=100ms", &endpoint];
+    let mut picker = Picker::start(&args, &[]);
+    picker.lines = mpsc::channel().1;
+    let (admin, ext_proc) = (picker.address("admin"), picker.address("ext_proc"));
+    for _ in 0..50 {
+        assert_eq!(http(admin, "GET", "/healthz", "").await.status, 200);
+        let health = Health::connect(ext_proc).await;
+        assert_eq!(health.check("liveness").await, Ok(SERVING));
+    }
+    picker.terminate();
+    assert_eq!(picker.ended().await, Some(0));
+}
+
+/// What stands behind `epp` is for llm-d's parser alone.
+#[test]
+fn our_own_flags_are_none_behind_epp() {
+    for args in [["--log=debug"], ["--log-format=json"], ["--version"]] {
+        let (code, _, err) = ends(&args);
+        assert!(code == 2 && err.contains("unknown flag"), "{args:?}: {err}");
+    }
+    let (code, _, err) = ends(&["--", "--help"]);
+    assert!(code == 2 && err.contains("nothing to serve"), "{err}");
+    let empty = command(&["--help"]).env("KVROUTE_LOG", "").output().unwrap();
+    assert_eq!(empty.status.code(), Some(0));
+}
+
+/// An address that is taken is told with its flag.
+#[test]
+fn a_taken_port_is_told_with_its_flag() {
+    let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let free = ["--grpc-port=0", "--grpc-health-port=0", "--metrics-port=0", "--admin="];
+    let admin = format!("--admin=127.0.0.1:{port}");
+    let others = ["grpc-port", "grpc-health-port", "metrics-port"];
+    let others = others.map(|name| format!("--{name}={port}"));
+    for flag in others.iter().chain([&admin]) {
+        let mut args = vec!["--pool-name=x"];
+        args.extend(free);
+        args.push(flag);
+        let (code, _, err) = ends(&args);
+        let name = flag.split('=').next().unwrap();
+        assert!(code == 2 && err.contains(&format!("kvroute: {name}: cannot listen")), "{err}");
+    }
 }
 
 /// llm-d's file discovery, without any pool: row 111 of docs/differences.md.

@@ -113,7 +113,7 @@ async fn connection(
         Acceptor::Plain => converse(shared, stream, client, door, phase).await,
         #[cfg(feature = "tls")]
         Acceptor::Tls(acceptor) => {
-            let stream = tokio::time::timeout(patience, acceptor.accept(stream)).await??;
+            let stream = acceptor.accept(stream, patience).await?;
             converse(shared, stream, client, door, phase).await
         }
     }

@@ -33,7 +33,8 @@ pub struct RouterConfig {
     pub ext_proc: Option<ExtProcConfig>,
     /// Metrics, health, decisions, index; port 0 picks a free one. Whoever reaches this address
     /// can read model names and request ids, so keep it on loopback or a private network.
-    pub admin: SocketAddr,
+    /// `None`: there is no such address.
+    pub admin: Option<SocketAddr>,
     /// A further address for monitors alone.
     pub metrics: Option<MetricsListener>,
     /// Endpoints by URL.
@@ -70,6 +71,11 @@ pub struct ExtProcConfig {
     pub ignore_subset_hints: bool,
     /// Tell every candidate's score in the metadata.
     pub emit_scores: bool,
+    /// Answers name their endpoint to clients, in `x-kvroute-endpoint`.
+    pub endpoint_header: bool,
+    /// A drain lasts its whole time even if no proxy is connected: one may come back that has not
+    /// heard yet that it should ask elsewhere.
+    pub drains_in_full: bool,
 }
 
 impl ExtProcConfig {
@@ -81,6 +87,8 @@ impl ExtProcConfig {
             tls: ServerTls::default(),
             ignore_subset_hints: false,
             emit_scores: false,
+            endpoint_header: true,
+            drains_in_full: false,
         }
     }
 }
@@ -108,8 +116,11 @@ pub struct MetricsListener {
     pub address: SocketAddr,
     /// How TLS is spoken there.
     pub tls: ServerTls,
-    /// Nobody is shown metrics (401), and this is why; health is shown to everybody.
+    /// Nobody is shown metrics (401), and this is why; health is shown to everybody who can
+    /// connect.
     pub refused: Option<String>,
+    /// `/debug/pprof` says what to use in place of Go's profiles (501); else there is no such path.
+    pub says_no_profiles: bool,
 }
 
 /// A recording of all that the core hears and decides; see `kvroute_core::journal`. It holds no

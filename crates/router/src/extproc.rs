@@ -58,6 +58,8 @@ pub(crate) struct Options {
     pub reporters: Vec<Reporter>,
     /// Answers name who gave them.
     pub tells_served: bool,
+    /// They do so in kvroute's own header, too.
+    pub endpoint_header: bool,
 }
 
 impl Options {
@@ -72,6 +74,7 @@ impl Options {
             subset_hints: config.is_none_or(|config| !config.ignore_subset_hints),
             reporters: reporters.collect(),
             emit_scores: config.is_some_and(|config| config.emit_scores),
+            endpoint_header: config.is_none_or(|config| config.endpoint_header),
             tells_served: plan.reporters.iter().any(is_verifier),
         }
     }

@@ -39,8 +39,9 @@ mod tokenize;
 mod upstream;
 mod zmtp;
 
+use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -70,12 +71,17 @@ const TICK: Duration = Duration::from_millis(100);
 /// How often idle connections are looked through.
 const REAP: Duration = Duration::from_secs(1);
 
+/// Stands for a listener that there is not.
+const NO_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+
 /// Why a router could not start.
 #[derive(Debug, Error)]
 pub enum StartError {
     /// An address is taken or not ours.
-    #[error("cannot listen on {address}: {error}; choose another address")]
+    #[error("cannot listen on {address} for {what}: {error}; choose another address")]
     Listen {
+        /// Who was to connect there.
+        what: Listens,
         /// The address.
         address: SocketAddr,
         /// What the system says.
@@ -111,15 +117,43 @@ pub enum StartError {
     },
 }
 
+/// What a listener is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listens {
+    /// The embedded proxy.
+    Clients,
+    /// Proxies that ask over ext_proc.
+    ExtProc,
+    /// gRPC health without TLS.
+    Health,
+    /// Metrics and health for monitors.
+    Metrics,
+    /// The admin page.
+    Admin,
+}
+
+impl fmt::Display for Listens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Listens::Clients => "clients",
+            Listens::ExtProc => "ext_proc",
+            Listens::Health => "gRPC health",
+            Listens::Metrics => "metrics",
+            Listens::Admin => "administration",
+        })
+    }
+}
+
 /// A running router. Dropping it stops everything at once; [`RouterHandle::shutdown`] drains.
 pub struct RouterHandle {
     shared: Arc<Shared>,
     http_addr: Option<SocketAddr>,
     ext_proc_addr: Option<SocketAddr>,
     health_addr: Option<SocketAddr>,
-    admin_addr: SocketAddr,
+    admin_addr: Option<SocketAddr>,
     metrics_addr: Option<SocketAddr>,
     events_addr: Option<SocketAddr>,
+    drains_in_full: bool,
     /// Where requests come in; they are drained.
     doors: Vec<JoinHandle<()>>,
     tasks: Vec<JoinHandle<()>>,
@@ -141,10 +175,13 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
     let grpc_tls = ext_proc.as_ref().map(|ext_proc| ext_proc.tls.clone()).unwrap_or_default();
     let grpc_acceptor = tls::Acceptor::new(&grpc_tls, tls::ALPN_GRPC)?;
     let sources = sources(&config).await?;
-    let http = listen_if(config.http).await?;
-    let grpc = listen_if(ext_proc.as_ref().map(|ext_proc| ext_proc.address)).await?;
-    let health = listen_if(ext_proc.as_ref().and_then(|ext_proc| ext_proc.health)).await?;
-    let (admin, admin_addr) = listen(config.admin).await?;
+    let http = listen_if(Listens::Clients, config.http).await?;
+    let address = ext_proc.as_ref().map(|ext_proc| ext_proc.address);
+    let grpc = listen_if(Listens::ExtProc, address).await?;
+    let address = ext_proc.as_ref().and_then(|ext_proc| ext_proc.health);
+    let health = listen_if(Listens::Health, address).await?;
+    let admin = listen_if(Listens::Admin, config.admin).await?;
+    let admin_addr = address_of(&admin);
     let (monitor, metrics_addr) = Monitor::bind(config.metrics.take()).await?.unzip();
     let engines = listen_for_engines(&mut config).await?;
     let events_addr = engines.as_ref().and_then(|listener| listener.local_addr().ok());
@@ -160,13 +197,9 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         tasks.push(tokio::spawn(events::bound::serve(Arc::clone(&shared), engines)));
     }
     tasks.push(tokio::spawn(tick(Arc::clone(&shared))));
-    tasks.extend(acceptor.watch_files(&shared.metrics));
-    tasks.extend(grpc_acceptor.watch_files(&shared.metrics));
-    tasks.push(tokio::spawn(admin::serve(Arc::clone(&shared), admin)));
-    if let Some(monitor) = monitor {
-        tasks.extend(monitor.acceptor().watch_files(&shared.metrics));
-        tasks.push(tokio::spawn(monitor.serve(Arc::clone(&shared))));
-    }
+    tasks.extend(acceptor.watch(&shared.metrics));
+    tasks.extend(grpc_acceptor.watch(&shared.metrics));
+    tasks.extend(serve_people(&shared, admin, monitor));
     let options = Arc::new(extproc::Options::new(ext_proc.as_ref(), shared.brain.lock().plan()));
     let methods = |ext_proc| Door::Grpc(Methods { ext_proc });
     let [http_addr, ext_proc_addr, health_addr] = [&http, &grpc, &health].map(address_of);
@@ -186,7 +219,7 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         ext_proc = ext_proc_addr.map(tracing::field::display),
         health = health_addr.map(tracing::field::display),
         metrics = metrics_addr.map(tracing::field::display),
-        admin = %admin_addr,
+        admin = admin_addr.map(tracing::field::display),
         "The router listens."
     );
     Ok(RouterHandle {
@@ -197,9 +230,27 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         admin_addr,
         metrics_addr,
         events_addr,
+        drains_in_full: ext_proc.is_some_and(|ext_proc| ext_proc.drains_in_full),
         doors,
         tasks,
     })
+}
+
+/// What is told to people and monitors.
+fn serve_people(
+    shared: &Arc<Shared>,
+    admin: Option<(TcpListener, SocketAddr)>,
+    monitor: Option<Monitor>,
+) -> Vec<JoinHandle<()>> {
+    let mut tasks = Vec::new();
+    if let Some((admin, _)) = admin {
+        tasks.push(tokio::spawn(admin::serve(Arc::clone(shared), admin)));
+    }
+    if let Some(monitor) = monitor {
+        tasks.extend(monitor.acceptor().watch(&shared.metrics));
+        tasks.push(tokio::spawn(monitor.serve(Arc::clone(shared))));
+    }
+    tasks
 }
 
 /// Where endpoints are listed; a file is read here for the first time.
@@ -294,16 +345,20 @@ fn record(
 }
 
 async fn listen_if(
+    what: Listens,
     address: Option<SocketAddr>,
 ) -> Result<Option<(TcpListener, SocketAddr)>, StartError> {
     match address {
-        Some(address) => listen(address).await.map(Some),
+        Some(address) => listen(what, address).await.map(Some),
         None => Ok(None),
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
-    let failed = |error| StartError::Listen { address, error };
+async fn listen(
+    what: Listens,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Listen { what, address, error };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let bound = listener.local_addr().map_err(failed)?;
     Ok((listener, bound))
@@ -342,7 +397,7 @@ async fn tick(shared: Arc<Shared>) {
 impl RouterHandle {
     /// Where clients connect; port 0 of no address if there is no embedded proxy.
     pub fn http_addr(&self) -> SocketAddr {
-        self.http_addr.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)))
+        self.http_addr.unwrap_or(NO_ADDRESS)
     }
 
     /// Where Envoy connects, if it may.
@@ -355,9 +410,10 @@ impl RouterHandle {
         self.health_addr
     }
 
-    /// Where metrics, health, decisions and the index are served.
+    /// Where metrics, health, decisions and the index are served; port 0 of no address if they are
+    /// not.
     pub fn admin_addr(&self) -> SocketAddr {
-        self.admin_addr
+        self.admin_addr.unwrap_or(NO_ADDRESS)
     }
 
     /// Where monitors find metrics and health, if that is an address of its own.
@@ -377,9 +433,9 @@ impl RouterHandle {
     }
 
     /// Stops: not ready at once, no new connections of clients, requests in flight have `drain` to
-    /// finish before they are broken off. Over ext_proc new requests are answered as long, unless
-    /// no proxy is connected; then those in flight have `drain` once more. A recording is complete
-    /// afterwards. Returns whether all of them finished.
+    /// finish before they are broken off. Over ext_proc new requests are answered as long, or until
+    /// no proxy is connected where that is enough; then those in flight have `drain` once more. A
+    /// recording is complete afterwards. Returns whether all of them finished.
     pub async fn shutdown(mut self, drain: Duration) -> bool {
         self.shared.phase.send_replace(Phase::Draining);
         info!(inflight = self.inflight(), "Draining.");
@@ -388,7 +444,11 @@ impl RouterHandle {
         let mut all = futures_util::future::join_all(doors);
         let mut finished = false;
         if self.ext_proc_addr.is_some() {
-            let _ = tokio::time::timeout(drain, self.no_grpc_connection()).await;
+            match self.drains_in_full {
+                true => tokio::time::sleep(drain).await,
+                // Either way it is over.
+                false => drop(tokio::time::timeout(drain, self.no_grpc_connection()).await),
+            }
             self.shared.phase.send_replace(Phase::Closing);
         }
         finished |= tokio::time::timeout(drain, &mut all).await.is_ok();

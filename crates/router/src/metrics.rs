@@ -202,6 +202,7 @@ pub(crate) struct Metrics {
     pub recording: RecorderMetrics,
     /// Changes of certificate files, by whether the new ones are used.
     pub certificate_reloads: Family<ResultLabel, Counter>,
+    pub tls_handshake_failures: Family<ReasonLabel, Counter>,
     /// Pages of sources other than the first, which `scrapes` counts.
     pub source_scrapes: Family<EndpointSource, Counter>,
     pub source_failures: Family<EndpointSource, Counter>,
@@ -286,6 +287,7 @@ impl Metrics {
                 cuts: Family::default(),
             },
             certificate_reloads: Family::default(),
+            tls_handshake_failures: Family::default(),
             source_scrapes: Family::default(),
             source_failures: Family::default(),
             scrapes: Family::default(),
@@ -338,6 +340,11 @@ impl Metrics {
             "certificate_reloads",
             "Changes of certificate files, by whether the new ones are used",
             self.certificate_reloads.clone(),
+        );
+        r.register(
+            "tls_handshake_failures",
+            "TLS handshakes of clients that failed",
+            self.tls_handshake_failures.clone(),
         );
         let seconds = || Unit::Seconds;
         r.register_with_unit(

@@ -49,13 +49,15 @@ impl Acceptor {
         server::Server::new(tls, alpn).map(Acceptor::Tls).map_err(StartError::Tls)
     }
 
-    /// Starts to look after the files, if that is wanted; ends when the task is aborted.
+    /// From here on failed handshakes are counted. Starts to look after the files, if that is
+    /// wanted; ends when the task is aborted.
     #[cfg_attr(not(feature = "tls"), expect(unused_variables, reason = "there are no files"))]
-    pub fn watch_files(&self, metrics: &Metrics) -> Option<JoinHandle<()>> {
+    pub fn watch(&self, metrics: &Metrics) -> Option<JoinHandle<()>> {
         match self {
             Acceptor::Plain => None,
             #[cfg(feature = "tls")]
             Acceptor::Tls(server) => {
+                server.count_failures(metrics.tls_handshake_failures.clone());
                 let reloads = metrics.certificate_reloads.clone();
                 server.files().map(|files| tokio::spawn(files.watch(reloads)))
             }

@@ -149,3 +149,25 @@ async fn what_is_no_request_is_refused() {
         assert_eq!(answer, serving, "{path} {message:?}");
     }
 }
+
+/// A proxy that is not connected right now may not have heard yet that this picker stops (row 119
+/// of docs/differences.md).
+#[tokio::test]
+async fn a_drain_in_full_serves_proxies_that_come_late() {
+    const DRAIN: Duration = Duration::from_millis(1500);
+    for in_full in [true, false] {
+        let mut config = with_ext_proc(config(&[], settings()));
+        config.ext_proc.iter_mut().for_each(|ext_proc| ext_proc.drains_in_full = in_full);
+        let router = kvroute_router::start(config).await.unwrap();
+        let [ext_proc, _] = addresses(&router);
+        let began = tokio::time::Instant::now();
+        let drain = if in_full { DRAIN } else { LONG * 100 };
+        let down = tokio::spawn(router.shutdown(drain));
+        if in_full {
+            let status = check(&mut client(ext_proc).await, "readiness").await;
+            assert_eq!(status, ServingStatus::NotServing);
+        }
+        let finished = tokio::time::timeout(LONG, down).await.expect("an end").unwrap();
+        assert!(finished && (!in_full || began.elapsed() >= DRAIN));
+    }
+}

@@ -10,7 +10,7 @@ use support::*;
 
 fn monitor(tls: ServerTls, refused: Option<&str>) -> MetricsListener {
     let address = "127.0.0.1:0".parse().unwrap();
-    MetricsListener { address, tls, refused: refused.map(str::to_owned) }
+    MetricsListener { address, tls, refused: refused.map(str::to_owned), says_no_profiles: true }
 }
 
 async fn start(metrics: MetricsListener, endpoints: &[SocketAddr]) -> RouterHandle {

@@ -94,6 +94,13 @@ async fn grpc_is_served_over_tls_and_http_2_alone() {
     let name = || ServerName::try_from("localhost").unwrap();
     let refused = connector(b"http/1.1").connect(name(), tcp().await).await;
     assert!(refused.unwrap_err().to_string().contains("NoApplicationProtocol"));
+    let mut plain = tcp().await;
+    plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    let _ = plain.read_to_end(&mut Vec::new()).await;
+    for reason in ["application_protocol", "not_tls"] {
+        let series = format!("kvroute_tls_handshake_failures_total{{reason=\"{reason}\"}}");
+        assert_eq!(metric(&router, &series).await, 1.0, "{reason}");
+    }
     let stream = connector(b"h2").connect(name(), tcp().await).await.unwrap();
     let serving = (0, vec![0, 0, 0, 0, 2, 8, 1]);
     assert_eq!(grpc_call(stream, "/grpc.health.v1.Health/Check", b"").await, serving);

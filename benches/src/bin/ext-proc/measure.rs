@@ -221,7 +221,7 @@ impl Router {
             seed: 0,
             http: None,
             ext_proc: Some(ext_proc),
-            admin: any,
+            admin: Some(any),
             metrics: None,
             endpoints: endpoints.collect::<Result<_, _>>()?,
             endpoints_file: None,

@@ -61,7 +61,7 @@ impl Fleet {
             seed,
             http: Some(any),
             ext_proc: Some(ExtProcConfig::plain(any)),
-            admin: any,
+            admin: Some(any),
             endpoints: endpoints.collect::<Result<_, _>>()?,
             endpoints_file: None,
             endpoints_missing: None,

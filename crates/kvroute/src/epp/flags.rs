@@ -67,6 +67,7 @@ pub(super) struct EppFlags {
     /// kvroute's own: what `serve` calls the same.
     pub engines: Engines,
     pub admin: String,
+    pub endpoint_header: bool,
     pub upstream_metric_names: bool,
     pub seed: u64,
 
@@ -119,6 +120,7 @@ impl Default for EppFlags {
             tracing: true,
             engines: Engines::default(),
             admin: ADMIN.to_owned(),
+            endpoint_header: false,
             upstream_metric_names: false,
             seed: 0,
             given: BTreeSet::new(),

@@ -40,7 +40,7 @@ mod tests {
 
     #[test]
     fn levels_and_formats() {
-        let table: [(&[&str], &str, bool); 14] = [
+        let table: [(&[&str], &str, bool); 16] = [
             (&[], "info", true),
             (&["-v", "0"], "info", true),
             (&["--v=2"], "info", true),
@@ -55,6 +55,8 @@ mod tests {
             (&["--zap-devel", "-v=2"], "info", false),
             (&["--zap-devel", "--zap-encoder=json"], "info,kvroute=debug", true),
             (&["--zap-encoder", "console"], "info", false),
+            (&["--zap-encoder=JSON", "--zap-log-level=INFO"], "info", true),
+            (&["--zap-log-level=Warn", "--zap-encoder=Console"], "warn", false),
         ];
         for (args, expected, json) in table {
             let flags = run(args);

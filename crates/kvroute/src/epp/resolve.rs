@@ -4,13 +4,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use kvroute_core::settings::Settings;
 use kvroute_router::{
     ExtProcConfig, MetricsListener, RouterConfig, ServerCertificate, ServerTls, TlsFiles,
     UpstreamNames,
 };
 use kvroute_tokens::TokenizerOptions;
+use tracing::warn;
 
 use super::flags::EppFlags;
 use super::rules::{self, Env, Fleet};
@@ -45,8 +46,7 @@ pub(super) fn router(flags: &EppFlags, env: Env<'_>) -> anyhow::Result<(RouterCo
         seed: flags.seed,
         http: None,
         ext_proc: Some(ext_proc(flags, host)),
-        admin: crate::cli::address(&flags.admin)
-            .map_err(|valid| anyhow!("--admin: `{}`: {valid}", flags.admin))?,
+        admin: admin(flags)?,
         metrics: Some(metrics(flags, host)),
         endpoints: config::endpoints(engines)?,
         endpoints_file: engines.endpoints_file.clone(),
@@ -58,6 +58,24 @@ pub(super) fn router(flags: &EppFlags, env: Env<'_>) -> anyhow::Result<(RouterCo
     Ok((router, fleet))
 }
 
+/// Where the admin page is. Nobody who did not ask for one misses it: where the usual address is
+/// taken, by another picker on this host, there is none.
+fn admin(flags: &EppFlags) -> anyhow::Result<Option<SocketAddr>> {
+    if flags.admin.is_empty() {
+        return Ok(None);
+    }
+    let address = crate::cli::address(&flags.admin)
+        .map_err(|valid| anyhow!("--admin: `{}`: {valid}, or nothing for none", flags.admin))?;
+    let usual = !flags.given.contains("admin");
+    match TcpListener::bind(address) {
+        Err(error) if usual => {
+            warn!(%address, %error, "There is no admin page: its address is taken; see --admin.");
+            Ok(None)
+        }
+        _ => Ok(Some(address)),
+    }
+}
+
 /// The plan under the settings that flags override, and the text it comes from.
 fn plan(flags: &EppFlags) -> anyhow::Result<(kvroute_core::plan::Plan, String)> {
     let change = |settings: &mut Settings| override_settings(flags, settings);
@@ -65,8 +83,7 @@ fn plan(flags: &EppFlags) -> anyhow::Result<(kvroute_core::plan::Plan, String)> 
     let text = match &flags.config_file {
         Some(file) => {
             let name = file.display().to_string();
-            let text = std::fs::read_to_string(file)
-                .with_context(|| format!("--config-file: cannot read {name}"))?;
+            let text = config::text_of(file).map_err(|error| anyhow!("--config-file: {error}"))?;
             (text, name)
         }
         None => (flags.config_text.clone(), "--config-text".to_owned()),
@@ -120,6 +137,8 @@ fn ext_proc(flags: &EppFlags, host: IpAddr) -> ExtProcConfig {
         },
         ignore_subset_hints: flags.disable_endpoint_subset_filter,
         emit_scores: flags.emit_endpoint_scores,
+        endpoint_header: flags.endpoint_header,
+        drains_in_full: true,
     }
 }
 
@@ -128,10 +147,11 @@ fn metrics(flags: &EppFlags, host: IpAddr) -> MetricsListener {
         "" => ServerCertificate::Off,
         dir => files(dir, true),
     };
-    let refused = flags.metrics_endpoint_auth.then(|| {
+    let refused = rules::is_refused(flags).then(|| {
         "who may read metrics is for Kubernetes to say (--metrics-endpoint-auth), which this \
          version does not ask; start with --metrics-endpoint-auth=false to let everybody read \
-         them who can connect, or read them at the --admin address"
+         them who can connect, with --metrics-client-ca-file to let those who have a certificate, \
+         or read them at the --admin address"
             .to_owned()
     });
     let authority = &flags.metrics_client_ca_file;
@@ -143,6 +163,7 @@ fn metrics(flags: &EppFlags, host: IpAddr) -> MetricsListener {
             ..ServerTls::default()
         },
         refused,
+        says_no_profiles: flags.enable_pprof,
     }
 }
 
@@ -174,3 +195,6 @@ fn any_address() -> IpAddr {
         None => Ipv4Addr::UNSPECIFIED.into(),
     }
 }
+
+#[cfg(test)]
+mod tests;

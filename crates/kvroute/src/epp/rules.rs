@@ -70,8 +70,9 @@ fn check_metrics_tls(flags: &EppFlags) -> Result<(), String> {
         return Err("--metrics-client-ca-file needs --metrics-cert-dir".to_owned());
     }
     if !dir.is_empty() && authority.is_empty() && !flags.metrics_endpoint_auth {
-        return Err("--metrics-cert-dir without anybody who may read: give \
-                    --metrics-client-ca-file, or leave out --metrics-endpoint-auth=false"
+        return Err("--metrics-cert-dir with --metrics-endpoint-auth=false shows metrics to \
+                    nobody that is known: give --metrics-client-ca-file, too, or leave \
+                    --metrics-cert-dir out"
             .to_owned());
     }
     Ok(())
@@ -116,6 +117,12 @@ pub(super) fn fleet(flags: &EppFlags, env: Env<'_>, plan: &Plan) -> Result<Fleet
             format!("pods of --endpoint-selector in namespace {namespace}, port{plural} {ports}")
         }
     }))
+}
+
+/// Whether nobody may read metrics: who may is for Kubernetes to say, and no certificate of a
+/// reader stands for that.
+pub(super) fn is_refused(flags: &EppFlags) -> bool {
+    flags.metrics_endpoint_auth && flags.metrics_client_ca_file.is_empty()
 }
 
 fn is_listed(flags: &EppFlags) -> bool {
@@ -186,11 +193,12 @@ pub(super) fn remarks(flags: &EppFlags, env: Env<'_>, fleet: &Fleet) -> Vec<Stri
         remarks
             .push(format!("--refresh-metrics-interval is raised to {REFRESH_MIN:?}, the least."));
     }
-    if flags.metrics_endpoint_auth {
+    if is_refused(flags) {
         remarks.push(
             "GET /metrics is refused (401) on the metrics port: --metrics-endpoint-auth needs \
              Kubernetes to say who may read, which this version does not ask. \
-             --metrics-endpoint-auth=false opens it."
+             --metrics-endpoint-auth=false opens it; so does --metrics-client-ca-file, to who has \
+             a certificate."
                 .to_owned(),
         );
     }
@@ -200,10 +208,18 @@ pub(super) fn remarks(flags: &EppFlags, env: Env<'_>, fleet: &Fleet) -> Vec<Stri
 }
 
 /// Whether something is asked for that has no effect, what it is, and why.
-fn without_effect(flags: &EppFlags, env: Env<'_>) -> [(bool, &'static str, &'static str); 11] {
+fn without_effect(flags: &EppFlags, env: Env<'_>) -> Vec<(bool, &'static str, &'static str)> {
     let given = |name: &str| flags.given.contains(name);
     let time = &flags.zap_time_encoding;
-    [
+    let of_tls = [
+        ("cert-path", "--cert-path"),
+        ("tls-min-version", "--tls-min-version"),
+        ("tls-cipher-suites", "--tls-cipher-suites"),
+    ]
+    .map(|(name, flag)| {
+        (!flags.secure_serving && given(name), flag, "--secure-serving=false turns TLS off")
+    });
+    let others = [
         (
             flags.ha_enable_leader_election,
             "--ha-enable-leader-election",
@@ -255,7 +271,8 @@ fn without_effect(flags: &EppFlags, env: Env<'_>) -> [(bool, &'static str, &'sta
             "PREDICTION_SERVER_URL or TRAINING_SERVER_URL",
             "kvroute predicts latencies itself",
         ),
-    ]
+    ];
+    others.into_iter().chain(of_tls).collect()
 }
 
 /// What it means that a fleet is to be found in Kubernetes, which this version does not watch.

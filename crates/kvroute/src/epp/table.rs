@@ -82,7 +82,7 @@ const SERVING: &[Flag] = &[
         "DURATION",
         "30s",
         |f, v| put(&mut f.drain_timeout, duration(v).map(Some)),
-        "After SIGTERM, ext_proc goes on for this long, not ready. Before kvroute.drain_timeout_s.",
+        "After SIGTERM ext_proc goes on so long, not ready. Before kvroute.drain_timeout_s.",
     ),
     switch(
         "secure-serving",
@@ -279,13 +279,13 @@ const MONITORING: &[Flag] = &[
         "FILE",
         "",
         |f, v| text(&mut f.metrics_client_ca_file, v),
-        "With --metrics-cert-dir: readers of metrics need a certificate of this authority.",
+        "With --metrics-cert-dir: the metrics port is for who has a certificate of this authority.",
     ),
     switch(
         "enable-pprof",
         "true",
         |f, v| put(&mut f.enable_pprof, boolean(v)),
-        "No effect: Go's profiles do not exist here; /debug/pprof says what to use.",
+        "/debug/pprof says what to use for Go's profiles (501); off: no such path.",
     ),
     switch(
         "enable-grpc-stream-metrics",
@@ -402,7 +402,13 @@ const OWN: &[Flag] = &[
         "ADDR",
         "127.0.0.1:9091",
         |f, v| text(&mut f.admin, v),
-        "The full admin page: decisions, index, explain. Keep it on loopback.",
+        "The full admin page: decisions, index, explain. Keep it on loopback. --admin= is none.",
+    ),
+    switch(
+        "endpoint-header",
+        "false",
+        |f, v| put(&mut f.endpoint_header, boolean(v)),
+        "Tell clients which endpoint answered: x-kvroute-endpoint. Its address is the pod's.",
     ),
     switch(
         "upstream-metric-names",

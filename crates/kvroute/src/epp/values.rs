@@ -65,7 +65,11 @@ fn integer(text: &str) -> Option<u64> {
 /// Go's `time.ParseDuration`, not negative.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let found = GoDuration::parse(text).map(|duration| duration.0);
-    found.ok_or_else(|| "write a duration with its unit, for example 50ms, 30s or 1m30s".to_owned())
+    let opposite = text.strip_prefix('-').and_then(GoDuration::parse);
+    found.ok_or_else(|| match opposite {
+        Some(_) => "write a duration that is not negative".to_owned(),
+        None => "write a duration with its unit, for example 50ms, 30s or 1m30s".to_owned(),
+    })
 }
 
 /// A size in bytes: a Kubernetes quantity with or without a `B` behind it. `MB` is a million
@@ -87,13 +91,10 @@ pub(super) fn size(text: &str) -> Result<Option<usize>, String> {
     }
 }
 
-/// One of a few words.
+/// One of a few words, in small or large letters.
 pub(super) fn one_of(words: &[&str], text: &str) -> Result<String, String> {
-    if words.contains(&text) {
-        Ok(text.to_owned())
-    } else {
-        Err(format!("write one of {}", words.join(", ")))
-    }
+    let found = words.iter().find(|word| word.eq_ignore_ascii_case(text));
+    found.map(|word| (*word).to_owned()).ok_or_else(|| format!("write one of {}", words.join(", ")))
 }
 
 #[cfg(test)]
@@ -167,6 +168,20 @@ mod tests {
             let expected = expected.map(Duration::from_millis);
             assert_eq!(duration(text).ok(), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn a_negative_duration_is_called_one() {
+        assert!(duration("-5s").unwrap_err().contains("not negative"));
+        assert!(duration("-5").unwrap_err().contains("unit"));
+    }
+
+    #[test]
+    fn words_have_small_or_large_letters() {
+        for text in ["json", "JSON", "Json"] {
+            assert_eq!(one_of(&["json", "console"], text).as_deref(), Ok("json"));
+        }
+        assert!(one_of(&["json"], "jsonl").is_err());
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub async fn explain(
         seed: snapshot.next_seed,
         http: None,
         ext_proc: None,
-        admin: ([127, 0, 0, 1], 0).into(),
+        admin: None,
         endpoints: Vec::new(),
         endpoints_file: None,
         endpoints_missing: None,

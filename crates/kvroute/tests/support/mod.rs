@@ -46,7 +46,7 @@ pub fn config(plan: Plan, flags: &[String]) -> RouterConfig {
         seed: 1,
         http: Some(any),
         ext_proc: None,
-        admin: any,
+        admin: Some(any),
         endpoints: flags.iter().map(|flag| flag.parse().unwrap()).collect(),
         endpoints_file: None,
         endpoints_missing: None,

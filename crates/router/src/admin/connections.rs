@@ -87,10 +87,9 @@ where
         Acceptor::Plain => converse(limits, stream, answer).await,
         #[cfg(feature = "tls")]
         Acceptor::Tls(acceptor) => {
-            match tokio::time::timeout(limits.silence, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => converse(limits, stream, answer).await,
-                Ok(Err(error)) => debug!(%error, "A TLS handshake failed."),
-                Err(_) => debug!("A TLS handshake took too long."),
+            // A failure is told where hands are shaken.
+            if let Ok(stream) = acceptor.accept(stream, limits.silence).await {
+                converse(limits, stream, answer).await;
             }
         }
     }

@@ -11,10 +11,10 @@ use hyper::body::Incoming;
 use tokio::net::TcpListener;
 
 use super::{Answer, connections, fault, health, look};
-use crate::StartError;
 use crate::config::MetricsListener;
 use crate::shared::Shared;
 use crate::tls::Acceptor;
+use crate::{Listens, StartError};
 
 /// What is said to who looks for Go's profiles, which llm-d has there.
 const NO_PROFILES: &str = "there are no Go profiles of this program; use perf on the process, or \
@@ -27,6 +27,7 @@ pub(crate) struct Monitor {
     listener: TcpListener,
     acceptor: Acceptor,
     refused: Option<String>,
+    says_no_profiles: bool,
 }
 
 impl Monitor {
@@ -34,10 +35,11 @@ impl Monitor {
     pub async fn bind(
         config: Option<MetricsListener>,
     ) -> Result<Option<(Monitor, SocketAddr)>, StartError> {
-        let Some(MetricsListener { address, tls, refused }) = config else { return Ok(None) };
+        let Some(config) = config else { return Ok(None) };
+        let MetricsListener { address, tls, refused, says_no_profiles } = config;
         let acceptor = Acceptor::new(&tls, &["http/1.1"])?;
-        let (listener, address) = crate::listen(address).await?;
-        Ok(Some((Monitor { listener, acceptor, refused }, address)))
+        let (listener, address) = crate::listen(Listens::Metrics, address).await?;
+        Ok(Some((Monitor { listener, acceptor, refused, says_no_profiles }, address)))
     }
 
     /// How TLS is spoken there, to look after its files.
@@ -48,13 +50,24 @@ impl Monitor {
     /// Answers until its task is aborted. Where metrics are refused, nobody is shown them.
     pub async fn serve(self, shared: Arc<Shared>) {
         let refused: Option<Arc<str>> = self.refused.map(Arc::from);
+        let says_no_profiles = self.says_no_profiles;
         let answer = move |request: Request<Incoming>| {
             let (shared, refused) = (Arc::clone(&shared), refused.clone());
             let parts = request.into_parts().0;
-            async move { answer(&shared, refused.as_deref(), &parts).await }
+            async move {
+                match says_no_profiles && is_of_profiles(&parts) {
+                    true => fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES),
+                    false => answer(&shared, refused.as_deref(), &parts).await,
+                }
+            }
         };
         connections::serve(self.listener, self.acceptor, answer).await;
     }
+}
+
+fn is_of_profiles(asked: &Parts) -> bool {
+    let rest = asked.uri.path().strip_prefix("/debug/pprof");
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 async fn answer(shared: &Arc<Shared>, refused: Option<&str>, asked: &Parts) -> Answer {
@@ -69,10 +82,6 @@ async fn answer(shared: &Arc<Shared>, refused: Option<&str>, asked: &Parts) -> A
         }
         ("/metrics" | "/healthz" | "/readyz", _) => {
             look(shared, asked, health::Details::Counted).await
-        }
-        ("/debug/pprof", _) => fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES),
-        (path, _) if path.starts_with("/debug/pprof/") => {
-            fault(StatusCode::NOT_IMPLEMENTED, NO_PROFILES)
         }
         _ => fault(StatusCode::NOT_FOUND, ONLY),
     }

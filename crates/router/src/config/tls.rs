@@ -128,6 +128,13 @@ impl CipherSuite {
         self.name
     }
 
+    /// Go's names of suites by IANA's numbers; of two names the one that is also IANA's.
+    #[cfg(feature = "tls")]
+    pub(crate) fn names(numbers: &[u16]) -> Vec<&'static str> {
+        let named = CIPHER_SUITES.iter().filter(|(_, number)| numbers.contains(number));
+        named.map(|(name, _)| *name).filter(|name| !name.ends_with("POLY1305")).collect()
+    }
+
     /// IANA's number.
     pub fn number(self) -> u16 {
         self.number

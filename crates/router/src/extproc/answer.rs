@@ -343,7 +343,10 @@ impl Stream<'_> {
                 // Nothing else tells that the endpoint has read the prompt.
                 routed.observer.sign_of_life();
             }
-            told.push((headers::ENDPOINT_NAME.into(), routed.upstream.header.as_bytes().to_vec()));
+            if self.options.endpoint_header {
+                let endpoint = routed.upstream.header.as_bytes().to_vec();
+                told.push((headers::ENDPOINT_NAME.into(), endpoint));
+            }
             told.push((headers::REQUEST_ID_NAME.into(), routed.id_value.as_bytes().to_vec()));
             let wanted = routed.response_headers.iter();
             told.extend(wanted.map(|(n, v)| (n.to_string(), v.as_bytes().to_vec())));

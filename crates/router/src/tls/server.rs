@@ -1,17 +1,20 @@
 //! Which certificate is a client shown? One that is made at the start, or one from files, which
-//! can change while the router runs.
+//! can change while the router runs. And why do handshakes fail?
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -20,12 +23,14 @@ use tokio_rustls::rustls::server::{
     ClientHello, ResolvesServerCert, ServerConfig, WebPkiClientVerifier,
 };
 use tokio_rustls::rustls::sign::CertifiedKey;
-use tokio_rustls::rustls::{RootCertStore, SupportedProtocolVersion, version};
-use tokio_rustls::{Accept, TlsAcceptor};
+use tokio_rustls::rustls::{
+    RootCertStore, SupportedCipherSuite, SupportedProtocolVersion, version,
+};
+use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-use crate::config::{ServerCertificate, ServerTls, TlsFiles, TlsVersion};
-use crate::metrics::ResultLabel;
+use crate::config::{CipherSuite, ServerCertificate, ServerTls, TlsFiles, TlsVersion};
+use crate::metrics::{ReasonLabel, ResultLabel};
 
 /// How often files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -44,6 +49,31 @@ const SELF_SIGNED_BEFORE: Duration = Duration::from_secs(3600);
 pub(crate) struct Server {
     acceptor: TlsAcceptor,
     files: Option<Arc<WatchedFiles>>,
+    failures: Arc<Failures>,
+}
+
+/// Handshakes that failed, by kind.
+#[derive(Default)]
+struct Failures {
+    /// Set when there are metrics, which is before anybody connects.
+    counted: OnceLock<Family<ReasonLabel, Counter>>,
+    told: Mutex<BTreeSet<&'static str>>,
+}
+
+impl Failures {
+    fn note(&self, reason: &'static str, error: &io::Error) {
+        if let Some(counted) = self.counted.get() {
+            counted.get_or_create(&ReasonLabel { reason }).inc();
+        }
+        if self.told.lock().insert(reason) {
+            warn!(
+                reason,
+                %error,
+                "A TLS handshake failed; more of this kind are only counted \
+                 (kvroute_tls_handshake_failures_total)."
+            );
+        }
+    }
 }
 
 impl Server {
@@ -52,26 +82,66 @@ impl Server {
         match &tls.certificate {
             ServerCertificate::Off => Err("there is no certificate".to_owned()),
             ServerCertificate::SelfSigned => {
-                Ok(Server { acceptor: acceptor(tls, alpn, shown(self_signed()?))?, files: None })
+                let made = self_signed()?;
+                fits(tls, &made)?;
+                Ok(Server::of(acceptor(tls, alpn, shown(made))?, None))
             }
             ServerCertificate::Files { files, reload } => {
                 let used = Pair::read(files)?;
-                let shown = shown(used.certified(files)?);
+                let certified = used.certified(files)?;
+                fits(tls, &certified)?;
+                let shown = shown(certified);
                 let acceptor = acceptor(tls, alpn, Arc::clone(&shown))?;
-                let watched = reload.then(|| WatchedFiles { files: files.clone(), used, shown });
-                Ok(Server { acceptor, files: watched.map(Arc::new) })
+                let (files, tls) = (files.clone(), tls.clone());
+                let watched = reload.then(|| WatchedFiles { files, tls, used, shown });
+                Ok(Server::of(acceptor, watched))
             }
         }
     }
 
-    /// Shakes hands; the caller sets the deadline.
-    pub fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> Accept<S> {
-        self.acceptor.accept(stream)
+    fn of(acceptor: TlsAcceptor, files: Option<WatchedFiles>) -> Server {
+        Server { acceptor, files: files.map(Arc::new), failures: Arc::default() }
+    }
+
+    /// Shakes hands within `patience`. A failure is counted, and the first of each kind logged.
+    pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: S,
+        patience: Duration,
+    ) -> io::Result<TlsStream<S>> {
+        let (reason, error) =
+            match tokio::time::timeout(patience, self.acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => (failure(&error), error),
+                Err(late) => ("timeout", late.into()),
+            };
+        self.failures.note(reason, &error);
+        Err(error)
+    }
+
+    /// From here on failures are counted there.
+    pub fn count_failures(&self, counted: Family<ReasonLabel, Counter>) {
+        // Once is enough: there is one page of metrics.
+        let _set = self.failures.counted.set(counted);
     }
 
     /// The files, if they are to be looked after.
     pub fn files(&self) -> Option<Arc<WatchedFiles>> {
         self.files.clone()
+    }
+}
+
+/// The kind of a failed handshake, as a label.
+fn failure(error: &io::Error) -> &'static str {
+    use tokio_rustls::rustls::Error;
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+        None => "broken",
+        Some(Error::PeerIncompatible(_)) => "incompatible",
+        Some(Error::NoApplicationProtocol) => "application_protocol",
+        Some(Error::InvalidCertificate(_) | Error::NoCertificatesPresented) => "client_certificate",
+        Some(Error::AlertReceived(_)) => "refused_by_client",
+        Some(Error::InvalidMessage(_)) => "not_tls",
+        Some(_) => "other",
     }
 }
 
@@ -145,6 +215,37 @@ fn provider(tls: &ServerTls) -> CryptoProvider {
         });
     }
     provider
+}
+
+/// Whether clients of TLS 1.2 can agree with this key on one of the chosen cipher suites, where any
+/// of that version are chosen; the error names those that they could.
+fn fits(tls: &ServerTls, key: &CertifiedKey) -> Result<(), String> {
+    let all = ring::default_provider().cipher_suites;
+    let is_chosen = |suite: &SupportedCipherSuite| {
+        let number = u16::from(suite.suite());
+        tls.cipher_suites.iter().any(|chosen| chosen.number() == number)
+    };
+    let kind = key.key.algorithm();
+    let fit = |suite: &&SupportedCipherSuite| {
+        suite.tls13().is_none() && suite.usable_for_signature_algorithm(kind)
+    };
+    if tls.min_version == TlsVersion::Tls13 || tls.cipher_suites.is_empty() {
+        return Ok(());
+    }
+    let mut chosen = all.iter().filter(|suite| is_chosen(suite) && suite.tls13().is_none());
+    if chosen.clone().next().is_none() {
+        warn!("Only cipher suites of TLS 1.3 are chosen, so TLS 1.2 is off; clients need TLS 1.3.");
+        return Ok(());
+    }
+    if chosen.any(|suite| fit(&suite)) {
+        return Ok(());
+    }
+    let fitting: Vec<u16> = all.iter().filter(fit).map(|suite| suite.suite().into()).collect();
+    Err(format!(
+        "the certificate's key is {kind:?}, and none of the chosen cipher suites of TLS 1.2 can be \
+         used with it; choose among {}, or take a certificate with another key",
+        CipherSuite::names(&fitting).join(" ")
+    ))
 }
 
 /// A certificate for this host's names, with a new key (ECDSA, P-256).
@@ -222,6 +323,7 @@ fn read_pem(path: &Path) -> Result<Vec<u8>, String> {
 /// Kubernetes Secret changes by swapping a symlink.
 pub(crate) struct WatchedFiles {
     files: TlsFiles,
+    tls: ServerTls,
     /// What they held when the listener began.
     used: Pair,
     shown: Arc<Shown>,
@@ -280,7 +382,9 @@ impl WatchedFiles {
     }
 
     fn take_up(&self, pair: &Pair) -> Result<(), String> {
-        self.shown.0.store(Arc::new(pair.certified(&self.files)?));
+        let certified = pair.certified(&self.files)?;
+        fits(&self.tls, &certified)?;
+        self.shown.0.store(Arc::new(certified));
         Ok(())
     }
 }
@@ -410,11 +514,53 @@ mod tests {
         let two = tls(TlsVersion::Tls12, &[AES_256, "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"]);
         assert_eq!(suite(agree(&two, "localhost", TLS12, &[]).await), Some(0xc02c));
         assert!(suite(agree(&two, "localhost", TLS13, &[]).await).is_some());
-        // Suites of another kind of key, or of TLS 1.3, are none for TLS 1.2 with this key.
+        // Suites of TLS 1.3 are none for TLS 1.2; those of another kind of key refuse the start.
         for name in ["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_AES_128_GCM_SHA256"] {
             let other = tls(TlsVersion::Tls12, &[name]);
             assert_eq!(suite(agree(&other, "localhost", TLS12, &[]).await), None, "{name}");
             assert!(suite(agree(&other, "localhost", TLS13, &[]).await).is_some(), "{name}");
         }
+    }
+
+    /// A suite that no client could agree on with the certificate's key, which nobody would learn
+    /// but the proxies that are cut off.
+    #[tokio::test]
+    async fn suites_that_do_not_fit_the_key_refuse_the_start() {
+        const RSA: &str = "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256";
+        const ECDSA: &str = "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256";
+        let table: [(TlsVersion, &[&str], bool); 7] = [
+            (TlsVersion::Tls12, &[], true),
+            (TlsVersion::Tls12, &[ECDSA], true),
+            (TlsVersion::Tls12, &[RSA, ECDSA], true),
+            (TlsVersion::Tls12, &["TLS_AES_128_GCM_SHA256"], true),
+            (TlsVersion::Tls13, &[RSA], true),
+            (TlsVersion::Tls12, &[RSA], false),
+            (TlsVersion::Tls12, &[RSA, "TLS_AES_128_GCM_SHA256"], false),
+        ];
+        for (min, suites, starts) in table {
+            let server = Server::new(&tls(min, suites), &["h2"]);
+            assert_eq!(server.is_ok(), starts, "{min:?} {suites:?}");
+            let error = server.err().unwrap_or_default();
+            assert!(starts || (error.contains(ECDSA) && !error.contains(RSA)), "{error}");
+            assert!(!error.contains("POLY1305 "), "one name for each: {error}");
+        }
+    }
+
+    #[test]
+    fn a_changed_certificate_must_fit_the_chosen_suites() {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let pair = Pair {
+            cert: made.cert.pem().into_bytes(),
+            key: made.signing_key.serialize_pem().into_bytes(),
+        };
+        let watched = |suites: &[&str]| WatchedFiles {
+            files: TlsFiles { cert: "c".into(), key: "k".into() },
+            tls: tls(TlsVersion::Tls12, suites),
+            used: pair.clone(),
+            shown: shown(self_signed().unwrap()),
+        };
+        assert_eq!(watched(&[]).take_up(&pair), Ok(()));
+        let rsa = watched(&["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"]);
+        assert!(rsa.take_up(&pair).unwrap_err().contains("_ECDSA_"));
     }
 }

@@ -277,6 +277,22 @@ async fn the_headers_of_an_answer() {
     world.is_at_rest().await;
 }
 
+/// Clients behind a gateway learn no address of a pod unless they are to: row 120 of
+/// docs/differences.md.
+#[tokio::test]
+async fn the_endpoint_is_told_to_clients_only_where_wanted() {
+    let mut setup = Setup::default();
+    setup.ext_proc.endpoint_header = false;
+    let world = setup.start().await;
+    let mut call = routed_call(&world, "quiet").await;
+    call.send(response_headers(JSON_HEADERS, false));
+    let told = set_headers(&call.next().await);
+    assert!(told.contains(&("x-request-id".to_owned(), "quiet".to_owned())), "{told:?}");
+    assert!(told.iter().all(|(_, value)| *value != world.at(1)), "{told:?}");
+    call.reset().await;
+    world.is_at_rest().await;
+}
+
 /// The data plane may have tried another endpoint than the first, and says which one served. The
 /// first is avoided then.
 #[tokio::test]

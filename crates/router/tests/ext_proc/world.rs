@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use kvroute_core::config::EndpointPickerConfig;
 use kvroute_core::plan::{Experimental, Plan};
 use kvroute_core::settings::Settings;
-use kvroute_router::{ExtProcConfig, RouterConfig, RouterHandle, ServerTls, UpstreamNames};
+use kvroute_router::{ExtProcConfig, RouterConfig, RouterHandle, UpstreamNames};
 
 use crate::client::*;
 use crate::envoy::*;
@@ -70,13 +70,7 @@ pub struct Setup<'a> {
 
 impl Default for Setup<'_> {
     fn default() -> Self {
-        let ext_proc = ExtProcConfig {
-            address: "127.0.0.1:0".parse().unwrap(),
-            health: None,
-            tls: ServerTls::default(),
-            ignore_subset_hints: false,
-            emit_scores: false,
-        };
+        let ext_proc = ExtProcConfig::plain("127.0.0.1:0".parse().unwrap());
         Setup { yaml: USUAL, pods: PODS, roles: &[], settings: settings(), ext_proc, names: None }
     }
 }

@@ -338,7 +338,7 @@ pub fn config(endpoints: &[SocketAddr], settings: Settings) -> RouterConfig {
         seed: 1,
         http: Some("127.0.0.1:0".parse().unwrap()),
         ext_proc: None,
-        admin: "127.0.0.1:0".parse().unwrap(),
+        admin: Some("127.0.0.1:0".parse().unwrap()),
         endpoints: endpoints.iter().map(|a| format!("http://{a}").parse().unwrap()).collect(),
         endpoints_file: None,
         endpoints_missing: None,

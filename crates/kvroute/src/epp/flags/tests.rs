@@ -91,7 +91,7 @@ fn every_flag_of_llm_d_is_known_with_its_default() {
     assert_eq!(names.len(), all().count(), "no name twice");
     let listed: BTreeSet<&str> = UPSTREAM.iter().map(|(name, _)| *name).collect();
     let rest: Vec<&&str> = names.difference(&listed).collect();
-    assert_eq!(rest, [&"seed", &"upstream-metric-names"]);
+    assert_eq!(rest, [&"endpoint-header", &"seed", &"upstream-metric-names"]);
 }
 
 #[test]

@@ -39,7 +39,10 @@ fn flags_that_do_not_fit_together_are_errors() {
         (&[selector, nine, "--endpoint-selector="], "nothing to serve"),
         (&[pool, "--config-file=c", "--config-text=x"], "--config-file and --config-text"),
         (&[pool, "--metrics-client-ca-file=ca"], "needs --metrics-cert-dir"),
-        (&[pool, "--metrics-cert-dir=d", "--metrics-endpoint-auth=false"], "who may read"),
+        (
+            &[pool, "--metrics-cert-dir=d", "--metrics-endpoint-auth=false"],
+            "shows metrics to nobody",
+        ),
         (&[pool, "--kv-replay-port=1"], "--kv-events-port"),
         (&[pool, "--metrics-staleness-threshold=0"], "--metrics-staleness-threshold"),
     ];
@@ -106,7 +109,7 @@ fn endpoints_come_from_lists_before_kubernetes() {
 #[test]
 fn what_is_asked_for_and_not_done_is_said() {
     let open = "--metrics-endpoint-auth=false";
-    let table: [(&[&str], &str); 20] = [
+    let table: [(&[&str], &str); 24] = [
         (&[], ""),
         (&["--tracing=false", "--health-checking", "--enable-pprof=false"], ""),
         (&["--zap-time-encoding=rfc3339nano", "--refresh-metrics-interval=50ms"], ""),
@@ -125,6 +128,10 @@ fn what_is_asked_for_and_not_done_is_said() {
         (&["--zap-stacktrace-level=info"], "--zap-stacktrace-level"),
         (&["--zap-time-encoding=epoch"], "--zap-time-encoding"),
         (&["--enable-cert-reload"], "--enable-cert-reload"),
+        (&["--secure-serving=false", "--cert-path=d"], "--cert-path has no effect"),
+        (&["--secure-serving=false", "--tls-min-version=VersionTLS13"], "--tls-min-version"),
+        (&["--secure-serving=false", "--tls-cipher-suites="], "--tls-cipher-suites"),
+        (&["--secure-serving=false", "--enable-cert-reload"], "--enable-cert-reload"),
         (&["--enable-grpc-stream-metrics"], "--enable-grpc-stream-metrics"),
         (&["--metrics-endpoint-auth"], "GET /metrics is refused"),
     ];
@@ -136,6 +143,8 @@ fn what_is_asked_for_and_not_done_is_said() {
             _ => assert!(remarks.len() == 1 && remarks[0].starts_with(expected), "{remarks:?}"),
         }
     }
+    let mtls = ["--metrics-cert-dir=d", "--metrics-client-ca-file=ca"];
+    assert_eq!(remarks(&run(&mtls), &env, &Fleet::Listed), Vec::<String>::new());
     let predicts = |name: &str| (name == "PREDICTION_SERVER_URL").then(|| "http://x".to_owned());
     assert!(remarks(&run(&[open]), &predicts, &Fleet::Listed)[0].starts_with("PREDICTION"));
 }

@@ -24,6 +24,7 @@ pub(super) fn filled() -> Metrics {
         &metrics.discovery_errors,
         &metrics.bound_dropped,
         &metrics.recording.cuts,
+        &metrics.tls_handshake_failures,
     ] {
         family.get_or_create_owned(&reason);
     }
