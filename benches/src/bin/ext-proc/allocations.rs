@@ -5,6 +5,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::ops::Sub;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use serde::{Deserialize, Serialize};
+
 /// The system's allocator, which the router uses, with a counter in front.
 pub struct Counting;
 
@@ -46,7 +48,7 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 /// Allocations so far.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Allocations {
     pub count: u64,
     pub bytes: u64,

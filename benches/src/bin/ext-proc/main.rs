@@ -1,6 +1,6 @@
 //! What does an Endpoint Picker cost? Time to decide, CPU, memory, beside what llm-d publishes.
 //!
-//! This process is the router and nothing else. Envoy, with the messages of its full duplex mode
+//! The measuring process is the router and nothing else. Envoy, with the messages of its full duplex mode
 //! written by hand, and the engines' metrics pages are another one. Allocations are counted.
 
 mod allocations;
@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvroute_tokens::{Tokenizer, TokenizerOptions};
+use serde::{Deserialize, Serialize};
 
 #[global_allocator]
 static ALLOCATOR: allocations::Counting = allocations::Counting;
@@ -47,16 +48,22 @@ enum Command {
     /// Envoy's and the engines' process.
     #[command(hide = true)]
     Load(load::LoadArgs),
+    /// The router's process, for one configuration.
+    #[command(hide = true)]
+    Rows {
+        /// What is asked for, as JSON.
+        bench: String,
+    },
 }
 
 /// How Envoy connects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 enum Transport {
     Plain,
     Tls,
 }
 
-#[derive(Args)]
+#[derive(Clone, Args, Serialize, Deserialize)]
 struct Bench {
     /// Configurations: names of presets.
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
@@ -117,6 +124,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Load(args)) => load::main(&args).map(|()| true),
+        Some(Command::Rows { bench }) => rows(&bench).map(|()| true),
         None => bench(cli.bench),
     };
     match done {
@@ -130,6 +138,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn rows(bench: &str) -> anyhow::Result<()> {
+    let rows = measure::one(&serde_json::from_str(bench)?)?;
+    println!("{}", serde_json::to_string(&rows)?);
+    Ok(())
 }
 
 /// Whether every request was answered.

@@ -14,6 +14,7 @@ use kvroute_router::{
 };
 use kvroute_wire::config::CONFIG_BYTES_MAX;
 use kvroute_wire::yaml::Tree;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -31,6 +32,7 @@ const DECISIONS: usize = 2_000;
 pub const EXTRA_PIECES: u32 = 2;
 
 /// A configuration under one kind of load.
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
     pub config: String,
     pub endpoints: usize,
@@ -53,7 +55,7 @@ pub struct Row {
 }
 
 /// A load, and what it cost.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Loop {
     pub requests: f64,
     pub seconds: f64,
@@ -77,7 +79,7 @@ impl Loop {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Quantiles {
     pub p50: f64,
     pub p95: f64,
@@ -163,23 +165,45 @@ impl Drop for Load {
     }
 }
 
-/// Everything that was asked for.
+/// Everything that was asked for, each configuration in a process of its own: memory that one has
+/// left behind is not the next one's.
 pub fn all(args: &Bench) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (at, endpoints) in args.endpoints.iter().enumerate() {
-        for &transport in &args.transports {
+        for transport in &args.transports {
             for config in &args.configs {
                 let first = at == 0 && args.configs.first() == Some(config);
-                if transport == Transport::Tls && !first {
+                if *transport == Transport::Tls && !first {
                     continue;
                 }
-                let mut load = Load::start(*endpoints, args.tokenizer.as_deref())?;
-                let router = Router::start(args, config, transport, &load.engines)?;
-                rows.extend(router.measure(args, config, transport, &mut load)?);
+                let one = Bench {
+                    configs: vec![config.clone()],
+                    endpoints: vec![*endpoints],
+                    transports: vec![*transport],
+                    ..args.clone()
+                };
+                let mut command = Command::new(std::env::current_exe()?);
+                command.arg("rows").arg(serde_json::to_string(&one)?);
+                let done = command.stderr(Stdio::inherit()).output()?;
+                anyhow::ensure!(done.status.success(), "{config} could not be measured");
+                let measured: Vec<Row> = serde_json::from_slice(&done.stdout)?;
+                rows.extend(measured);
             }
         }
     }
     Ok(rows)
+}
+
+/// The rows of one configuration.
+pub fn one(args: &Bench) -> anyhow::Result<Vec<Row>> {
+    let ([config], [endpoints], [transport]) =
+        (&args.configs[..], &args.endpoints[..], &args.transports[..])
+    else {
+        bail!("rows are of one configuration");
+    };
+    let mut load = Load::start(*endpoints, args.tokenizer.as_deref())?;
+    let router = Router::start(args, config, *transport, &load.engines)?;
+    router.measure(args, config, *transport, &mut load)
 }
 
 /// Folder of the presets that ship with the program.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::measure::{EXTRA_PIECES, Row};
-use crate::{Bench, Transport, process};
+use crate::{Bench, Transport};
 
 /// llm-d's own figures: `test/perf/config/studyanalysis/high_qps_small_token_comparison_analysis.md`
 /// of its repository (500 requests/s of 200 tokens, answers of 100, 10 endpoints), by what it was
@@ -112,8 +112,8 @@ fn requests(out: &mut String, args: &Bench, rows: &[Row]) {
     line(
         out,
         &format!(
-            "\n| {} requests/s, answers streamed | cores | decided inside p50 / p95 / p99, µs | seen \
-         by the caller, µs | alone, µs | requests late p99, ms | others' cores |",
+            "\n| {} requests/s, answers streamed | cores | decided inside p50 / p95 / p99, µs | \
+         whole answer at the caller, µs | the same, one caller, µs | requests late p99, ms | others' cores |",
             args.rate
         ),
     );
@@ -141,8 +141,8 @@ fn work(out: &mut String, args: &Bench, rows: &[Row]) {
     line(
         out,
         "\n| | CPU s per 1,000 requests, answers without bodies | with them | CPU of a \
-         streamed token, µs | requests/s per core | allocations of a request | KB of them | \
-         allocations of a token | memory, MB |",
+         streamed token, µs | requests/s per core, closed loop | allocations of a request | KiB of \
+         them | allocations of a token | memory, MB |",
     );
     line(out, "|---|---|---|---|---|---|---|---|---|");
     let pieces = f64::from(args.answer_tokens + EXTRA_PIECES);
@@ -169,7 +169,6 @@ fn work(out: &mut String, args: &Bench, rows: &[Row]) {
     }
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let _ = writeln!(out, "\nLoad average at the end: {}", load.split(' ').next().unwrap_or("?"));
-    let _ = writeln!(out, "CPU of this process in all: {:.0} s", process::usage_of_this().cpu_s);
 }
 
 fn line(out: &mut String, text: &str) {
