@@ -114,6 +114,10 @@ struct Bench {
     #[arg(long, value_name = "S", default_value_t = 60)]
     wait_seconds: u64,
 
+    /// How often a loop is run at most while the machine is not quiet; the quietest counts.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    attempts: u32,
+
     /// `tokenizer.json`; without it Qwen3's where `scripts/fetch-tokenizers.sh` puts it, else the
     /// small built-in one.
     #[arg(long, value_name = "FILE")]

@@ -28,6 +28,8 @@ use crate::{Bench, Transport, process, tokenizer};
 const WARMUP_S: f64 = 2.0;
 /// Decisions whose time is asked for.
 const DECISIONS: usize = 2_000;
+/// Requests that leave later than this, 99th percentile, are no open loop.
+const LATE_MS_MAX: f64 = 5.0;
 /// Messages of an answer beyond its tokens: its usage, and Envoy's empty last piece.
 pub const EXTRA_PIECES: u32 = 2;
 
@@ -71,6 +73,16 @@ pub struct Loop {
 impl Loop {
     pub fn cores(&self) -> f64 {
         self.cpu_s / self.seconds
+    }
+
+    /// How much else the machine did, and whether requests left in time because of it.
+    fn disturbance(&self) -> f64 {
+        self.other_cores + self.late_ms / LATE_MS_MAX
+    }
+
+    /// Its figures are not to be trusted: what is late comes in bursts, which cost less.
+    pub fn is_disturbed(&self) -> bool {
+        self.late_ms > LATE_MS_MAX || self.other_cores > 2.0 * process::QUIET_CORES
     }
 
     /// Of one request, in microseconds.
@@ -301,14 +313,7 @@ impl Router {
             let warmup_s = WARMUP_S + gap_s * f64::from(answer_tokens + EXTRA_PIECES);
             let open = Job { answer_tokens, warmup_s, ..silent.clone() };
             let mut errors = 0;
-            let mut run = |job: &Job| {
-                let (cost, done) = load.run(job)?;
-                for (what, count) in &done.errors {
-                    eprintln!("{config}, {prompt_tokens} tokens: {count} times {what}");
-                }
-                errors += done.errors.values().sum::<u64>();
-                anyhow::Ok(cost)
-            };
+            let mut run = |job: &Job| self.quietest(args, load, job, &mut errors);
             eprintln!("{config}, {endpoints} engines, {prompt_tokens} tokens, {transport:?}");
             let (alone, closed) = (run(&job)?, run(&many)?);
             let (silent, open) = (run(&silent)?, run(&open)?);
@@ -330,6 +335,34 @@ impl Router {
             });
         }
         Ok(rows)
+    }
+
+    /// A load, tried again while something else disturbs it.
+    fn quietest(
+        &self,
+        args: &Bench,
+        load: &mut Load,
+        job: &Job,
+        errors: &mut u64,
+    ) -> anyhow::Result<Loop> {
+        let mut best: Option<Loop> = None;
+        for _ in 0..args.attempts.max(1) {
+            let (cost, done) = load.run(job)?;
+            for (what, count) in &done.errors {
+                eprintln!("{count} times {what}");
+            }
+            *errors += done.errors.values().sum::<u64>();
+            let is_quiet = !cost.is_disturbed();
+            if best.as_ref().is_none_or(|best| cost.disturbance() < best.disturbance()) {
+                best = Some(cost);
+            }
+            if is_quiet {
+                break;
+            }
+            let patience = Duration::from_secs(args.wait_seconds);
+            self.runtime.block_on(process::quiet(patience));
+        }
+        best.context("it was tried at least once")
     }
 
     /// How long the last decisions took, by the router's own account.

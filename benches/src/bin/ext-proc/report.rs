@@ -51,9 +51,13 @@ pub fn tables(args: &Bench, rows: &[Row]) -> String {
     out
 }
 
+/// A row whose loops were disturbed says so.
 fn name(row: &Row) -> String {
     let tls = if row.transport == Transport::Tls { ", TLS" } else { "" };
-    format!("{}, {} endpoints, {} tokens{tls}", row.config, row.endpoints, row.prompt_tokens)
+    let disturbed = row.open.is_disturbed() || row.silent.is_disturbed();
+    let mark = if disturbed { " (disturbed)" } else { "" };
+    let Row { config, endpoints, prompt_tokens, .. } = row;
+    format!("{config}, {endpoints} endpoints, {prompt_tokens} tokens{tls}{mark}")
 }
 
 fn published(out: &mut String, args: &Bench, rows: &[Row]) {
@@ -113,7 +117,7 @@ fn requests(out: &mut String, args: &Bench, rows: &[Row]) {
         out,
         &format!(
             "\n| {} requests/s, answers streamed | cores | decided inside p50 / p95 / p99, µs | \
-         whole answer at the caller, µs | the same, one caller, µs | requests late p99, ms | others' cores |",
+         seen by the caller, µs | the same, one caller, µs | requests late p99, ms | others' cores |",
             args.rate
         ),
     );
