@@ -1,7 +1,8 @@
 //! What does an Endpoint Picker cost? Time to decide, CPU, memory, beside what llm-d publishes.
 //!
-//! The measuring process is the router and nothing else. Envoy, with the messages of its full duplex mode
-//! written by hand, and the engines' metrics pages are another one. Allocations are counted.
+//! The measuring process is the router and nothing else. Envoy, with the messages of its full
+//! duplex mode written by hand, and the engines' metrics pages are another one. Allocations are
+//! counted.
 
 mod allocations;
 mod engines;

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use crate::measure::{EXTRA_PIECES, Row};
 use crate::{Bench, Transport};
 
-/// llm-d's own figures: `test/perf/config/studyanalysis/high_qps_small_token_comparison_analysis.md`
-/// of its repository (500 requests/s of 200 tokens, answers of 100, 10 endpoints), by what it was
-/// configured with.
+/// llm-d's own figures, `high_qps_small_token_comparison_analysis.md` in
+/// `test/perf/config/studyanalysis` of its repository (500 requests/s of 200 tokens, answers of
+/// 100, 10 endpoints), by what it was configured with.
 struct Published {
     config: &'static str,
     cores: f64,
@@ -117,7 +117,8 @@ fn requests(out: &mut String, args: &Bench, rows: &[Row]) {
         out,
         &format!(
             "\n| {} requests/s, answers streamed | cores | decided inside p50 / p95 / p99, µs | \
-         seen by the caller, µs | the same, one caller, µs | requests late p99, ms | others' cores |",
+         seen by the caller, µs | the same, one caller, µs | requests late p99, ms | \
+         others' cores |",
             args.rate
         ),
     );
