@@ -28,7 +28,7 @@ use tracing::{info, warn};
 
 use crate::config::ExtProcConfig;
 use crate::error::RouteError;
-use crate::grpc::{Call, End, Silence};
+use crate::grpc::{Call, End, Open, Silence};
 use crate::headers;
 use crate::route::note_refused;
 use crate::shared::{Phase, Shared};
@@ -108,8 +108,8 @@ impl From<End> for Stop {
 pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut Call) -> End {
     let began = Instant::now();
     let named = shared.metrics.upstream.as_ref().and_then(|names| names.streams());
-    named.inspect(|streams| streams.begin());
-    shared.metrics.ext_proc_streams.inc();
+    let _named = named.map(|streams| streams.begin());
+    let _open = Open::new(&shared.metrics.ext_proc_streams);
     let age_max = shared.settings.ext_proc_stream_timeout_s.max(1);
     let mut stream = Stream {
         shared,
@@ -121,7 +121,6 @@ pub(crate) async fn process(shared: &Arc<Shared>, options: &Options, call: &mut 
         until: began + Duration::from_secs(u64::from(age_max)),
     };
     let end = stream.run().await.err().unwrap_or_else(End::ok);
-    shared.metrics.ext_proc_streams.dec();
     shared.metrics.count_ext_proc_end(end.code);
     if end.code.is_misuse() && shared.complaints.is_first_of_setup(end.code.as_str()) {
         let (code, why) = (end.code.as_str(), &end.message);

@@ -23,6 +23,7 @@ use kvroute_core::settings::ms;
 use kvroute_wire::error_body::grpc_message;
 use kvroute_wire::grpc::{Code, FrameError, MessageReader};
 use kvroute_wire::{ext_proc, grpc_health};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
@@ -139,19 +140,19 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// A call in the count of those under way.
-struct Open<'a>(&'a Shared);
+/// One more in a gauge of those under way, however it ends.
+pub(crate) struct Open<'a>(&'a Gauge);
 
 impl Open<'_> {
-    fn new(shared: &Shared) -> Open<'_> {
-        shared.metrics.grpc_calls.inc();
-        Open(shared)
+    pub fn new(gauge: &Gauge) -> Open<'_> {
+        gauge.inc();
+        Open(gauge)
     }
 }
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.metrics.grpc_calls.dec();
+        self.0.dec();
     }
 }
 
@@ -176,7 +177,7 @@ async fn answer(
     request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
 ) {
-    let _open = Open::new(shared);
+    let _open = Open::new(&shared.metrics.grpc_calls);
     let (head, body) = request.into_parts();
     let mut call = match Call::new(shared, &head.headers, body, respond) {
         Ok(call) => call,

@@ -278,7 +278,7 @@ pub(crate) struct Chosen {
     /// The totals of those that no filter removed, if proxies are told.
     pub scores: Vec<(Name, f64)>,
     /// Headers for the endpoint: who else works for the request.
-    pub request_headers: Vec<RequestHeader>,
+    request_headers: Vec<RequestHeader>,
     /// How the request came to its model, if that may be another one than it named.
     pub rewrite: Option<Rewrite>,
     mode: Mode,
@@ -288,11 +288,15 @@ pub(crate) struct Chosen {
 }
 
 impl Chosen {
+    /// What endpoints are told whichever of them is tried.
+    pub fn told(&self) -> impl Iterator<Item = &RequestHeader> {
+        self.request_headers.iter().filter(|header| header.name != DATA_PARALLEL_HEADER)
+    }
+
     /// Sets the headers that name those who work for the request before it is answered. The rank
     /// behind a shared port differs by the endpoint that is tried, and is set there.
     fn tell_endpoint(&self, headers: &mut HeaderMap) {
-        let told = self.request_headers.iter().filter(|h| h.name != DATA_PARALLEL_HEADER);
-        for RequestHeader { name, value } in told {
+        for RequestHeader { name, value } in self.told() {
             if let Ok(value) = HeaderValue::from_str(value) {
                 headers.insert(HeaderName::from_static(name), value);
             }

@@ -91,8 +91,9 @@ impl Stream<'_> {
         let path = String::from_utf8_lossy(block.get(":path").unwrap_or_default()).into_owned();
         let bytes: usize = block.headers.iter().map(|(n, v)| n.len() + v.len() + 4).sum();
         // Whatever their values are.
-        let names = block.headers.iter().filter_map(|(name, _)| HeaderName::from_bytes(name).ok());
-        let mut removed: Vec<HeaderName> = names.filter(headers::is_control).collect();
+        let control = block.headers.iter().filter(|(name, _)| headers::is_control_name(name));
+        let mut removed: Vec<HeaderName> =
+            control.filter_map(|(name, _)| HeaderName::from_bytes(name).ok()).collect();
         let mut headers = HeaderMap::with_capacity(block.headers.len());
         for (name, value) in block.headers {
             // Pseudo-headers have no names that HTTP allows.
@@ -137,11 +138,11 @@ impl Stream<'_> {
         let chosen = self.decide(head, &body, subset.flatten().as_deref()).await?;
         let upstream = self.shared.upstreams.get(chosen.candidates[0]).ok_or(RouteError::Gone)?;
         let restorer = chosen.rewrite.as_ref().and_then(Rewrite::restorer);
-        let sent = self.send_on(head, &body, &chosen, &upstream).await;
-        let wants_answer = head.way.api.tells_usage()
-            || restorer.is_some()
-            || !chosen.response_headers.is_empty()
-            || self.options.tells_served;
+        // A compressed answer does not show its usage, nor its model.
+        let reads_answer = head.way.api.tells_usage() || restorer.is_some();
+        let sent = self.send_on(head, &body, &chosen, &upstream, reads_answer).await;
+        let wants_answer =
+            reads_answer || !chosen.response_headers.is_empty() || self.options.tells_served;
         let response_headers = chosen.response_headers.clone();
         let mut observer = route::observe(self.shared, &head.way, chosen, place);
         observer.outcome.attempts = 1;
@@ -290,6 +291,7 @@ impl Stream<'_> {
         body: &Body,
         chosen: &Chosen,
         upstream: &Arc<Upstream>,
+        reads_answer: bool,
     ) -> Result<(), End> {
         let destination = self.destination(chosen, upstream);
         let pieces = body.whole.as_ref().map(|body| renamed(body, chosen.rewrite.as_ref()));
@@ -304,18 +306,15 @@ impl Stream<'_> {
             let id = head.way.id_value.as_bytes();
             changes.push(HeaderChange::Set(headers::REQUEST_ID_NAME, id));
         }
-        let told = chosen.request_headers.iter().filter(|h| h.name != DATA_PARALLEL_HEADER);
-        changes.extend(told.map(|h| HeaderChange::Set(h.name, h.value.as_bytes())));
+        let told = chosen.told().map(|h| HeaderChange::Set(h.name, h.value.as_bytes()));
+        changes.extend(told);
         if let Some(address) = &upstream.data_parallel {
             changes.push(HeaderChange::Set(DATA_PARALLEL_HEADER, address.as_bytes()));
         }
         if upstream.shares_address.load(std::sync::atomic::Ordering::Relaxed) {
             changes.push(HeaderChange::Set(headers::RANK, rank.as_bytes()));
         }
-        // A compressed answer does not show its usage, nor its model.
-        let restores = chosen.rewrite.as_ref().is_some_and(|r| r.restorer().is_some());
-        let is_read = head.way.api.tells_usage() || restores;
-        if is_read && head.headers.contains_key(ACCEPT_ENCODING) {
+        if reads_answer && head.headers.contains_key(ACCEPT_ENCODING) {
             changes.push(HeaderChange::Remove(ACCEPT_ENCODING.as_str()));
         }
         let set: Vec<&str> = changes.iter().filter_map(set_name).collect();

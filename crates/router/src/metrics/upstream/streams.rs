@@ -10,6 +10,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::grpc::Open;
+
 /// Bounds of durations, in seconds.
 const SECONDS: [f64; 14] =
     [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
@@ -43,14 +45,13 @@ impl Streams {
         streams
     }
 
-    /// One more.
-    pub fn begin(&self) {
-        self.inflight.inc();
+    /// One more, until the answer is dropped.
+    pub fn begin(&self) -> Open<'_> {
+        Open::new(&self.inflight)
     }
 
-    /// One less.
+    /// One has ended so.
     pub fn end(&self, code: Code, took: Duration) {
-        self.inflight.dec();
         self.duration.observe(took.as_secs_f64());
         self.ended.get_or_create(&EndLabels { code: go_name(code) }).inc();
     }

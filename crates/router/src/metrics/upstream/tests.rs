@@ -107,8 +107,9 @@ fn happen(metrics: &Arc<UpstreamMetrics>) {
     metrics.rejected(&Decided { model: "old", rule: "r", ..about("new", "tenant") }, 503);
     metrics.refused(413);
     let streams = metrics.streams().unwrap();
-    streams.begin();
-    streams.begin();
+    // One is still open when the page is read, the other has ended.
+    std::mem::forget(streams.begin());
+    drop(streams.begin());
     streams.end(Code::Cancelled, Duration::from_secs(2));
     metrics.count_poll_error(&"metrics-data-source".into());
     metrics.count_extract_error(&"metrics-data-source".into(), &"core-metrics-extractor".into());
