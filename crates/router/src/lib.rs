@@ -30,6 +30,8 @@ mod observe;
 mod patient;
 mod proxy;
 mod recorder;
+#[doc(hidden)]
+pub mod rehearse;
 mod rewrite;
 mod route;
 mod scrape;

@@ -258,12 +258,14 @@ impl Reservation {
         self.shared.brain.lock().redirect(now, self.ticket, to);
     }
 
-    fn first_chunk(&self) {
+    /// The first byte of the answer has come.
+    pub fn first_chunk(&self) {
         let now = self.shared.clock.now();
         self.shared.brain.lock().on_response(now, self.ticket, ResponseEvent::FirstChunk);
     }
 
-    fn close(&mut self, usage: Option<Usage>, last: ResponseEvent) {
+    /// The answer has ended; once.
+    pub fn close(&mut self, usage: Option<Usage>, last: ResponseEvent) {
         if !std::mem::take(&mut self.open) {
             return;
         }
@@ -416,7 +418,8 @@ impl Observer {
         self.close(usage, last);
     }
 
-    fn close(&mut self, usage: Option<Usage>, last: ResponseEvent) {
+    /// The answer has ended; once.
+    pub fn close(&mut self, usage: Option<Usage>, last: ResponseEvent) {
         let outcome = &mut self.outcome;
         if let Some(usage) = usage {
             outcome.prompt_tokens = Some(usage.prompt_tokens);

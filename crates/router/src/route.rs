@@ -367,7 +367,7 @@ async fn hold<'a>(shared: &'a Shared, candidate: &Candidate<'_>) -> Option<HeldP
 }
 
 /// Decides where a request goes, and notes the decision. Its body has been complete `since` then.
-fn choose(
+pub(crate) fn choose(
     shared: &Arc<Shared>,
     candidate: &Candidate<'_>,
     held: Option<HeldId>,
