@@ -42,7 +42,7 @@ impl From<(u16, u32)> for EndpointId {
 }
 
 /// A shared, immutable name (endpoint, plugin): cloned into decision records without allocating.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name(Arc<str>);
 
 impl Name {

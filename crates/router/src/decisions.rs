@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, SystemTime};
 
 use kvroute_core::decision::DecisionRecord;
+use kvroute_core::fleet::Name;
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -18,7 +19,7 @@ pub(crate) struct Outcome {
     /// Status that the client got; 499 when it left first, 0 when the router has not seen it.
     pub status: u16,
     /// Endpoint that answered, or the last one tried.
-    pub endpoint: String,
+    pub endpoint: Name,
     /// Endpoints tried.
     pub attempts: u32,
     /// From the request's head to the first byte of the answer's body.
@@ -35,6 +36,15 @@ pub(crate) struct Outcome {
     pub delivered_tokens: Option<u32>,
     /// What went wrong.
     pub error: Option<String>,
+}
+
+impl Outcome {
+    /// Another endpoint than was chosen may answer.
+    pub fn set_endpoint(&mut self, name: &str) {
+        if self.endpoint.as_str() != name {
+            self.endpoint = Name::from(name);
+        }
+    }
 }
 
 /// One request in the ring.

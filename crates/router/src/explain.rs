@@ -159,8 +159,7 @@ pub(crate) async fn explain(
     question: Question,
 ) -> Result<Explained, RouteError> {
     let Question { path, headers: mut client, body, seed } = question;
-    headers::strip_hop_by_hop(&mut client);
-    headers::strip_control(&mut client);
+    headers::strip(&mut client);
     let header = |name: &str| client.get(name).and_then(|value| value.to_str().ok());
     let path = path.as_deref().unwrap_or_else(|| path_of(&body));
     let api = shared.parsers.resolve(request_path(path, header))?;

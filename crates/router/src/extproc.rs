@@ -310,7 +310,7 @@ impl Stream<'_> {
         way: &crate::route::Way,
         error: &RouteError,
     ) -> Result<(), End> {
-        note_refused(self.shared, &way.request_id, error);
+        note_refused(self.shared, way.request_id.as_str(), error);
         if let RouteError::BodyMode(_) = error
             && self.shared.complaints.is_first_of_setup("ext_proc body mode")
         {

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
-use http::{HeaderMap, HeaderValue, Method};
+use http::{HeaderMap, HeaderValue, Method, Uri};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use kvroute_core::EndpointId;
+use kvroute_core::fleet::Name;
 use kvroute_core::settings::ms;
 use tracing::{info, warn};
 
@@ -38,10 +39,9 @@ pub(crate) enum Payload {
 
 /// A request as it goes to an endpoint.
 pub(crate) struct Outgoing {
-    pub request_id: String,
+    pub request_id: Name,
     pub method: Method,
-    /// Path and query.
-    pub target: String,
+    pub uri: Uri,
     /// The client's headers without those that stay on its side.
     pub headers: HeaderMap,
     pub id_value: HeaderValue,
@@ -51,6 +51,13 @@ pub(crate) struct Outgoing {
     pub read_answer: bool,
     /// The answer's model gets another name.
     pub restores_name: bool,
+}
+
+impl Outgoing {
+    /// Path and query.
+    pub fn target(&self) -> &str {
+        self.uri.path_and_query().map_or("/", |target| target.as_str())
+    }
 }
 
 /// An answer whose body is still to be read.
@@ -76,7 +83,7 @@ pub(crate) async fn forward(
             observer.reservation.redirect(id);
         }
         observer.outcome.attempts += 1;
-        observer.outcome.endpoint.clone_from(&upstream.name);
+        observer.outcome.set_endpoint(&upstream.name);
         let error = match exchange(shared, &upstream, outgoing).await {
             Ok((head, connection)) => return Ok(Answer { head, connection, upstream }),
             Err(Fault::Client(error)) => return Err(error),
@@ -88,7 +95,7 @@ pub(crate) async fn forward(
         let again = observer.outcome.attempts <= shared.settings.retries_max
             && may_retry(&error, outgoing)
             && candidates[at + 1..].iter().any(|next| shared.upstreams.get(*next).is_some());
-        let (request_id, endpoint) = (&outgoing.request_id, upstream.name.clone());
+        let (request_id, endpoint) = (outgoing.request_id.as_str(), upstream.name.clone());
         warn!(request_id, endpoint, again, %error, "An endpoint failed before it answered.");
         if again {
             shared.metrics.retries.get_or_create(&ReasonLabel { reason }).inc();
@@ -164,7 +171,7 @@ async fn attempt(
     headers::write_head(
         &HeadParts {
             method: &outgoing.method,
-            target: &outgoing.target,
+            target: outgoing.target(),
             authority: &upstream.authority,
             request_id: &outgoing.id_value,
             client: outgoing.client,

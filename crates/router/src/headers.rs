@@ -1,13 +1,12 @@
 //! Which headers cross the router, and which stay on one side of it?
 
+use std::io::Write;
 use std::net::IpAddr;
 
-use http::header::{
-    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
-};
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use kvroute_core::decision::DATA_PARALLEL_HEADER;
+use kvroute_core::fleet::Name;
 
 /// Names a request, chosen by the client or by the router; on every response.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static(REQUEST_ID_NAME);
@@ -15,9 +14,7 @@ pub(crate) const REQUEST_ID_NAME: &str = "x-request-id";
 /// The endpoint that answered; on every response that came from one.
 pub(crate) const ENDPOINT: HeaderName = HeaderName::from_static(ENDPOINT_NAME);
 pub(crate) const ENDPOINT_NAME: &str = "x-kvroute-endpoint";
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const FORWARDED_FOR: &str = "x-forwarded-for";
 
 /// Longest request id that is taken over from a client.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -64,22 +61,22 @@ pub(crate) fn is_control_name(name: &[u8]) -> bool {
 
 /// RFC 9110 section 7.6.1: headers that mean one connection only.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    [
-        CONNECTION,
-        KEEP_ALIVE,
-        PROXY_CONNECTION,
-        PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION,
-        TE,
-        TRAILER,
-        TRANSFER_ENCODING,
-        UPGRADE,
-    ]
-    .contains(name)
+    let name = name.as_str();
+    match name.as_bytes().first() {
+        Some(b'c') => name == "connection",
+        Some(b'k') => name == "keep-alive",
+        Some(b'p') => {
+            matches!(name, "proxy-connection" | "proxy-authenticate" | "proxy-authorization")
+        }
+        Some(b't') => matches!(name, "te" | "trailer" | "transfer-encoding"),
+        Some(b'u') => name == "upgrade",
+        _ => false,
+    }
 }
 
-/// Removes what `connection` lists, then the headers that always mean one connection.
-pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+/// Removes what `connection` lists, the headers that always mean one connection, and those that
+/// only the router may set.
+pub(crate) fn strip(headers: &mut HeaderMap) {
     if headers.contains_key(CONNECTION) {
         let listed: Vec<HeaderName> = headers
             .get_all(CONNECTION)
@@ -92,15 +89,8 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
             headers.remove(name);
         }
     }
-    let found: Vec<HeaderName> = headers.keys().filter(|n| is_hop_by_hop(n)).cloned().collect();
-    for name in found {
-        headers.remove(name);
-    }
-}
-
-/// Removes the headers that a client may not send.
-pub(crate) fn strip_control(headers: &mut HeaderMap) {
-    let found: Vec<HeaderName> = headers.keys().filter(|n| is_control(n)).cloned().collect();
+    let stays = |name: &&HeaderName| is_hop_by_hop(name) || is_control(name);
+    let found: Vec<HeaderName> = headers.keys().filter(stays).cloned().collect();
     for name in found {
         headers.remove(name);
     }
@@ -118,32 +108,34 @@ pub(crate) fn bytes_of(headers: &HeaderMap) -> usize {
 }
 
 /// The client's request id if it can be shown in logs, paths and headers, else a new one.
-pub(crate) fn request_id(headers: &HeaderMap) -> (String, HeaderValue) {
+pub(crate) fn request_id(headers: &HeaderMap) -> (Name, HeaderValue) {
     if let Some(value) = headers.get(REQUEST_ID)
         && let Ok(text) = value.to_str()
         && (1..=REQUEST_ID_BYTES_MAX).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b))
     {
-        return (text.to_owned(), value.clone());
+        return (Name::from(text), value.clone());
     }
     let id = new_request_id();
     let value = HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("-"));
-    (id, value)
+    (Name::from(id.as_str()), value)
 }
 
-/// A random UUID, version 4.
+/// A random UUID, version 4, written by hand: formatting takes several times as long.
 fn new_request_id() -> String {
     let random = fastrand::u128(..);
     let random = random & !(0xF << 76) | (4 << 76);
     let random = random & !(0x3 << 62) | (2 << 62);
-    format!(
-        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
-        random >> 96,
-        random >> 80 & 0xFFFF,
-        random >> 64 & 0xFFFF,
-        random >> 48 & 0xFFFF,
-        random & 0xFFFF_FFFF_FFFF
-    )
+    let mut id = String::with_capacity(36);
+    for (at, byte) in random.to_be_bytes().into_iter().enumerate() {
+        if matches!(at, 4 | 6 | 8 | 10) {
+            id.push('-');
+        }
+        for digit in [byte >> 4, byte & 0xF] {
+            id.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
+        }
+    }
+    id
 }
 
 /// What an upstream request's head needs besides the client's headers.
@@ -187,39 +179,46 @@ pub(crate) fn write_head(parts: &HeadParts<'_>, headers: &HeaderMap, out: &mut V
     out.extend_from_slice(b" HTTP/1.1\r\n");
     line(out, HOST.as_str(), parts.authority.as_bytes());
     for (name, value) in headers {
-        let ours = [HOST, CONTENT_LENGTH, EXPECT, REQUEST_ID, FORWARDED_FOR].contains(name);
-        let compresses = parts.read_answer && *name == ACCEPT_ENCODING;
-        let chooses = parts.rank.is_some() && name.as_str() == RANK;
-        let rewrites = MODEL_REWRITE.contains(&name.as_str());
-        if !ours && !compresses && !chooses && !rewrites {
-            line(out, name.as_str(), value.as_bytes());
+        let name = name.as_str();
+        let stays = match name {
+            "host" | "content-length" | "expect" | REQUEST_ID_NAME | FORWARDED_FOR => true,
+            "accept-encoding" => parts.read_answer,
+            RANK => parts.rank.is_some(),
+            _ => MODEL_REWRITE.contains(&name),
+        };
+        if !stays {
+            line(out, name, value.as_bytes());
         }
     }
     line(out, REQUEST_ID.as_str(), parts.request_id.as_bytes());
     write_forwarded_for(parts.client, headers, out);
     if let Some(rank) = parts.rank {
-        line(out, RANK, rank.to_string().as_bytes());
+        number_line(out, RANK, u64::from(rank));
     }
     if let Some(address) = parts.data_parallel {
         line(out, DATA_PARALLEL_HEADER, address.as_bytes());
     }
     match parts.length {
         BodyLength::None => {}
-        BodyLength::Known(n) => line(out, CONTENT_LENGTH.as_str(), n.to_string().as_bytes()),
+        BodyLength::Known(n) => number_line(out, CONTENT_LENGTH.as_str(), n),
         BodyLength::Chunked => line(out, TRANSFER_ENCODING.as_str(), b"chunked"),
     }
     out.extend_from_slice(b"\r\n");
 }
 
 fn write_forwarded_for(client: IpAddr, headers: &HeaderMap, out: &mut Vec<u8>) {
-    out.extend_from_slice(FORWARDED_FOR.as_str().as_bytes());
+    out.extend_from_slice(FORWARDED_FOR.as_bytes());
     out.extend_from_slice(b": ");
     for value in headers.get_all(FORWARDED_FOR) {
         out.extend_from_slice(value.as_bytes());
         out.extend_from_slice(b", ");
     }
-    out.extend_from_slice(client.to_canonical().to_string().as_bytes());
-    out.extend_from_slice(b"\r\n");
+    // Writing to memory does not fail.
+    let _ = write!(out, "{}\r\n", client.to_canonical());
+}
+
+fn number_line(out: &mut Vec<u8>, name: &str, value: u64) {
+    let _ = write!(out, "{name}: {value}\r\n");
 }
 
 fn line(out: &mut Vec<u8>, name: &str, value: &[u8]) {
@@ -272,7 +271,7 @@ mod tests {
             ("te", "trailers"),
             ("traceparent", "00-a-b-01"),
         ]);
-        strip_hop_by_hop(&mut headers);
+        strip(&mut headers);
         assert_eq!(headers, map(&[("traceparent", "00-a-b-01")]));
     }
 
@@ -289,7 +288,7 @@ mod tests {
             ("x-kvroute-endpoint", "x"),
             ("x-session-id", "kept"),
         ]);
-        strip_control(&mut headers);
+        strip(&mut headers);
         assert_eq!(headers, map(&[("x-session-id", "kept")]));
     }
 
@@ -298,13 +297,14 @@ mod tests {
         for (given, kept) in [("req-1.a:b_C", true), ("a b", false), ("a\"b", false), ("", false)] {
             let headers = map(&[("x-request-id", given)]);
             let (id, value) = request_id(&headers);
-            assert_eq!(id == given, kept, "{given:?}");
-            assert_eq!(value.to_str().unwrap(), id);
+            assert_eq!(id.as_str() == given, kept, "{given:?}");
+            assert_eq!(value.to_str().unwrap(), id.as_str());
         }
         let (id, _) = request_id(&HeaderMap::new());
+        let id = id.as_str();
         assert_eq!((id.len(), &id[14..15]), (36, "4"));
         assert!(b"89ab".contains(&id.as_bytes()[19]));
-        assert_ne!(id, request_id(&HeaderMap::new()).0);
+        assert_ne!(id, request_id(&HeaderMap::new()).0.as_str());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Pure: works on a buffer that the caller fills. The body comes out as it arrived, without a
 //! frame for each chunk: what one read brought in is one piece, moved together in place.
 
+use std::ops::Range;
+
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -183,8 +185,8 @@ pub(crate) fn parse_head(buf: &mut BytesMut, to_head: bool) -> Result<Option<Hea
         }
         let status = StatusCode::from_u16(code).map_err(|_| Http1Error::Head)?;
         let version_1_1 = response.version == Some(1);
-        let headers = header_map(response.headers)?;
-        buf.advance(length);
+        let lines = places(response.headers, buf);
+        let headers = header_map(&buf.split_to(length).freeze(), &lines)?;
         let keep_alive = keeps_alive(&headers, version_1_1);
         let framing = framing_of(&headers, status, to_head)?;
         let keep_alive = keep_alive && framing != Framing::Close;
@@ -192,11 +194,27 @@ pub(crate) fn parse_head(buf: &mut BytesMut, to_head: bool) -> Result<Option<Hea
     }
 }
 
-fn header_map(lines: &[httparse::Header<'_>]) -> Result<HeaderMap, Http1Error> {
+/// Where the name and the value of a line stand in the head.
+type Place = (Range<usize>, Range<usize>);
+
+fn places(lines: &[httparse::Header<'_>], head: &[u8]) -> Vec<Place> {
+    let place = |part: &[u8]| {
+        let begin = (part.as_ptr() as usize).saturating_sub(head.as_ptr() as usize);
+        begin..begin + part.len()
+    };
+    lines.iter().map(|line| (place(line.name.as_bytes()), place(line.value))).collect()
+}
+
+/// The values stay where they are in the head, which lives as long as one of them.
+fn header_map(head: &Bytes, lines: &[Place]) -> Result<HeaderMap, Http1Error> {
     let mut headers = HeaderMap::with_capacity(lines.len() + 4);
-    for line in lines {
-        let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Http1Error::Head)?;
-        let value = HeaderValue::from_bytes(line.value).map_err(|_| Http1Error::Head)?;
+    for (name, value) in lines {
+        let name = head.get(name.clone()).ok_or(Http1Error::Head)?;
+        let name = HeaderName::from_bytes(name).map_err(|_| Http1Error::Head)?;
+        // An empty value lies nowhere.
+        let value = if value.is_empty() { 0..0 } else { value.clone() };
+        let value = HeaderValue::from_maybe_shared(head.slice(value));
+        let value = value.map_err(|_| Http1Error::Head)?;
         headers.try_append(name, value).map_err(|_| Http1Error::HeadTooLarge)?;
     }
     Ok(headers)

@@ -149,10 +149,11 @@ pub(crate) struct EndpointMetrics {
     pub up: Gauge,
 }
 
-/// Labels of one endpoint's requests and failures, of which there are few.
+/// Labels of one endpoint's requests and failures, of which there are few; with the counters of the
+/// former, which every request needs.
 #[derive(Debug, Default)]
 struct Served {
-    requests: BTreeSet<(StatusLabel, &'static str)>,
+    requests: Vec<(StatusLabel, &'static str, Counter)>,
     failures: BTreeSet<&'static str>,
 }
 
@@ -485,17 +486,23 @@ impl Metrics {
     /// Counts a request that is over, by the endpoint that it went to (empty: none). What ends
     /// after its endpoint has left counts as `other`.
     pub fn count_request(&self, endpoint: &str, status: StatusLabel, mode: &'static str) {
-        let mut served = self.served.lock();
-        let endpoint = match served.get_mut(endpoint) {
-            Some(served) => {
-                served.requests.insert((status, mode));
-                endpoint
-            }
-            None if endpoint.is_empty() => endpoint,
-            None => OTHER,
+        let counter = |endpoint: &str| {
+            let labels = RequestLabels { endpoint: endpoint.to_owned(), status, mode };
+            self.requests.get_or_create_owned(&labels)
         };
-        let labels = RequestLabels { endpoint: endpoint.to_owned(), status, mode };
-        self.requests.get_or_create(&labels).inc();
+        let mut served = self.served.lock();
+        let Some(Served { requests, .. }) = served.get_mut(endpoint) else {
+            let known = if endpoint.is_empty() { endpoint } else { OTHER };
+            counter(known).inc();
+            return;
+        };
+        if let Some((.., found)) = requests.iter().find(|r| (r.0, r.1) == (status, mode)) {
+            found.inc();
+            return;
+        }
+        let new = counter(endpoint);
+        new.inc();
+        requests.push((status, mode, new));
     }
 
     /// Counts a failed exchange with an endpoint that has not left.
@@ -516,7 +523,7 @@ impl Metrics {
         let mut all = self.served.lock();
         let Some(served) = all.remove(name) else { return };
         let endpoint = || name.to_owned();
-        for (status, mode) in served.requests {
+        for (status, mode, _) in served.requests {
             self.requests.remove(&RequestLabels { endpoint: endpoint(), status, mode });
         }
         for reason in served.failures {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use kvroute_core::decision::ResponseEvent;
+use kvroute_core::fleet::Name;
 use kvroute_core::load::Ticket;
 use kvroute_wire::model_name::Restorer;
 use kvroute_wire::usage::{Usage, UsageScanner};
@@ -98,7 +99,7 @@ pub(crate) struct AnswerBody {
     /// What it has passed on and the client's connection has not taken yet.
     restored: VecDeque<Bytes>,
     idle_timeout: Duration,
-    idle: Pin<Box<Sleep>>,
+    idle: Option<Pin<Box<Sleep>>>,
     last_read: Instant,
     /// What broke the answer, to be told at the next poll.
     broken: Option<UpstreamError>,
@@ -126,7 +127,7 @@ impl AnswerBody {
             restorer,
             restored: VecDeque::new(),
             idle_timeout,
-            idle: Box::pin(tokio::time::sleep(idle_timeout)),
+            idle: None,
             last_read: Instant::now(),
             broken: None,
             writes_first: false,
@@ -179,7 +180,7 @@ impl AnswerBody {
             Poll::Ready(Ok(data)) => {
                 if !data.is_empty() {
                     self.last_read = Instant::now();
-                    self.observer.chunk(&data);
+                    self.observer.chunk(&data, self.last_read);
                 }
                 if data.is_empty() || self.framing.is_done() {
                     self.finish();
@@ -188,14 +189,16 @@ impl AnswerBody {
             }
             Poll::Ready(Err(error)) => self.fail(error, cx),
             Poll::Pending => {
-                // The timer is set again only when it fires: most chunks come long before it.
-                while self.idle.as_mut().poll(cx).is_ready() {
+                // Answers that are there at once need no timer. It is set again only when it
+                // fires: most chunks come long before it.
+                let limit = self.idle_timeout;
+                let idle = self.idle.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+                while idle.as_mut().poll(cx).is_ready() {
                     let silence = self.last_read.elapsed();
-                    if silence >= self.idle_timeout {
-                        return self.fail(UpstreamError::IdleTimeout(self.idle_timeout), cx);
+                    if silence >= limit {
+                        return self.fail(UpstreamError::IdleTimeout(limit), cx);
                     }
-                    let until = tokio::time::Instant::now() + (self.idle_timeout - silence);
-                    self.idle.as_mut().reset(until);
+                    idle.as_mut().reset(tokio::time::Instant::now() + (limit - silence));
                 }
                 Poll::Pending
             }
@@ -291,7 +294,7 @@ impl Drop for Reservation {
 pub(crate) struct Observer {
     pub shared: Arc<Shared>,
     pub reservation: Reservation,
-    pub request_id: String,
+    pub request_id: Name,
     /// Where the decision stands in the ring.
     pub number: u64,
     pub mode: &'static str,
@@ -317,33 +320,32 @@ impl Observer {
         }
     }
 
-    /// A piece of the answer's body.
-    pub fn chunk(&mut self, data: &[u8]) {
+    /// A piece of the answer's body, which came at `now`.
+    pub fn chunk(&mut self, data: &[u8], now: Instant) {
         if data.is_empty() {
             return;
         }
-        let began = self.meter.is_some().then(Instant::now);
-        self.sign_of_life();
+        self.sign_of_life(now);
         if let Some(scanner) = &mut self.scanner {
             scanner.push(data);
         }
-        if let (Some(meter), Some(began)) = (&mut self.meter, began) {
-            meter.piece(began, data.len());
+        if let Some(meter) = &mut self.meter {
+            meter.piece(now, data.len());
         }
     }
 
     /// The answer has begun, or goes on.
-    pub fn sign_of_life(&mut self) {
+    pub fn sign_of_life(&mut self, now: Instant) {
         if self.outcome.ttft_s.is_none() {
-            let ttft_s = self.started.elapsed().as_secs_f64();
+            let ttft_s = now.saturating_duration_since(self.started).as_secs_f64();
             self.outcome.ttft_s = Some(ttft_s);
             self.shared.metrics.ttft.observe(ttft_s);
             self.reservation.first_chunk();
-            self.touched = Instant::now();
-        } else if self.touched.elapsed() >= TOUCH_INTERVAL {
+            self.touched = now;
+        } else if now.saturating_duration_since(self.touched) >= TOUCH_INTERVAL {
             // A long answer is a sign of life, too.
             self.reservation.first_chunk();
-            self.touched = Instant::now();
+            self.touched = now;
         }
     }
 
@@ -408,7 +410,7 @@ impl Observer {
         if let Some(error) = error {
             self.outcome.error = Some(error.to_string());
             let reason = crate::error::failure_label(error);
-            self.shared.count_upstream_failure(&self.outcome.endpoint, reason);
+            self.shared.count_upstream_failure(self.outcome.endpoint.as_str(), reason);
         }
         match (self.meter.as_mut(), error) {
             (Some(meter), None) => meter.end(self.outcome.status, usage),
@@ -428,9 +430,9 @@ impl Observer {
         }
         self.reservation.close(usage, last);
         outcome.total_s = self.started.elapsed().as_secs_f64();
-        let (status, endpoint) = (outcome.status, outcome.endpoint.clone());
+        let (status, endpoint) = (outcome.status, outcome.endpoint.as_str());
         debug!(
-            request_id = self.request_id,
+            request_id = self.request_id.as_str(),
             endpoint,
             status,
             mode = self.mode,
@@ -440,7 +442,7 @@ impl Observer {
         );
         // It is under way no longer, however long what is left of it is kept.
         self.meter = None;
-        self.shared.metrics.count_request(&endpoint, StatusLabel(status), self.mode);
+        self.shared.metrics.count_request(endpoint, StatusLabel(status), self.mode);
         self.shared.decisions.finish(self.number, std::mem::take(outcome));
     }
 }

@@ -65,7 +65,7 @@ pub(crate) async fn serve(
         Err(unclaimed) => Err(unclaimed.into()),
     };
     let mut response = answered.unwrap_or_else(|error| {
-        note_refused(&shared, &way.request_id, &error);
+        note_refused(&shared, way.request_id.as_str(), &error);
         error.respond(api)
     });
     response.headers_mut().insert(headers::REQUEST_ID, id_value);
@@ -90,7 +90,7 @@ pub(crate) fn note_refused(shared: &Shared, request_id: &str, error: &RouteError
 /// A request on its way, apart from its contents.
 pub(crate) struct Way {
     pub started: Instant,
-    pub request_id: String,
+    pub request_id: Name,
     pub id_value: HeaderValue,
     pub api: Api,
 }
@@ -124,8 +124,7 @@ async fn route(
     if way.api.is_grpc() {
         return Err(RouteError::Grpc(way.api.as_str()));
     }
-    headers::strip_hop_by_hop(&mut parts.headers);
-    headers::strip_control(&mut parts.headers);
+    headers::strip(&mut parts.headers);
     let routed = shared.rewriter.reads_body(way.api, &parts.headers);
     // The body is kept for other endpoints until one answers.
     let mut held = shared.hold_body();
@@ -138,13 +137,13 @@ async fn route(
         Payload::Whole(bytes) if routed => Some(bytes),
         _ => None,
     };
-    let chosen = decide(shared, way, &parts.headers, whole, None).await?;
+    let mut chosen = decide(shared, way, &parts.headers, whole, None).await?;
     chosen.tell_endpoint(&mut parts.headers);
     let payload = renamed(payload, chosen.rewrite.as_ref());
     let restorer = chosen.rewrite.as_ref().and_then(Rewrite::restorer);
     let mut outgoing = Outgoing {
         request_id: way.request_id.clone(),
-        target: parts.uri.path_and_query().map_or("/", |target| target.as_str()).to_owned(),
+        uri: parts.uri,
         method: parts.method,
         headers: parts.headers,
         id_value: way.id_value.clone(),
@@ -153,13 +152,13 @@ async fn route(
         read_answer: way.api.tells_usage(),
         restores_name: restorer.is_some(),
     };
-    let Chosen { candidates, response_headers, .. } = &chosen;
-    let (candidates, response_headers) = (candidates.clone(), response_headers.clone());
+    let candidates = std::mem::take(&mut chosen.candidates);
+    let response_headers = std::mem::take(&mut chosen.response_headers);
     let mut observer = observe(shared, way, chosen, inflight);
     match forward(shared, &mut outgoing, &mut observer, &candidates).await {
         Ok(answer) => {
             note_cache_reset(shared, &outgoing, &answer);
-            Ok(respond(shared, answer, observer, restorer, &response_headers))
+            Ok(respond(shared, answer, observer, restorer, response_headers))
         }
         Err(error) => {
             observer.refuse(&error);
@@ -256,7 +255,8 @@ pub(crate) async fn decide(
             }
             None => Asked::nothing(),
         };
-        let candidate = Candidate { request_id: &way.request_id, asked: &asked, headers, allowed };
+        let candidate =
+            Candidate { request_id: way.request_id.as_str(), asked: &asked, headers, allowed };
         let held = hold(shared, &candidate).await;
         choose(shared, &candidate, held.as_ref().map(|held| held.id), since)
     };
@@ -530,7 +530,7 @@ pub(crate) fn observe(
     inflight: Inflight,
 ) -> Observer {
     let routed = way.api.reads_body();
-    let outcome = Outcome { endpoint: chosen.endpoint.to_string(), ..Outcome::default() };
+    let outcome = Outcome { endpoint: chosen.endpoint.clone(), ..Outcome::default() };
     let mut meter = chosen.meter;
     meter.iter_mut().for_each(|meter| meter.arrived(way.started));
     Observer {
@@ -555,15 +555,14 @@ fn respond(
     answer: Answer,
     mut observer: Observer,
     restorer: Option<Restorer>,
-    response_headers: &[(HeaderName, HeaderValue)],
+    response_headers: Vec<(HeaderName, HeaderValue)>,
 ) -> Response<Body> {
     let Answer { head, connection, upstream } = answer;
     let content_type = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
     observer.head(head.status.as_u16(), content_type);
     let idle_s = shared.settings.response_idle_timeout_s.max(1);
     let (status, mut headers) = (head.status, head.headers);
-    headers::strip_hop_by_hop(&mut headers);
-    headers::strip_control(&mut headers);
+    headers::strip(&mut headers);
     let is_encoded = headers::is_encoded(headers.get_all(CONTENT_ENCODING).iter());
     let restorer = restorer.filter(|_| may_restore(shared, &upstream.name, is_encoded));
     if restorer.is_some() {
@@ -571,7 +570,7 @@ fn respond(
     }
     headers.insert(headers::ENDPOINT, upstream.header.clone());
     for (name, value) in response_headers {
-        headers.insert(name.clone(), value.clone());
+        headers.insert(name, value);
     }
     let idle_timeout = Duration::from_secs(u64::from(idle_s));
     let body = AnswerBody::new(
@@ -603,7 +602,7 @@ pub(crate) fn may_restore(shared: &Shared, endpoint: &str, compressed: bool) -> 
 /// An engine publishes that its cache was cleared only with its next request. A reset that went
 /// through this router is known at once, for the one endpoint that it reached.
 fn note_cache_reset(shared: &Shared, outgoing: &Outgoing, answer: &Answer) {
-    let path = outgoing.target.split('?').next().unwrap_or_default();
+    let path = outgoing.uri.path();
     let is_reset = outgoing.method == Method::POST && path.ends_with("/reset_prefix_cache");
     if is_reset && answer.head.status.is_success() {
         info!(endpoint = answer.upstream.name, "An endpoint's prefix cache was reset.");

@@ -2,8 +2,9 @@
 //! often as the plan says.
 //!
 //! Every endpoint has a loop for each page, with its own connection and page buffer, both reused;
-//! the loops are futures of one task, woken by their own timers at spread-out phases. The first
-//! page tells whether an endpoint answers: one that does not is asked less and less often, and
+//! the loops are futures of one task. Endpoints are asked in groups, each at its own phase of the
+//! interval: to wake a thread costs more than to read a page, so a timer for each endpoint would
+//! be most of the work, and all of them at once would hold up requests. The first page tells whether an endpoint answers: one that does not is asked less and less often, and
 //! while it cannot be reached at all, requests go to others first. Trouble with further pages, such
 //! as those of a DCGM exporter, is counted and otherwise left alone.
 
@@ -34,6 +35,10 @@ const MUTE_SCRAPES_MAX: u32 = 3;
 /// Most doublings of an endpoint's back-off for one failed scrape; it starts in milliseconds, so
 /// this covers any wait between scrapes.
 const BACKOFF_DOUBLINGS_MAX: u32 = 16;
+/// Endpoints that are asked together.
+const GROUP: u16 = 32;
+/// How far apart groups are asked, at most.
+const GROUP_GAP: Duration = Duration::from_millis(7);
 /// Numbers of the user's choice hold for so many intervals of their page at least.
 const ATTRIBUTE_INTERVALS: u32 = 3;
 
@@ -74,12 +79,13 @@ pub(crate) async fn run(
     mut added: mpsc::UnboundedReceiver<Arc<Upstream>>,
 ) {
     let mut watches = FuturesUnordered::new();
+    let begin = Instant::now();
     loop {
         tokio::select! {
             upstream = added.recv() => {
                 let Some(upstream) = upstream else { return };
                 for page in 0..collector.pages.len().max(1) {
-                    watches.push(Watch::new(&shared, &collector, &upstream, page).run());
+                    watches.push(Watch::new(&shared, &collector, &upstream, page, begin).run());
                 }
             },
             Some(()) = watches.next() => {}
@@ -96,6 +102,8 @@ struct Watch {
     page: usize,
     /// Between two readings.
     interval: Duration,
+    /// Turns are multiples of the interval after this.
+    turns_since: Instant,
     fetch: Fetch,
     /// For the models, where they are not asked for over the same connection.
     fetch_models: Option<Fetch>,
@@ -140,6 +148,7 @@ impl Watch {
         collector: &Arc<Collector>,
         upstream: &Arc<Upstream>,
         page: usize,
+        turns_since: Instant,
     ) -> Watch {
         let models = &collector.models;
         let models_place = Place::of_endpoint(models, upstream);
@@ -163,6 +172,7 @@ impl Watch {
             upstream: Arc::clone(upstream),
             page,
             interval,
+            turns_since,
             fetch,
             fetch_models,
             told,
@@ -174,7 +184,6 @@ impl Watch {
     async fn run(mut self) {
         let models_every = self.collector.models_every(&self.shared);
         let mut models_due = Instant::now();
-        let mut due = models_due + self.interval.mul_f64(fastrand::f64());
         loop {
             let went_well = match self.page {
                 0 => self.first_page().await,
@@ -188,10 +197,9 @@ impl Watch {
                 }
                 models_due = Instant::now() + models_every;
             }
-            let now = Instant::now();
-            due = match self.failures {
-                0 => (due + self.interval).max(now),
-                n => now + self.backoff(n),
+            let due = match self.failures {
+                0 => self.next_turn(),
+                n => Instant::now() + self.backoff(n),
             };
             tokio::time::sleep_until(due).await;
             if self.shared.upstreams.get(self.upstream.id).is_none() {
@@ -199,6 +207,12 @@ impl Watch {
                 return;
             }
         }
+    }
+
+    /// When the endpoint's group is asked next.
+    fn next_turn(&self) -> Instant {
+        let phase = GROUP_GAP.saturating_mul(u32::from(self.upstream.id.slot / GROUP));
+        next_turn(self.turns_since, phase, self.interval, Instant::now())
     }
 
     /// Doubles from the interval with each failure; up to a quarter is random, so that engines
@@ -369,5 +383,39 @@ impl Watch {
             kvroute_wire::models::parse(&fetch.page).map_err(|error| useless(error.to_string()))?;
         self.shared.brain.lock().on_models(self.upstream.id, models);
         Ok(())
+    }
+}
+
+/// The first time after `now` that is `phase` and a whole number of intervals after `begin`:
+/// exactly the same for all that have the phase, so that one wake-up serves them.
+fn next_turn(begin: Instant, phase: Duration, interval: Duration, now: Instant) -> Instant {
+    let interval_ns = interval.as_nanos().max(1);
+    let phase_ns = phase.as_nanos() % interval_ns;
+    let since_ns = now.saturating_duration_since(begin).as_nanos();
+    let turns = (since_ns + interval_ns - phase_ns) / interval_ns;
+    let at_ns = turns * interval_ns + phase_ns;
+    begin + Duration::from_nanos(u64::try_from(at_ns).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_are_after_now_and_the_same_for_a_group() {
+        let begin = Instant::now();
+        let ms = Duration::from_millis;
+        for (now_ms, phase_ms, due_ms) in [
+            (0, 0, 50),
+            (0, 7, 7),
+            (7, 7, 57),
+            (49, 0, 50),
+            (50, 0, 100),
+            (120, 7, 157),
+            (3, 57, 7),
+        ] {
+            let due = next_turn(begin, ms(phase_ms), ms(50), begin + ms(now_ms));
+            assert_eq!(due - begin, ms(due_ms), "{now_ms} {phase_ms}");
+        }
     }
 }

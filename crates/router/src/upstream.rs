@@ -34,6 +34,8 @@ use crate::tls::{Tls, TlsStream};
 
 /// Bytes to ask a socket for at once.
 const READ_BYTES: usize = 16 << 10;
+/// A buffer with less room than this is replaced: pieces of a stream share one until then.
+const READ_BYTES_MIN: usize = 4 << 10;
 
 /// Why an exchange with an endpoint failed.
 #[derive(Debug, Error)]
@@ -192,20 +194,15 @@ impl Connection {
         }
     }
 
+    /// A read that does not fill the buffer leaves the socket known as empty, so the next one waits
+    /// without asking it. Neither future holds state between two polls.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, io::Error>> {
-        self.buf.reserve(READ_BYTES);
-        let stream = match &mut self.stream {
-            Stream::Tcp(stream) => stream,
-            // It holds no state of its own between two polls.
-            Stream::Tls(stream) => return pin!(stream.read_buf(&mut self.buf)).poll(cx),
-        };
-        loop {
-            match stream.try_read_buf(&mut self.buf) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(stream.poll_read_ready(cx))?;
-                }
-                other => return Poll::Ready(other),
-            }
+        if self.buf.capacity() - self.buf.len() < READ_BYTES_MIN {
+            self.buf.reserve(READ_BYTES);
+        }
+        match &mut self.stream {
+            Stream::Tcp(stream) => pin!(stream.read_buf(&mut self.buf)).poll(cx),
+            Stream::Tls(stream) => pin!(stream.read_buf(&mut self.buf)).poll(cx),
         }
     }
 

@@ -32,6 +32,8 @@ pub struct EnginesArgs {
     #[arg(long)]
     pub kv_blocks: u32,
     #[arg(long)]
+    pub max_model_len: u32,
+    #[arg(long)]
     pub tokenizer: Option<PathBuf>,
 }
 
@@ -51,7 +53,7 @@ pub async fn main(args: EnginesArgs) -> anyhow::Result<()> {
     for i in 0..args.count {
         let mut config = EngineConfig::loopback(MODEL, tokenizer.clone(), profile.clone());
         config.kv_blocks = args.kv_blocks;
-        config.max_model_len = 131_072;
+        config.max_model_len = args.max_model_len;
         config.seed = u64::from(i);
         let engine = engine::serve(config).await?;
         addresses.push(Address {
@@ -94,6 +96,7 @@ impl Engines {
         command.args(["--count", &args.count.to_string()]);
         command.args(["--token-gap-ms", &args.token_gap_ms.to_string()]);
         command.args(["--kv-blocks", &args.kv_blocks.to_string()]);
+        command.args(["--max-model-len", &args.max_model_len.to_string()]);
         if let Some(path) = &args.tokenizer {
             command.arg("--tokenizer").arg(path);
         }

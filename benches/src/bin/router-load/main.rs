@@ -2,11 +2,14 @@
 //!
 //! Sends the same shared-prefix load through one router after another to eight simulated engines
 //! on the loopback interface and prints, ratios to a plain hyper pass-through first: CPU of the
-//! router process for each 1,000 requests, latency added over no router at all, resident memory
-//! over time, errors. Engines, router and load generator are three processes. Every figure of a
-//! run whose generator was late is withheld.
+//! router process for each 1,000 requests, requests for each core, latency added over no router at
+//! all, resident memory over time and around prompts of a million tokens, CPU without requests in
+//! front of a hundred engines, errors. Engines, router and load generator are processes of their
+//! own. Every figure of a run whose generator was late is withheld.
 
 mod engines;
+mod envoy;
+mod memory;
 mod open_loop;
 mod process;
 mod report;
@@ -20,19 +23,22 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use engines::Engines;
 use open_loop::OpenLoop;
 use report::{Report, Row};
+use saturate::Shape;
 use target::{Kind, Paths, Target};
 use work::Work;
 
 const EXAMPLES: &str = "\
 Examples:
   router-load --tokenizer ../target/tokenizers/qwen3/tokenizer.json
-      every router that is installed, 30 s each with tokens at once and 10 ms apart
-  router-load --targets kvroute --seconds 300 --token-gap-ms 10 --saturate-seconds 0
+      everything, of every router that is installed
+  router-load --quick --targets passthrough,kvroute,envoy --parts closed
+      CPU of a request, in a minute
+  router-load --targets kvroute --seconds 300 --token-gap-ms 10 --parts open
       is its memory flat?";
 
 /// Load through routers, side by side.
@@ -58,6 +64,15 @@ struct Bench {
     /// `passthrough`, where these are among them. Peers that are not installed are left out.
     #[arg(long, value_delimiter = ',', value_name = "NAME,...", value_enum)]
     targets: Vec<Kind>,
+
+    /// What to measure of each.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...", value_enum)]
+    #[arg(default_values_t = Part::ALL)]
+    parts: Vec<Part>,
+
+    /// Shorter loops, one attempt each.
+    #[arg(long)]
+    quick: bool,
 
     /// Requests per second, open loop, Poisson arrivals.
     #[arg(long, value_name = "N", default_value_t = 200.0)]
@@ -92,9 +107,21 @@ struct Bench {
     #[arg(long, value_delimiter = ',', value_name = "MS,...", default_value = "0,10")]
     token_gap_ms: Vec<u64>,
 
-    /// Seconds of each closed loop; 0: none.
+    /// Seconds of each closed loop.
     #[arg(long, value_name = "S", default_value_t = 5)]
     saturate_seconds: u64,
+
+    /// Seconds without requests.
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    idle_seconds: u64,
+
+    /// Engines behind a router without requests.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    idle_engines: u32,
+
+    /// Tokens of a very long prompt.
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    long_prompt_tokens: u32,
 
     /// Seconds to wait at most until nothing else works on the machine, before each run.
     #[arg(long, value_name = "S", default_value_t = 60)]
@@ -134,12 +161,43 @@ struct Bench {
     json: Option<PathBuf>,
 }
 
+/// One kind of load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Requests at a fixed rate: latency, CPU, memory.
+    Open,
+    /// 8 connections that ask again at once: CPU of a request.
+    Closed,
+    /// 64 streams of 1,000 tokens, 10 ms apart.
+    Paced,
+    /// No requests, many engines.
+    Idle,
+    /// Prompts of a million tokens.
+    Memory,
+}
+
+impl Part {
+    const ALL: [Part; 5] = [Part::Open, Part::Closed, Part::Paced, Part::Idle, Part::Memory];
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.to_possible_value().as_ref().map_or("", |value| value.get_name()))
+    }
+}
+
+/// Gap between the tokens of paced streams.
+const PACED_GAP_MS: u64 = 10;
+/// Engines that very long prompts go to, and rounds of them.
+const LONG_ENGINES: u32 = 2;
+const LONG_ROUNDS: u32 = 3;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Engines(args)) => engines::main(args).await.map(|()| true),
-        None => bench(cli.bench).await,
+        None => bench(cli.bench.shortened()).await,
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -161,10 +219,13 @@ async fn bench(args: Bench) -> anyhow::Result<bool> {
     std::fs::create_dir_all(&args.logs).context("--logs")?;
     let paths = Paths::new(&args.kvroute, &args.peers, &args.logs, args.tokenizer.clone())?;
     let work = Work::new(&args.shape(), args.tokenizer.as_deref())?;
+    let wants_long = args.parts.contains(&Part::Memory);
+    let long = wants_long.then(|| Work::new(&args.long(), args.tokenizer.as_deref()));
+    let long = long.transpose()?;
     let mut report = Report::new(args.conditions(&work));
     for kind in args.kinds(&paths) {
         let mut row = Row::new(kind.name());
-        if let Err(error) = args.measure(kind, &paths, &work, &mut row).await {
+        if let Err(error) = args.measure(kind, &paths, (&work, long.as_ref()), &mut row).await {
             eprintln!("{}: {error:#}", kind.name());
             row.broken = Some(format!("{error:#}"));
         }
@@ -183,8 +244,34 @@ impl Bench {
             engines: self.engines,
             groups: self.groups,
             users: self.users,
-            prompt_bytes: self.prompt_bytes,
+            prompt: work::Length::Bytes(self.prompt_bytes),
             output_tokens: self.output_tokens,
+        }
+    }
+
+    /// A few very long prompts.
+    fn long(&self) -> work::Shape {
+        work::Shape {
+            engines: LONG_ENGINES,
+            groups: LONG_ENGINES,
+            users: 2,
+            prompt: work::Length::Tokens(self.long_prompt_tokens),
+            output_tokens: 1,
+        }
+    }
+
+    fn shortened(self) -> Bench {
+        if !self.quick {
+            return self;
+        }
+        Bench {
+            seconds: self.seconds.min(8),
+            warmup_seconds: self.warmup_seconds.min(3),
+            saturate_seconds: self.saturate_seconds.min(2),
+            idle_seconds: self.idle_seconds.min(5),
+            wait_seconds: self.wait_seconds.min(3),
+            attempts: 1,
+            ..self
         }
     }
 
@@ -216,22 +303,59 @@ impl Bench {
     async fn start(
         &self,
         kind: Kind,
-        gap_ms: u64,
+        engines: engines::EnginesArgs,
         paths: &Paths,
     ) -> anyhow::Result<(Engines, Target)> {
-        let engines = Engines::start(&engines::EnginesArgs {
-            count: self.engines,
-            token_gap_ms: gap_ms,
-            kv_blocks: self.kv_blocks,
-            tokenizer: self.tokenizer.clone(),
-        })
-        .await?;
+        let engines = Engines::start(&engines).await?;
         process::quiet(Duration::from_secs(self.wait_seconds)).await;
         let target = Target::start(kind, paths, &engines.addresses).await?;
         Ok((engines, target))
     }
 
+    /// The engines of most loads.
+    fn engines(&self, token_gap_ms: u64) -> engines::EnginesArgs {
+        engines::EnginesArgs {
+            count: self.engines,
+            token_gap_ms,
+            kv_blocks: self.kv_blocks,
+            max_model_len: 131_072,
+            tokenizer: self.tokenizer.clone(),
+        }
+    }
+
     async fn measure(
+        &self,
+        kind: Kind,
+        paths: &Paths,
+        (work, long): (&Work, Option<&Work>),
+        row: &mut Row,
+    ) -> anyhow::Result<()> {
+        for part in &self.parts {
+            match part {
+                Part::Open => self.open(kind, paths, work, row).await?,
+                Part::Closed => {
+                    eprintln!("{}: closed loops", kind.name());
+                    row.closed = self.loops(kind, paths, work, &Shape::CLOSED, 0).await?;
+                }
+                Part::Paced => {
+                    eprintln!("{}: streams, tokens {PACED_GAP_MS} ms apart", kind.name());
+                    let shapes = [Shape::Paced];
+                    row.paced = self.loops(kind, paths, work, &shapes, PACED_GAP_MS).await?;
+                }
+                Part::Idle if kind == Kind::Direct => {}
+                Part::Idle => row.idle = Some(self.idle(kind, paths).await?),
+                Part::Memory if kind == Kind::Direct => {}
+                Part::Memory => {
+                    if let Some(long) = long {
+                        row.long_prompts = Some(self.long_prompts(kind, paths, long).await?);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn open(
         &self,
         kind: Kind,
         paths: &Paths,
@@ -254,10 +378,6 @@ impl Bench {
             }
             row.open.push((gap_ms, measured));
         }
-        if self.saturate_seconds > 0 {
-            eprintln!("{}: closed loops", kind.name());
-            row.saturated = self.saturated(kind, paths, work).await?;
-        }
         Ok(())
     }
 
@@ -268,7 +388,7 @@ impl Bench {
         paths: &Paths,
         work: &Work,
     ) -> anyhow::Result<open_loop::Measured> {
-        let (engines, target) = self.start(kind, gap_ms, paths).await?;
+        let (engines, target) = self.start(kind, self.engines(gap_ms), paths).await?;
         let measured = OpenLoop {
             rate: self.rate,
             warmup: Duration::from_secs(self.warmup_seconds),
@@ -281,20 +401,55 @@ impl Bench {
         Ok(measured)
     }
 
-    async fn saturated(
+    async fn loops(
         &self,
         kind: Kind,
         paths: &Paths,
         work: &Work,
+        shapes: &[Shape],
+        gap_ms: u64,
     ) -> anyhow::Result<Vec<saturate::Measured>> {
-        let (engines, target) = self.start(kind, 0, paths).await?;
-        let span = Duration::from_secs(self.saturate_seconds);
+        let (engines, target) = self.start(kind, self.engines(gap_ms), paths).await?;
+        let span = Duration::from_secs(self.saturate_seconds.max(1));
         let mut all = Vec::new();
-        for shape in saturate::Shape::ALL {
-            all.push(saturate::run(shape, &target, &engines, work, span).await?);
+        for shape in shapes {
+            all.push(saturate::run(*shape, &target, &engines, work, span).await?);
         }
         target.stop().await;
         engines.stop().await;
         Ok(all)
+    }
+
+    async fn idle(&self, kind: Kind, paths: &Paths) -> anyhow::Result<memory::Idle> {
+        eprintln!("{}: idle, {} engines", kind.name(), self.idle_engines);
+        let count = self.idle_engines;
+        let few = engines::EnginesArgs { count, kv_blocks: 1_024, ..self.engines(0) };
+        let (engines, target) = self.start(kind, few, paths).await?;
+        let span = Duration::from_secs(self.idle_seconds.max(1));
+        let idle = memory::idle(&target, count, span).await;
+        target.stop().await;
+        engines.stop().await;
+        Ok(idle)
+    }
+
+    async fn long_prompts(
+        &self,
+        kind: Kind,
+        paths: &Paths,
+        work: &Work,
+    ) -> anyhow::Result<memory::LongPrompts> {
+        eprintln!("{}: prompts of {} tokens", kind.name(), self.long_prompt_tokens);
+        let max_model_len = self.long_prompt_tokens.saturating_mul(2);
+        let large = engines::EnginesArgs {
+            count: LONG_ENGINES,
+            max_model_len,
+            kv_blocks: max_model_len / 16,
+            ..self.engines(0)
+        };
+        let (engines, target) = self.start(kind, large, paths).await?;
+        let seen = memory::long_prompts(&target, work, LONG_ROUNDS).await;
+        target.stop().await;
+        engines.stop().await;
+        Ok(seen)
     }
 }

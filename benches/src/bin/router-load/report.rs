@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use crate::memory;
 use crate::open_loop;
 use crate::saturate;
 
@@ -26,14 +27,34 @@ pub struct Row {
     pub name: String,
     /// By the gap between tokens, milliseconds.
     pub open: Vec<(u64, open_loop::Measured)>,
-    pub saturated: Vec<saturate::Measured>,
+    pub closed: Vec<saturate::Measured>,
+    pub paced: Vec<saturate::Measured>,
+    pub idle: Option<memory::Idle>,
+    pub long_prompts: Option<memory::LongPrompts>,
     /// Why the rest is missing.
     pub broken: Option<String>,
 }
 
 impl Row {
     pub fn new(name: String) -> Row {
-        Row { name, open: Vec::new(), saturated: Vec::new(), broken: None }
+        Row {
+            name,
+            open: Vec::new(),
+            closed: Vec::new(),
+            paced: Vec::new(),
+            idle: None,
+            long_prompts: None,
+            broken: None,
+        }
+    }
+
+    fn loops(&self) -> impl Iterator<Item = &saturate::Measured> {
+        self.closed.iter().chain(&self.paced)
+    }
+
+    /// By the name of its shape.
+    fn measured(&self, shape: &str) -> Option<&saturate::Measured> {
+        self.loops().find(|measured| measured.shape == shape)
     }
 
     fn open(&self, gap_ms: u64) -> Option<&open_loop::Measured> {
@@ -58,7 +79,8 @@ impl Report {
         self.rows.iter().all(|row| {
             row.broken.is_none()
                 && row.open.iter().all(|(_, open)| open.valid && open.errors.is_empty())
-                && row.saturated.iter().all(|saturated| saturated.errors == 0)
+                && row.loops().all(|measured| measured.errors == 0)
+                && row.long_prompts.as_ref().is_none_or(|seen| seen.errors == 0)
         })
     }
 
@@ -76,9 +98,12 @@ impl Report {
             self.open(gap, &mut text);
             self.memory(gap, &mut text);
         }
-        if self.rows.iter().any(|row| !row.saturated.is_empty()) {
-            self.saturated(&mut text);
+        let shapes = saturate::Shape::CLOSED.into_iter().chain([saturate::Shape::Paced]);
+        for shape in shapes {
+            self.closed(shape.name(), &mut text);
         }
+        self.idle(&mut text);
+        self.long_prompts(&mut text);
         self.errors(&mut text);
         text
     }
@@ -168,39 +193,88 @@ impl Report {
         text.push('\n');
     }
 
-    fn saturated(&self, text: &mut String) {
+    /// Nothing where it was not measured.
+    fn closed(&self, shape: &str, text: &mut String) {
+        let rows: Vec<_> =
+            self.rows.iter().filter_map(|row| Some((row, row.measured(shape)?))).collect();
+        if rows.is_empty() {
+            return;
+        }
         let _ = writeln!(
             text,
-            "### {} connections, closed loop\n\nCPU of the router for a request, µs, and its \
-             ratio to the pass-through; requests/s seen (engines and generator share the cores).\n",
-            self.conditions.engines
+            "### {shape}: CPU\n\n| target | CPU, ratio to pass-through | \
+             CPU s per 1,000 requests | requests/s per core | requests/s seen | RSS MB after | \
+             engines' CPU s per 1,000 |\n|---|---|---|---|---|---|---|",
         );
-        text.push_str("| target |");
-        for shape in saturate::Shape::ALL {
-            let _ = write!(text, " {0}: ratio | µs | requests/s |", shape.name());
-        }
-        text.push_str("\n|---|");
-        text.push_str(&"---|---|---|".repeat(saturate::Shape::ALL.len()));
-        text.push('\n');
-        let floor = self.row("passthrough");
-        for row in self.rows.iter().filter(|row| !row.saturated.is_empty()) {
-            let _ = write!(text, "| {} |", row.name);
-            for (i, measured) in row.saturated.iter().enumerate() {
-                let base = floor.and_then(|row| row.saturated.get(i)).map(|base| base.cpu_us);
-                let _ = write!(
+        let floor = self.row("passthrough").and_then(|row| row.measured(shape));
+        let floor = floor.map(|floor| floor.cpu_us);
+        for (row, measured) in rows {
+            let per_core = match measured.cpu_us > 0.0 {
+                true => format!("{:.0}", 1e6 / measured.cpu_us),
+                false => "-".to_owned(),
+            };
+            let _ = writeln!(
+                text,
+                "| {} | {} | {:.4} | {per_core} | {:.0} | {:.0} | {:.4} |",
+                row.name,
+                ratio(measured.cpu_us, floor),
+                measured.cpu_us / 1000.0,
+                measured.requests_per_s,
+                measured.rss_mb,
+                measured.engines_cpu_us / 1000.0,
+            );
+            if let Some(picker_us) = measured.picker_cpu_us {
+                let _ = writeln!(
                     text,
-                    " {} | {:.0} | {:.0} |",
-                    ratio(measured.cpu_us, base),
-                    measured.cpu_us,
-                    measured.requests_per_s
+                    "| {}, of it kvroute | {} | {:.4} | {:.0} | | | |",
+                    row.name,
+                    ratio(picker_us, floor),
+                    picker_us / 1000.0,
+                    1e6 / picker_us.max(1e-9),
                 );
             }
-            text.push('\n');
         }
-        if let Some(direct) = self.row("direct") {
-            let engines = direct.saturated.iter().map(|m| format!("{:.0}", m.engines_cpu_us));
-            let engines: Vec<String> = engines.collect();
-            let _ = writeln!(text, "\nEngines, µs for a request: {}.", engines.join(" / "));
+        text.push('\n');
+    }
+
+    fn idle(&self, text: &mut String) {
+        let mut rows = self.rows.iter().filter_map(|row| Some((row, row.idle?))).peekable();
+        let Some((_, memory::Idle { engines, .. })) = rows.peek() else { return };
+        let _ = writeln!(
+            text,
+            "### No requests, {engines} engines\n\n| target | CPU ms/s | RSS MB |\n|---|---|---|"
+        );
+        for (row, idle) in rows {
+            let _ =
+                writeln!(text, "| {} | {:.1} | {:.0} |", row.name, idle.cpu_ms_per_s, idle.rss_mb);
+        }
+        text.push('\n');
+    }
+
+    fn long_prompts(&self, text: &mut String) {
+        let mut rows =
+            self.rows.iter().filter_map(|row| Some((row, row.long_prompts.as_ref()?))).peekable();
+        let Some((_, first)) = rows.peek() else { return };
+        let _ = writeln!(
+            text,
+            "### Prompts of {:.0} tokens ({:.1} MB), the same four in each round, RSS MB\n\n\
+             | target | before | largest | after each round | best answer, ms | errors |\n\
+             |---|---|---|---|---|---|",
+            first.prompt_tokens,
+            first.prompt_bytes / 1e6
+        );
+        for (row, seen) in rows {
+            let after: Vec<String> = seen.after_mb.iter().map(|mb| format!("{mb:.0}")).collect();
+            let _ = writeln!(
+                text,
+                "| {} | {:.0} | {:.0} | {} | {:.0} | {} |",
+                row.name,
+                seen.before_mb,
+                seen.max_mb,
+                after.join(" / "),
+                seen.answer_ms,
+                seen.errors
+            );
         }
         text.push('\n');
     }
@@ -215,8 +289,8 @@ impl Report {
                     let _ = writeln!(text, "{} at {gap_ms} ms: {count} x {error}", row.name);
                 }
             }
-            for saturated in row.saturated.iter().filter(|saturated| saturated.errors > 0) {
-                let (shape, count) = (saturated.shape, saturated.errors);
+            for measured in row.loops().filter(|measured| measured.errors > 0) {
+                let (shape, count) = (measured.shape, measured.errors);
                 let _ = writeln!(text, "{}, closed loop, {shape}: {count} errors", row.name);
             }
         }

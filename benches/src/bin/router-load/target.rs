@@ -1,7 +1,7 @@
 //! The routers: how each is started, and how one knows that it is ready.
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 use crate::engines::{Address, MODEL};
+use crate::envoy;
 use crate::process;
 use crate::saturate::Sender;
 
@@ -20,7 +21,7 @@ use crate::saturate::Sender;
 const START_MAX: Duration = Duration::from_secs(60);
 
 /// Answers in a row that make a router ready: every engine is behind it then, not just the first.
-const READY_ANSWERS: u32 = 64;
+const READY_ANSWERS: usize = 64;
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -35,6 +36,8 @@ pub enum Kind {
     KvrouteApprox,
     /// Envoy, round robin.
     Envoy,
+    /// Envoy that asks kvroute (tokenizer, KV events) over ext_proc.
+    ExtProc,
     /// sglang-router, round robin.
     SglangRr,
     /// sglang-router, `cache_aware`.
@@ -47,12 +50,13 @@ pub enum Kind {
 
 impl Kind {
     /// Baselines first.
-    pub const ALL: [Kind; 9] = [
+    pub const ALL: [Kind; 10] = [
         Kind::Direct,
         Kind::Passthrough,
         Kind::Kvroute,
         Kind::KvrouteApprox,
         Kind::Envoy,
+        Kind::ExtProc,
         Kind::SglangRr,
         Kind::SglangCache,
         Kind::SmgRr,
@@ -97,7 +101,7 @@ impl Paths {
             Kind::Direct => None,
             Kind::Passthrough => Some(self.passthrough.clone()),
             Kind::Kvroute | Kind::KvrouteApprox => Some(self.kvroute.clone()),
-            Kind::Envoy => Some(self.peers.join("envoy")),
+            Kind::Envoy | Kind::ExtProc => Some(self.peers.join("envoy")),
             Kind::SglangRr | Kind::SglangCache => Some(self.peers.join("sglang-router")),
             Kind::SmgRr | Kind::SmgCache => Some(self.peers.join("smg")),
         }
@@ -105,10 +109,44 @@ impl Paths {
 
     /// Is it installed?
     pub fn has(&self, kind: Kind) -> bool {
+        let needs_picker = kind == Kind::ExtProc;
         self.program(kind).is_none_or(|path| path.is_file())
+            && (!needs_picker || self.kvroute.is_file())
     }
 
-    fn command(&self, kind: Kind, port: u16, engines: &[Address]) -> anyhow::Result<Command> {
+    /// The Endpoint Picker that a proxy asks, at `port`.
+    fn picker(&self, port: u16, engines: &[Address]) -> anyhow::Result<Command> {
+        let mut command = Command::new(&self.kvroute);
+        kvroute(&mut command, free_port()?)?;
+        command.args(["--ext-proc", &format!("127.0.0.1:{port}")]);
+        self.precise(&mut command, engines);
+        Ok(command)
+    }
+
+    /// Exact tokens, and engines that tell what they hold.
+    fn precise(&self, command: &mut Command, engines: &[Address]) {
+        command.arg("--tokenizer").arg(&self.tokenizer);
+        for Address { http, events, replay } in engines {
+            let sockets = format!("events=tcp://{events},replay=tcp://{replay}");
+            command.arg("--endpoint").arg(format!("http://{http},{sockets}"));
+        }
+    }
+
+    fn envoy(&self, command: &mut Command, config: &serde_json::Value) -> anyhow::Result<()> {
+        let path = self.logs.join("envoy.json");
+        std::fs::write(&path, config.to_string())?;
+        command.arg("-c").arg(path).args(["--concurrency", "2"]);
+        command.args(["--use-dynamic-base-id", "--log-level", "warn"]);
+        Ok(())
+    }
+
+    fn command(
+        &self,
+        kind: Kind,
+        port: u16,
+        picker: Option<u16>,
+        engines: &[Address],
+    ) -> anyhow::Result<Command> {
         let program = self.program(kind).context("no router has no program")?;
         let mut command = Command::new(program);
         match kind {
@@ -119,11 +157,7 @@ impl Paths {
             }
             Kind::Kvroute => {
                 kvroute(&mut command, port)?;
-                command.arg("--tokenizer").arg(&self.tokenizer);
-                for Address { http, events, replay } in engines {
-                    let sockets = format!("events=tcp://{events},replay=tcp://{replay}");
-                    command.arg("--endpoint").arg(format!("http://{http},{sockets}"));
-                }
+                self.precise(&mut command, engines);
             }
             Kind::KvrouteApprox => {
                 kvroute(&mut command, port)?;
@@ -131,11 +165,10 @@ impl Paths {
                     command.arg("--endpoint").arg(format!("http://{http}"));
                 }
             }
-            Kind::Envoy => {
-                let path = self.logs.join("envoy.json");
-                std::fs::write(&path, envoy(port, engines).to_string())?;
-                command.arg("-c").arg(path).args(["--concurrency", "2"]);
-                command.args(["--use-dynamic-base-id", "--log-level", "warn"]);
+            Kind::Envoy => self.envoy(&mut command, &envoy::round_robin(port, engines))?,
+            Kind::ExtProc => {
+                let picker = picker.context("Envoy asks a picker")?;
+                self.envoy(&mut command, &envoy::asking(port, picker))?;
             }
             Kind::SglangRr | Kind::SmgRr => sglang(&mut command, port, "round_robin", engines)?,
             Kind::SglangCache | Kind::SmgCache => {
@@ -169,59 +202,15 @@ fn sglang(
     Ok(())
 }
 
-/// A static round robin cluster, no access log.
-fn envoy(port: u16, engines: &[Address]) -> serde_json::Value {
-    let address = |address: SocketAddr| {
-        let (ip, port) = (address.ip().to_string(), address.port());
-        json!({"socket_address": {"address": ip, "port_value": port}})
-    };
-    let endpoints: Vec<_> = engines
-        .iter()
-        .map(|engine| json!({"endpoint": {"address": address(engine.http)}}))
-        .collect();
-    let router = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
-    let manager = "type.googleapis.com/envoy.extensions.filters.network.\
-                   http_connection_manager.v3.HttpConnectionManager";
-    json!({"static_resources": {
-        "listeners": [{
-            "name": "in",
-            "address": address(SocketAddr::from(([127, 0, 0, 1], port))),
-            "filter_chains": [{"filters": [{
-                "name": "http",
-                "typed_config": {
-                    "@type": manager,
-                    "stat_prefix": "in",
-                    "http_filters": [{"name": "router", "typed_config": {"@type": router}}],
-                    "route_config": {"virtual_hosts": [{
-                        "name": "all",
-                        "domains": ["*"],
-                        "routes": [{
-                            "match": {"prefix": "/"},
-                            "route": {"cluster": "engines", "timeout": "0s"},
-                        }],
-                    }]},
-                },
-            }]}],
-        }],
-        "clusters": [{
-            "name": "engines",
-            "type": "STATIC",
-            "lb_policy": "ROUND_ROBIN",
-            "load_assignment": {
-                "cluster_name": "engines",
-                "endpoints": [{"lb_endpoints": endpoints}],
-            },
-        }],
-    }})
-}
-
 fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// A running router, or none.
 pub struct Target {
-    child: Option<Child>,
+    router: Option<Child>,
+    /// Whom a proxy asks.
+    picker: Option<Child>,
     /// Where each sender sends.
     pub urls: Vec<String>,
 }
@@ -231,31 +220,38 @@ impl Target {
     pub async fn start(kind: Kind, paths: &Paths, engines: &[Address]) -> anyhow::Result<Target> {
         if kind == Kind::Direct {
             let urls = engines.iter().map(|engine| format!("http://{}", engine.http)).collect();
-            return Ok(Target { child: None, urls });
+            return Ok(Target { router: None, picker: None, urls });
         }
-        let port = free_port()?;
-        let log = File::create(paths.logs.join(format!("{}.log", kind.name())))?;
-        let mut command = paths.command(kind, port, engines)?;
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
-        let child = command.spawn().with_context(|| format!("cannot start {}", kind.name()))?;
+        let (port, picker_port) = (free_port()?, free_port()?);
+        let picker = match kind {
+            Kind::ExtProc => {
+                let log = paths.logs.join(format!("{}-picker.log", kind.name()));
+                Some(spawn(paths.picker(picker_port, engines)?, &log)?)
+            }
+            _ => None,
+        };
+        let command = paths.command(kind, port, picker.as_ref().map(|_| picker_port), engines)?;
+        let router = spawn(command, &paths.logs.join(format!("{}.log", kind.name())))?;
         let urls = vec![format!("http://127.0.0.1:{port}"); engines.len()];
-        let mut target = Target { child: Some(child), urls };
-        target.ready().await?;
+        let mut target = Target { router: Some(router), picker, urls };
+        target.ready(engines.len()).await?;
         Ok(target)
     }
 
-    async fn ready(&mut self) -> anyhow::Result<()> {
+    async fn ready(&mut self, engines: usize) -> anyhow::Result<()> {
         let sender = Sender::new(&self.urls[0]);
         let body = json!({"model": MODEL, "prompt": "Is anybody there?", "max_tokens": 1});
         let body = body.to_string();
         let begin = Instant::now();
         let mut answers = 0;
-        while answers < READY_ANSWERS {
-            if let Some(status) = self.child.as_mut().and_then(|c| c.try_wait().ok().flatten()) {
-                anyhow::bail!("it ended at once ({status}): see its log");
+        while answers < READY_ANSWERS.max(engines) {
+            for child in self.router.iter_mut().chain(&mut self.picker) {
+                if let Some(status) = child.try_wait().ok().flatten() {
+                    anyhow::bail!("it ended at once ({status}): see its log");
+                }
             }
-            match sender.send(body.clone().into()).await {
-                Ok(_) => answers += 1,
+            match sender.send(body.clone().into(), |_| {}).await {
+                Ok(()) => answers += 1,
                 Err(error) if begin.elapsed() > START_MAX => {
                     return Err(error.context("it does not get ready: see its log"));
                 }
@@ -268,21 +264,37 @@ impl Target {
         Ok(())
     }
 
+    /// Of all that stands between clients and engines.
     pub fn usage(&self) -> process::Usage {
-        process::usage(self.child.as_ref().and_then(Child::id))
+        let of = |child: &Option<Child>| process::usage(child.as_ref().and_then(Child::id));
+        let (router, picker) = (of(&self.router), of(&self.picker));
+        process::Usage { cpu_s: router.cpu_s + picker.cpu_s, rss_mb: router.rss_mb + picker.rss_mb }
+    }
+
+    /// Of the Endpoint Picker alone, where there is one.
+    pub fn picker_usage(&self) -> Option<process::Usage> {
+        self.picker.as_ref().map(|picker| process::usage(picker.id()))
     }
 
     /// Asks it to end, then makes it.
     pub async fn stop(self) {
-        let Some(mut child) = self.child else { return };
-        let pids = child.id().map(process::tree).unwrap_or_default();
-        signal("-TERM", &pids).await;
-        if tokio::time::timeout(Duration::from_secs(5), child.wait()).await.is_err() {
-            signal("-KILL", &pids).await;
-            // Only its exit status is of no interest.
-            let _ = child.wait().await;
+        for mut child in self.router.into_iter().chain(self.picker) {
+            let pids = child.id().map(process::tree).unwrap_or_default();
+            signal("-TERM", &pids).await;
+            if tokio::time::timeout(Duration::from_secs(5), child.wait()).await.is_err() {
+                signal("-KILL", &pids).await;
+                // Only its exit status is of no interest.
+                let _ = child.wait().await;
+            }
         }
     }
+}
+
+fn spawn(mut command: Command, log: &Path) -> anyhow::Result<Child> {
+    let log = File::create(log)?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
+    let program = command.as_std().get_program().to_owned();
+    command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
 
 async fn signal(name: &str, pids: &[u32]) {

@@ -16,8 +16,15 @@ pub struct Shape {
     pub engines: u32,
     pub groups: u32,
     pub users: u32,
-    pub prompt_bytes: u32,
+    pub prompt: Length,
     pub output_tokens: u32,
+}
+
+/// How long a prompt is, about.
+#[derive(Clone, Copy)]
+pub enum Length {
+    Bytes(u32),
+    Tokens(u32),
 }
 
 /// The groups, dealt out to as many senders as there are engines. Without a router, sender N talks
@@ -40,7 +47,10 @@ impl Work {
         };
         let sample = Workload::new(&spec, &tokenizer)?;
         let token_bytes = sample.prompts()[0].text.len() as f64 / f64::from(SAMPLE_TOKENS);
-        let tokens = (f64::from(shape.prompt_bytes) / token_bytes) as u32;
+        let tokens = match shape.prompt {
+            Length::Bytes(bytes) => (f64::from(bytes) / token_bytes) as u32,
+            Length::Tokens(tokens) => tokens,
+        };
         let question_tokens = tokens / 6;
         let senders = (0..shape.engines).map(|sender| {
             let groups =

@@ -341,7 +341,7 @@ impl Stream<'_> {
             self.note_failure(routed, block, status);
             if self.modes.response == BodyMode::None && !routed.observer.ended {
                 // Nothing else tells that the endpoint has read the prompt.
-                routed.observer.sign_of_life();
+                routed.observer.sign_of_life(Instant::now());
             }
             if self.options.endpoint_header {
                 let endpoint = routed.upstream.header.as_bytes().to_vec();
@@ -368,7 +368,7 @@ impl Stream<'_> {
         self.note_endpoint_failed(routed);
         routed.observer.reservation.redirect(other.id);
         routed.observer.outcome.attempts += 1;
-        routed.observer.outcome.endpoint.clone_from(&other.name);
+        routed.observer.outcome.set_endpoint(&other.name);
         routed.upstream = other;
     }
 
@@ -406,7 +406,7 @@ impl Stream<'_> {
 
     async fn on_piece(&mut self, exchange: &mut Exchange, piece: Piece) -> Result<(), End> {
         if let Some(routed) = exchange.routed.as_mut().filter(|routed| !routed.observer.ended) {
-            routed.observer.chunk(&piece.body);
+            routed.observer.chunk(&piece.body, Instant::now());
         }
         if let Some(routed) = &mut exchange.routed {
             self.note_reason(routed, &piece.body);

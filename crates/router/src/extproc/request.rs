@@ -146,7 +146,7 @@ impl Stream<'_> {
         let response_headers = chosen.response_headers.clone();
         let mut observer = route::observe(self.shared, &head.way, chosen, place);
         observer.outcome.attempts = 1;
-        observer.outcome.endpoint.clone_from(&upstream.name);
+        observer.outcome.set_endpoint(&upstream.name);
         if let Err(end) = sent {
             observer.break_off(BROKEN_STATUS, &end.message);
             return Err(end.into());
