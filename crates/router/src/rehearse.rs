@@ -45,7 +45,7 @@ impl Rehearsal {
         let (phase, _) = watch::channel(Phase::Serving);
         let way = Way {
             started: Instant::now(),
-            request_id: REQUEST_ID.to_owned(),
+            request_id: REQUEST_ID.into(),
             id_value: HeaderValue::from_static(REQUEST_ID),
             api: Api::ChatCompletions,
         };
@@ -103,7 +103,7 @@ impl Rehearsal {
     }
 
     fn candidate<'a>(&'a self, read: &'a Read) -> Candidate<'a> {
-        let request_id = &self.way.request_id;
+        let request_id = self.way.request_id.as_str();
         Candidate { request_id, asked: &read.0, headers: &self.headers, allowed: None }
     }
 }
