@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run --release --manifest-path benches/peers/Cargo.toml              # everything
 //! cargo run --release --manifest-path benches/peers/Cargo.toml -- lookup --quick
+//! cargo run --release --manifest-path benches/peers/Cargo.toml --features tokenizing -- tokenizing
 //! ```
 //!
 //! Answers are compared before anything is timed; a wrong one ends the program.
@@ -10,11 +11,15 @@
 mod built;
 mod clock;
 mod events;
+mod hashing;
 mod instructions;
 mod lookup;
 mod memory;
+mod mixed;
 mod subjects;
 mod table;
+#[cfg(feature = "tokenizing")]
+mod tokenizing;
 mod workload;
 
 use anyhow::Result;
@@ -48,6 +53,11 @@ pub struct Options {
     /// Only cases whose name contains this.
     #[arg(long, global = true)]
     only: Option<String>,
+    /// A folder with a tokenizer.json; Qwen3's, where scripts/fetch-tokenizer.sh puts it, when left
+    /// out.
+    #[cfg(feature = "tokenizing")]
+    #[arg(long, global = true)]
+    tokenizer: Option<std::path::PathBuf>,
 }
 
 impl Options {
@@ -66,8 +76,15 @@ impl Options {
 enum Command {
     /// Lookups from hashes and from tokens.
     Lookup,
+    /// Lookups while a writer writes.
+    Mixed,
     /// Stores and removals.
     Events,
+    /// Hashes of blocks.
+    Hashing,
+    /// Chats to tokens.
+    #[cfg(feature = "tokenizing")]
+    Tokenizing,
     /// Bytes per block.
     Memory,
     /// Instructions of a lookup, counted by valgrind, which must be installed.
@@ -84,11 +101,24 @@ enum Command {
 
 fn main() -> Result<()> {
     let Arguments { command, options } = Arguments::parse();
-    let all = [Command::Lookup, Command::Instructions, Command::Events, Command::Memory];
+    let all = [
+        Command::Lookup,
+        Command::Instructions,
+        Command::Mixed,
+        Command::Events,
+        Command::Memory,
+        Command::Hashing,
+        #[cfg(feature = "tokenizing")]
+        Command::Tokenizing,
+    ];
     let wanted = command.map_or(all.to_vec(), |command| vec![command]);
     for command in wanted {
         match command {
             Command::Lookup => lookup::run(&options)?,
+            Command::Mixed => mixed::run(&options)?,
+            Command::Hashing => hashing::run(&options)?,
+            #[cfg(feature = "tokenizing")]
+            Command::Tokenizing => tokenizing::run(&options)?,
             Command::Events => events::run(&options)?,
             Command::Memory => memory::run(&options)?,
             Command::Instructions => instructions::run(&options)?,

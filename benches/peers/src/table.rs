@@ -62,7 +62,7 @@ impl Table {
     }
 
     /// Prints it. The last line compares the best row of ours with the best of the peers', the
-    /// naive map left out, because it does not do the whole work.
+    /// naive map and references left out, because they do not do the whole work.
     pub fn print(&self) {
         println!("\n### {}\n", self.title);
         println!("| | {} |", self.columns.join(" | "));
@@ -84,7 +84,9 @@ impl Table {
     fn ratio(&self, at: usize) -> String {
         let best = |ours: bool| {
             let of = |(name, _): &&(String, Vec<Cell>)| {
-                name.starts_with("kvroute") == ours && !name.starts_with("naive")
+                name.starts_with("kvroute") == ours
+                    && !name.starts_with("naive")
+                    && !name.starts_with("reference")
             };
             let rows = self.rows.iter().filter(of);
             let values = rows.filter_map(|(_, cells)| cells.get(at)?.value);

@@ -49,7 +49,8 @@ fn event(raw: Raw) -> RouterEvent {
     RouterEvent::new(u64::from(endpoint), KvCacheEvent { event_id: 0, data, dp_rank: 0 })
 }
 
-fn fill(found: OverlapScores, scores: &mut [u32]) {
+/// Writes scores to the places of endpoints.
+pub fn fill(found: OverlapScores, scores: &mut [u32]) {
     scores.fill(0);
     for (worker, score) in found.scores {
         scores[worker.worker_id as usize] = score;
@@ -192,9 +193,9 @@ impl Wake for Stamps {
 }
 
 /// Queues a task whose answer wakes a waker, on the thread of the worker loop, when it is its turn.
-fn mark(
+pub fn mark(
     tasks: &flume::Sender<WorkerTask>,
-    stamps: &Arc<Stamps>,
+    stamps: &Arc<impl Wake + Send + Sync + 'static>,
 ) -> Pin<Box<oneshot::Receiver<()>>> {
     let (done, wait) = oneshot::channel();
     let mut wait = Box::pin(wait);
