@@ -122,6 +122,18 @@ pub fn root(block_size: u32, space: TokenSpace, root: Root<'_>) -> BlockKey {
     })
 }
 
+/// What the first block of a prompt is hashed with: the root, and the salt of the tenant. [`extend`]
+/// from here gives the keys of [`chain`] for a prompt without multimodal items.
+pub fn start(spec: ChainSpec, root_of: Root<'_>, cache_salt: Option<&str>) -> BlockKey {
+    let root = root(spec.block_size, spec.space, root_of);
+    cache_salt.map_or(root, |salt| BlockKey(fold(root.0, salt.as_bytes())))
+}
+
+/// The key of a last block that `tokens` fill only in part, after `parent`.
+pub fn partial(parent: BlockKey, tokens: &[u32]) -> BlockKey {
+    BlockKey(hash(tokens, parent.0))
+}
+
 /// The chain of a prompt. Cost: one pass over the tokens, one allocation, two more when the prompt
 /// has multimodal items.
 pub fn chain(
@@ -374,6 +386,27 @@ mod tests {
         }
         let chain = chain(SPEC, Root::Base, &tokens(7), &PromptExtras::default());
         assert_eq!(chain.tokens, 7);
+    }
+
+    #[test]
+    fn a_chain_can_be_made_in_steps() {
+        for (salt, partial_tail, n) in
+            [(None, true, 10), (Some("tenant-a"), true, 11), (Some(""), false, 10), (None, true, 8)]
+        {
+            let spec = ChainSpec { partial_tail, ..SPEC };
+            let extras = PromptExtras { cache_salt: salt, items: &[] };
+            let whole = chain(spec, Root::Adapter("a"), &tokens(n), &extras);
+            let (first, rest) = (&tokens(n)[..4], &tokens(n)[4..]);
+            let from = start(spec, Root::Adapter("a"), salt);
+            let mut keys = Vec::new();
+            extend(from, 4, first, &[], &mut keys);
+            extend(keys[0], 4, rest, &[], &mut keys);
+            let left = &tokens(n)[keys.len() * 4..];
+            if partial_tail && !left.is_empty() {
+                keys.push(partial(*keys.last().unwrap(), left));
+            }
+            assert_eq!(whole.keys, keys, "{salt:?} {partial_tail} {n}");
+        }
     }
 
     #[test]

@@ -6,18 +6,19 @@
 //! tokens stalls nobody else. How long a body takes is learned from those before it. Whatever is
 //! missing on the way lowers the knowledge, never the request.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use bytes::Bytes;
 use http::HeaderMap;
-use kvroute_core::blocks::{PromptExtras, Root, TokenSpace, chain};
+use kvroute_core::blocks::{Root, TokenSpace};
 use kvroute_core::decision::{NoTokens, PromptChains, TokensKnown};
 use kvroute_core::fleet::RootKind;
 use kvroute_core::plan::TokensNeed;
 use kvroute_core::produce::{AUDIO_TOKENS, TokenEstimate, VideoHints};
-use kvroute_tokens::{Tokenized, Tokenizer, TokensError};
+use kvroute_tokens::{Counts, Tokenizer, TokensError, Wanted, chains_of_ids};
 use kvroute_wire::api::Api;
 use kvroute_wire::media::{MediaItem, MediaKind};
 use kvroute_wire::request::{self, NoPrompt, Prompt, RequestBody};
@@ -201,31 +202,19 @@ fn read_now(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Ask
         let why = NoTokens::NotNeeded;
         return Ok(without_tokens(&parsed, named, body.len(), &estimator, why));
     }
-    let found = tokens_of(shared, model, &parsed, &estimator);
-    let found = found.map_err(|error| failure(shared, model, &error, hints));
-    let (Tokenized { ids: tokens, chars }, known) = match found {
-        Ok(tokens) => tokens,
+    let mut prompts = Vec::new();
+    let found = chains_of(shared, model, &parsed, &estimator, &mut prompts);
+    match found.map_err(|error| failure(shared, model, &error, hints)) {
+        Ok((Counts { tokens, chars }, known)) => {
+            let prompt_tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+            let about = about(&parsed, named);
+            Ok(Asked { prompts, rendered_chars: chars, prompt_tokens, known, ..about })
+        }
         Err(Missing { why, request_at_fault }) => {
             let asked = without_tokens(&parsed, named, body.len(), &estimator, why);
-            return Ok(Asked { request_at_fault, ..asked });
+            Ok(Asked { request_at_fault, ..asked })
         }
-    };
-    let (specs, root) = {
-        let brain = shared.brain.lock();
-        (brain.chain_specs(), brain.root_of(model))
-    };
-    let root = match root {
-        RootKind::Base => Root::Base,
-        RootKind::Adapter => Root::Adapter(model),
-    };
-    let extras = PromptExtras { cache_salt: parsed.cache_salt.as_deref(), items: &parsed.items };
-    let chains_of = |tokens: &Vec<u32>| PromptChains {
-        chains: specs.of(known).iter().map(|spec| chain(*spec, root, tokens, &extras)).collect(),
-    };
-    let prompts = tokens.iter().map(chains_of).collect();
-    let prompt_tokens = tokens.iter().map(Vec::len).sum::<usize>();
-    let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
-    Ok(Asked { prompts, rendered_chars: chars, prompt_tokens, known, ..about(&parsed, named) })
+    }
 }
 
 /// The model that serves a request. Empty where the API has no place for a model and the router was
@@ -311,22 +300,38 @@ struct Missing {
     request_at_fault: bool,
 }
 
-/// The tokens of each prompt: as the engine will see them, or estimated where the plan is content
-/// with that or no tokenizer is known for the model.
-fn tokens_of(
+/// The chains of each prompt: of the tokens that the engine will see, or of estimated ones where
+/// the plan is content with that or no tokenizer is known for the model.
+fn chains_of(
     shared: &Shared,
     model: &str,
     parsed: &RequestBody<'_>,
     estimator: &Estimator<'_>,
-) -> Result<(Tokenized, TokensKnown), TokensError> {
-    let unrendered = |ids| Tokenized { ids, chars: None };
+    prompts: &mut Vec<PromptChains>,
+) -> Result<(Counts, TokensKnown), TokensError> {
+    let (specs, root) = {
+        let brain = shared.brain.lock();
+        (brain.chain_specs(), brain.root_of(model))
+    };
+    let root = match root {
+        RootKind::Base => Root::Base,
+        RootKind::Adapter => Root::Adapter(model),
+    };
     let exact = shared.tokens == TokensNeed::Exact;
-    match (&parsed.prompt, tokenizer_of(shared, model).filter(|_| exact)) {
-        (Prompt::None(why), _) => Err(TokensError::NoPrompt(*why)),
-        (Prompt::TokenIds(prompts), _) => Ok((unrendered(prompts.clone()), TokensKnown::Exact)),
-        (_, Some(tokenizer)) => Ok((tokenizer.tokenize(parsed)?, TokensKnown::Exact)),
-        (_, None) => Ok((unrendered(estimator.tokens_of(parsed)), TokensKnown::Estimated)),
-    }
+    let tokenizer = tokenizer_of(shared, model).filter(|_| exact);
+    let (lists, known) = match (&parsed.prompt, tokenizer) {
+        (Prompt::None(why), _) => return Err(TokensError::NoPrompt(*why)),
+        (Prompt::TokenIds(lists), _) => (Cow::Borrowed(lists), TokensKnown::Exact),
+        (_, Some(tokenizer)) => {
+            let wanted = Wanted { specs: specs.exact(), root };
+            let counts = tokenizer.chains_of(parsed, wanted, prompts)?;
+            return Ok((counts, TokensKnown::Exact));
+        }
+        (_, None) => (Cow::Owned(estimator.tokens_of(parsed)), TokensKnown::Estimated),
+    };
+    let wanted = Wanted { specs: specs.of(known), root };
+    let tokens = chains_of_ids(lists.iter().map(Vec::as_slice), parsed, wanted, prompts);
+    Ok((Counts { tokens, chars: None }, known))
 }
 
 /// The model's own tokenizer, its base model's, or the default.
@@ -377,8 +382,7 @@ impl Estimator<'_> {
     /// which grows at its end from turn to turn like the prompt does.
     fn tokens_of(&self, parsed: &RequestBody<'_>) -> Vec<Vec<u32>> {
         match &parsed.prompt {
-            Prompt::None(_) => Vec::new(),
-            Prompt::TokenIds(prompts) => prompts.clone(),
+            Prompt::None(_) | Prompt::TokenIds(_) => Vec::new(),
             Prompt::Texts(texts) => {
                 texts.iter().map(|text| kvroute_tokens::estimate(text.as_bytes())).collect()
             }

@@ -5,10 +5,10 @@
 //! conversation with the model's chat template as vLLM does, and tokenizes the text with the
 //! model's own `tokenizer.json`. The way of a prompt through the files: `messages.rs` (what the
 //! template is given), `template.rs` with `methods.rs` and `python.rs` (the text), `cut.rs` and
-//! `model.rs` (the ids).
+//! `model.rs` (the ids), `prefixes.rs` (what was seen before, with its block keys).
 //!
 //! Where exact ids cannot be had, the answer is a [`TokensError`] with a reason, never a guess.
-//! All calls are CPU work, 0.1 to 1 ms for a prompt of 30 KB: run them off the reactor.
+//! All calls are CPU work, 20 to 200 µs for a prompt of 30 KB, more at first sight of long ones.
 
 mod content_format;
 mod cut;
@@ -17,6 +17,7 @@ mod files;
 mod messages;
 mod methods;
 mod model;
+mod prefixes;
 mod python;
 mod template;
 #[cfg(test)]
@@ -25,7 +26,10 @@ mod tests;
 use std::path::Path;
 use std::sync::Arc;
 
+use kvroute_core::blocks::{self, BlockKey, Chain, ChainSpec, PromptExtras, Root};
+use kvroute_core::decision::PromptChains;
 use kvroute_wire::request::{Chat, Prompt, RequestBody};
+use parking_lot::Mutex;
 
 pub use error::{LoadError, TokensError};
 pub use messages::ContentFormat;
@@ -34,13 +38,14 @@ pub use template::Clock;
 
 use files::Files;
 use model::Model;
+use prefixes::{Link, Work};
 use template::{RenderOptions, Templates};
 
 /// How a tokenizer is loaded and what it may cost.
 #[derive(Clone, Debug)]
 pub struct TokenizerOptions {
-    /// Most bytes of text and ids that the cache of encoded pieces holds; 0 turns it off. A piece
-    /// that costs more than 1/64 of it is not kept.
+    /// Most bytes of text, ids and block keys that the cache of beginnings of prompts holds; 0
+    /// turns it off. A span of text that costs more than 1/64 of it is not kept.
     pub cache_bytes_max: usize,
     /// Longest rendered prompt, in bytes.
     pub prompt_bytes_max: usize,
@@ -89,9 +94,41 @@ pub struct Tokenized {
     pub chars: Option<u64>,
 }
 
+/// The chains that are wanted of the prompts of one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// One chain of each prompt for each of them.
+    pub specs: &'a [ChainSpec],
+    /// Whose weights compute the blocks.
+    pub root: Root<'a>,
+}
+
+/// How much text and how many tokens the prompts of one request have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Tokens of all prompts.
+    pub tokens: usize,
+    /// Characters of their texts, templates included; `None`: they came as ids.
+    pub chars: Option<u64>,
+}
+
+/// Most sets of buffers that are kept for the next requests, as many as threads use at once.
+const BUFFERS_MAX: usize = 64;
+/// Buffers that have grown beyond so many ids or bytes of text go back to the system.
+const BUFFER_LENGTH_MAX: usize = 4 << 20;
+
 struct Inner {
     model: Model,
     templates: Templates,
+    buffers: Mutex<Vec<Buffers>>,
+}
+
+/// Memory that is used again by request after request.
+#[derive(Default)]
+struct Buffers {
+    work: Work,
+    links: Vec<Link>,
+    keys: Vec<Vec<BlockKey>>,
 }
 
 impl Tokenizer {
@@ -136,7 +173,8 @@ impl Tokenizer {
         };
         let templates = Templates::new(sources, files.special_tokens, render)?;
         let model = Model::new(&files.tokenizer, files.overrides, options.cache_bytes_max)?;
-        Ok(Tokenizer { inner: Arc::new(Inner { model, templates }) })
+        let inner = Inner { model, templates, buffers: Mutex::default() };
+        Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
     /// The ids of a text; with `add_special_tokens` also those that the model puts around a
@@ -201,11 +239,120 @@ impl Tokenizer {
         }
     }
 
-    /// What the cache of encoded pieces holds and how often it helped.
+    /// The chains of the prompts of a request, in `prompts`, whose memory is used again. They are
+    /// those that [`blocks::chain`] makes of [`Tokenizer::tokens_of`]; what a prompt shares with
+    /// earlier ones is neither tokenized nor hashed again.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::tokens_of`].
+    pub fn chains_of(
+        &self,
+        body: &RequestBody<'_>,
+        wanted: Wanted<'_>,
+        prompts: &mut Vec<PromptChains>,
+    ) -> Result<Counts, TokensError> {
+        let chars = |text: &str| text.chars().count() as u64;
+        let mut counts = Counts::default();
+        match &body.prompt {
+            Prompt::None(reason) => return Err(TokensError::NoPrompt(*reason)),
+            Prompt::Opaque(opaque) => return Err(TokensError::NoPrompt(opaque.why)),
+            Prompt::TokenIds(lists) => {
+                let lists = lists.iter().map(Vec::as_slice);
+                counts.tokens = chains_of_ids(lists, body, wanted, prompts);
+            }
+            Prompt::Texts(texts) => {
+                prompts.resize_with(texts.len(), PromptChains::default);
+                for (text, chains) in texts.iter().zip(prompts) {
+                    let special = body.add_special_tokens;
+                    counts.tokens += self.chains(text, special, body, wanted, chains)?;
+                }
+                counts.chars = Some(texts.iter().map(|text| chars(text)).sum());
+            }
+            Prompt::Chat(chat) => {
+                let text = self.render_chat(chat)?;
+                prompts.resize_with(1, PromptChains::default);
+                let special = chat.add_special_tokens;
+                for chains in prompts {
+                    counts.tokens = self.chains(&text, special, body, wanted, chains)?;
+                }
+                counts.chars = Some(chars(&text));
+            }
+        }
+        Ok(counts)
+    }
+
+    /// The chains of one text; how many tokens it has.
+    fn chains(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        body: &RequestBody<'_>,
+        wanted: Wanted<'_>,
+        chains: &mut PromptChains,
+    ) -> Result<usize, TokensError> {
+        if !body.items.is_empty() {
+            // Keys that depend on more than ids, salt and root are not kept.
+            let ids = self.encode(text, add_special_tokens)?;
+            let mut made = Vec::new();
+            let tokens = chains_of_ids(std::iter::once(ids.as_slice()), body, wanted, &mut made);
+            *chains = made.pop().unwrap_or_default();
+            return Ok(tokens);
+        }
+        let mut buffers = self.inner.buffers.lock().pop().unwrap_or_default();
+        let Buffers { work, links, keys } = &mut buffers;
+        let salt = body.cache_salt.as_deref();
+        links.clear();
+        links.extend(wanted.specs.iter().map(|spec| Link {
+            block_size: spec.block_size,
+            start: blocks::start(*spec, wanted.root, salt),
+        }));
+        let mut used = chains.chains.drain(..).map(|chain| chain.keys);
+        keys.clear();
+        keys.extend(links.iter().map(|_| used.next().unwrap_or_default()));
+        drop(used);
+        let read = self.inner.model.read(text, add_special_tokens, (links, keys), false, work);
+        let tokens = work.tokens();
+        for ((spec, link), mut keys) in wanted.specs.iter().zip(links.iter()).zip(keys.drain(..)) {
+            let unfilled = link.unfilled(tokens);
+            if spec.partial_tail && unfilled > 0 {
+                let from = work.ids.len().saturating_sub(unfilled);
+                let ids = work.ids.get(from..).unwrap_or_default();
+                keys.push(blocks::partial(link.parent(&keys), ids));
+            }
+            let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+            chains.chains.push(Chain { spec: *spec, keys, tokens });
+        }
+        let is_kept = buffers.work.ids.capacity() <= BUFFER_LENGTH_MAX;
+        let mut kept = self.inner.buffers.lock();
+        if is_kept && kept.len() < BUFFERS_MAX {
+            kept.push(buffers);
+        }
+        read.map(|()| tokens)
+    }
+
+    /// What the cache of beginnings of prompts holds and how often it helped.
     #[must_use]
     pub fn cache_stats(&self) -> CacheStats {
         self.inner.model.cache_stats()
     }
+}
+
+/// The chains of prompts that came as ids; how many ids they are.
+pub fn chains_of_ids<'a>(
+    lists: impl Iterator<Item = &'a [u32]>,
+    body: &RequestBody<'_>,
+    wanted: Wanted<'_>,
+    prompts: &mut Vec<PromptChains>,
+) -> usize {
+    let extras = PromptExtras { cache_salt: body.cache_salt.as_deref(), items: &body.items };
+    let mut tokens = 0;
+    prompts.clear();
+    prompts.extend(lists.map(|ids| {
+        tokens += ids.len();
+        let chain = |spec: &ChainSpec| blocks::chain(*spec, wanted.root, ids, &extras);
+        PromptChains { chains: wanted.specs.iter().map(chain).collect() }
+    }));
+    tokens
 }
 
 /// Pseudo tokens for a text whose tokenizer is not known: each four bytes as one little-endian

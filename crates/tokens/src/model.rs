@@ -7,21 +7,23 @@
 //! newer Unicode tables, and takes twice the time.
 //!
 //! A prompt is split at added tokens and, where that is provably exact, inside plain text
-//! ([`crate::cut`]); the ids of each piece are kept in a cache that is bounded by bytes, so that a
-//! shared system prompt is tokenized once. A hit compares the text itself, so no hash collision
-//! can give wrong ids.
+//! ([`crate::cut`]). At these places its beginnings are kept ([`crate::prefixes`]), so that a
+//! shared system prompt is tokenized and hashed once.
 
 use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use fastokens::added_tokens::Segment;
 use fastokens::{EncodeSegment, Tokenizer as Fast};
+use kvroute_core::blocks::BlockKey;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::cut::CutRule;
 use crate::error::{LoadError, TokensError};
 use crate::files::{self, Source};
+use crate::prefixes::{Cut, Link, Prefixes, SPAN_BYTES_MIN, Work};
 
 /// Texts that must come back unchanged from encoding and decoding. ASCII first: the others only
 /// for tokenizers that can write every byte.
@@ -49,20 +51,20 @@ pub(crate) struct Ends {
     pub(crate) after: Option<String>,
 }
 
-/// How well the cache of encoded pieces does.
+/// How well the cache of beginnings of prompts does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheStats {
-    /// Pieces whose ids were found.
+    /// Spans of text whose ids were found.
     pub hits: u64,
-    /// Pieces that had to be tokenized.
+    /// Pieces of text that had to be tokenized.
     pub misses: u64,
     /// Bytes of text that hits covered.
     pub hit_bytes: u64,
     /// Bytes of text that had to be tokenized.
     pub miss_bytes: u64,
-    /// Pieces in the cache.
+    /// Spans in the cache.
     pub entries: usize,
-    /// Bytes that they are charged with: text, ids and a fixed part per piece.
+    /// Bytes that they are charged with: text, ids, block keys and a fixed part per span.
     pub bytes: usize,
     /// The bound of `bytes`.
     pub bytes_max: usize,
@@ -75,9 +77,70 @@ pub(crate) struct Model {
     /// Added tokens are matched in the raw text alone, so the text can be split here. Otherwise
     /// (Llama 2) some are matched after normalization and the library does both.
     is_split_here: bool,
-    /// Ids around a prompt that override the post-processor.
-    ends: Option<(Option<u32>, Option<u32>)>,
+    /// What the added tokens say about where a prompt may be cut.
+    added: Added,
+    /// Ids that are put around a prompt where that is asked for.
+    before: Vec<u32>,
+    after: Vec<u32>,
     ids: u32,
+    /// `None`: nothing is kept.
+    prefixes: Option<Mutex<Prefixes>>,
+}
+
+/// The added tokens, as far as they look at what stands beside them.
+struct Added {
+    /// Some match whole words only, so a piece is not split like the same text inside of others.
+    single_word: bool,
+    /// Some take in the white space beside them.
+    strips: bool,
+    texts: Vec<Vec<u8>>,
+    /// Bytes of the longest.
+    longest: usize,
+    /// Whether some begin with a byte.
+    first_bytes: Box<[bool; 256]>,
+}
+
+impl Added {
+    fn of(fast: &Fast) -> Added {
+        let tokens = fast.added_token_configs();
+        let texts: Vec<Vec<u8>> = tokens.iter().map(|token| token.content.clone().into()).collect();
+        let mut first_bytes = Box::new([false; 256]);
+        for first in texts.iter().filter_map(|text| text.first()) {
+            first_bytes[usize::from(*first)] = true;
+        }
+        Added {
+            first_bytes,
+            single_word: tokens.iter().any(|token| token.single_word),
+            strips: tokens.iter().any(|token| token.lstrip || token.rstrip),
+            longest: texts.iter().map(Vec::len).max().unwrap_or(0),
+            texts,
+        }
+    }
+
+    /// How many bytes behind a cut decide that the text before it is split as it is, whatever
+    /// follows; `None`: no number does. `is_inside`: the cut is inside of plain text, not behind an
+    /// added token.
+    fn guard(&self, before: &[u8], behind: &str, is_inside: bool) -> Option<usize> {
+        // White space there could belong to a token before it or behind it.
+        let is_open = !is_inside && self.strips && behind.starts_with(char::is_whitespace);
+        if self.single_word || is_open {
+            return None;
+        }
+        let next = match (is_inside, behind.chars().next()) {
+            // The space that ends a word, or what ends the white space of a token.
+            (true, Some(next)) => next.len_utf8(),
+            (false, Some(next)) if self.strips => next.len_utf8(),
+            _ => 0,
+        };
+        let window = &before[before.len().saturating_sub(self.longest)..];
+        let may_begin = |from: &usize| self.first_bytes[usize::from(window[*from])];
+        let begun = (0..window.len()).filter(may_begin).flat_map(|from| {
+            let begun = &window[from..];
+            let is_longer = |text: &&Vec<u8>| text.len() > begun.len() && text.starts_with(begun);
+            self.texts.iter().filter(is_longer).map(|text| text.len() - begun.len())
+        });
+        Some(begun.max().unwrap_or(0).max(next))
+    }
 }
 
 impl Model {
@@ -98,20 +161,23 @@ impl Model {
         // Engines hand the whole prompt over and cut it, if at all, by rules of their own.
         fast.set_truncation(None);
         fast.set_padding(None);
-        if cache_bytes_max > 0 {
-            fast.enable_segment_cache(cache_bytes_max);
-        }
         let added = fast.added_token_configs();
         let is_split_here =
             outline.normalizer.is_null() || added.iter().all(|token| !token.normalized);
         let highest_added = added.iter().map(|token| token.id + 1).max().unwrap_or(0);
         let ids = highest_added.max(u32::try_from(fast.vocab_size()).unwrap_or(u32::MAX));
-        let ends = match overrides.ends {
-            None => None,
-            Some(ends) => Some((id_of(&fast, ends.before)?, id_of(&fast, ends.after)?)),
+        let (before, after) = match overrides.ends {
+            None => ends_of(&fast)?,
+            Some(ends) => {
+                let list = |token| id_of(&fast, token).map(|id| Vec::from_iter(id));
+                (list(ends.before)?, list(ends.after)?)
+            }
         };
         let rule = CutRule::of(&outline.normalizer, &outline.pre_tokenizer);
-        let model = Model { fast, rule, is_split_here, ends, ids };
+        let added = Added::of(&fast);
+        let prefixes =
+            (cache_bytes_max > 0).then(|| Mutex::new(Prefixes::new(cache_bytes_max, &before)));
+        let model = Model { fast, rule, is_split_here, added, before, after, ids, prefixes };
         if !outline.decoder.is_null() {
             model.check_probes(outline.writes_every_byte())?;
         }
@@ -124,53 +190,96 @@ impl Model {
         self.ids
     }
 
+    /// The ids of a text.
     pub(crate) fn encode(
         &self,
         text: &str,
         add_special_tokens: bool,
     ) -> Result<Vec<u32>, TokensError> {
-        // The texts come from the network and the library has unsafe code and indexing of its
-        // own: should it ever panic, one request loses its precise route and nothing else.
-        let encoded = catch_unwind(AssertUnwindSafe(|| self.encode_unguarded(text)));
-        let ids = encoded.map_err(|_| failed("it panicked on this text".to_owned()))??;
-        if !add_special_tokens {
-            return Ok(ids);
-        }
-        Ok(match self.ends {
-            None => self.fast.post_process(ids, true),
-            Some((before, after)) => before.into_iter().chain(ids).chain(after).collect(),
-        })
+        let mut work = Work::default();
+        self.read(text, add_special_tokens, (&[], &mut []), true, &mut work)?;
+        Ok(work.ids)
     }
 
-    fn encode_unguarded(&self, text: &str) -> Result<Vec<u32>, TokensError> {
-        if !self.is_split_here {
-            return self.fast.encode(text).map_err(|error| failed(error.to_string()));
+    /// Tokenizes a text: the keys of its full blocks for each chain, all of its ids or at least
+    /// those that fill no block in `work`.
+    pub(crate) fn read(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        (links, keys): (&[Link], &mut [Vec<BlockKey>]),
+        all_ids: bool,
+        work: &mut Work,
+    ) -> Result<(), TokensError> {
+        work.clear();
+        keys.iter_mut().for_each(Vec::clear);
+        let prefixes = self.prefixes.as_ref().filter(|_| text.len() >= SPAN_BYTES_MIN);
+        match prefixes {
+            Some(prefixes) => {
+                let bytes = text.as_bytes();
+                let found = (links, &mut *keys);
+                prefixes.lock().find(bytes, add_special_tokens, found, all_ids, work);
+            }
+            None if add_special_tokens => work.ids.extend_from_slice(&self.before),
+            None => {}
         }
-        let mut ids = Vec::with_capacity(text.len() / 3 + 8);
-        let segments = self.fast.added_tokens().and_then(|t| t.split_with_opt(text, false));
-        match segments {
-            None => self.encode_plain(text, &mut ids)?,
-            Some(segments) => {
-                for segment in segments {
-                    match segment {
-                        Segment::Token(id) => ids.push(id),
-                        Segment::Text(text) => self.encode_plain(text, &mut ids)?,
-                    }
-                }
+        if work.bytes < text.len() {
+            // The texts come from the network and the library has unsafe code and indexing of its
+            // own: should it ever panic, one request loses its precise route and nothing else.
+            let encoded = catch_unwind(AssertUnwindSafe(|| self.encode_rest(text, work)));
+            encoded.map_err(|_| failed("it panicked on this text".to_owned()))??;
+        }
+        complete(links, keys, work);
+        if let Some(prefixes) = prefixes.filter(|_| work.bytes < text.len()) {
+            prefixes.lock().keep(text.as_bytes(), links, keys, work);
+        }
+        if add_special_tokens && !self.after.is_empty() {
+            work.ids.extend_from_slice(&self.after);
+            complete(links, keys, work);
+        }
+        Ok(())
+    }
+
+    /// Appends the ids of what stands behind the known beginning, and notes where it was cut.
+    fn encode_rest(&self, text: &str, work: &mut Work) -> Result<(), TokensError> {
+        let rest = text.get(work.bytes..).unwrap_or_default();
+        if !self.is_split_here {
+            work.pieces += 1;
+            let ids = self.fast.encode(rest).map_err(|error| failed(error.to_string()))?;
+            work.ids.extend_from_slice(&ids);
+            return Ok(());
+        }
+        let segments = self.fast.added_tokens().and_then(|t| t.split_with_opt(rest, false));
+        let Some(segments) = segments else { return self.encode_plain(text, rest, work) };
+        for segment in segments {
+            match segment {
+                Segment::Token(id) => work.ids.push(id),
+                Segment::Text(plain) => self.encode_plain(text, plain, work)?,
             }
         }
-        Ok(ids)
+        Ok(())
     }
 
-    /// Encodes text in which no added token is looked for any more.
-    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokensError> {
-        for piece in self.rule.pieces(text) {
-            let piece = [EncodeSegment::ordinary(piece)];
+    /// Encodes `plain`, a part of `text` in which no added token is looked for any more.
+    fn encode_plain(&self, text: &str, plain: &str, work: &mut Work) -> Result<(), TokensError> {
+        let mut is_inside = false;
+        for piece in self.rule.pieces(plain) {
+            let at = (piece.as_ptr() as usize).saturating_sub(text.as_ptr() as usize);
+            let last = work.cuts.last().map_or(work.bytes, |cut| cut.at);
+            if at >= last + SPAN_BYTES_MIN {
+                let (before, behind) = text.split_at(at);
+                let guard = self.added.guard(before.as_bytes(), behind, is_inside);
+                let guard = guard.filter(|guard| *guard <= behind.len());
+                work.cuts.extend(guard.map(|guard| Cut { at, guard, ids: work.ids.len() }));
+            }
+            let segment = [EncodeSegment::ordinary(piece)];
             let found: Vec<u32> = self
                 .fast
-                .encode_segments_unpadded(&piece)
+                .encode_segments_unpadded(&segment)
                 .map_err(|error| failed(error.to_string()))?;
-            ids.extend_from_slice(&found);
+            work.ids.extend_from_slice(&found);
+            work.pieces += 1;
+            is_inside = true;
         }
         Ok(())
     }
@@ -180,21 +289,23 @@ impl Model {
         self.fast.encode(text).map_err(|error| failed(error.to_string()))
     }
 
+    /// `ids` between those that are put around a prompt.
+    #[cfg(test)]
+    pub(crate) fn around(&self, ids: &[u32]) -> Vec<u32> {
+        [&self.before, ids, &self.after].concat()
+    }
+
     pub(crate) fn decode(&self, ids: &[u32]) -> Result<String, TokensError> {
         self.fast.decode(ids, false).map_err(|error| failed(error.to_string()))
     }
 
     pub(crate) fn cache_stats(&self) -> CacheStats {
-        let stats = self.fast.segment_cache_stats().unwrap_or_default();
-        CacheStats {
-            hits: stats.hits,
-            misses: stats.misses,
-            hit_bytes: stats.hit_bytes,
-            miss_bytes: stats.miss_bytes,
-            entries: stats.entries,
-            bytes: stats.bytes,
-            bytes_max: stats.max_bytes,
-        }
+        self.prefixes.as_ref().map(|prefixes| prefixes.lock().stats()).unwrap_or_default()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn check_cache(&self) {
+        self.prefixes.iter().for_each(|prefixes| prefixes.lock().check());
     }
 
     fn check_probes(&self, checks_bytes: bool) -> Result<(), LoadError> {
@@ -229,6 +340,31 @@ impl Model {
             }
         }
         Ok(())
+    }
+}
+
+/// Appends the keys of the blocks that the ids of `work` fill.
+fn complete(links: &[Link], keys: &mut [Vec<BlockKey>], work: &Work) {
+    for (link, keys) in links.iter().zip(keys) {
+        let from = (keys.len() * link.block_size as usize).saturating_sub(work.first);
+        link.extend(work.ids.get(from..).unwrap_or_default(), keys);
+    }
+}
+
+/// The ids that the tokenizer's own post-processor puts before and after a prompt.
+fn ends_of(fast: &Fast) -> Result<(Vec<u32>, Vec<u32>), LoadError> {
+    let around = |ids: &[u32]| fast.post_process(ids.to_vec(), true);
+    // Ids that no special token has, so that they are found among what is put around them.
+    let [a, b, c] = [u32::MAX, u32::MAX - 1, u32::MAX - 2];
+    let (one, two) = (around(&[a]), around(&[b, c]));
+    let place = one.iter().position(|id| *id == a).unwrap_or(0);
+    let (before, after) = (one.get(..place), one.get(place + 1..));
+    let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+    match two == [before, &[b, c], after].concat() {
+        true => Ok((before.to_vec(), after.to_vec())),
+        false => Err(LoadError::Unsupported {
+            message: "a post-processor that does more than put ids around a prompt".to_owned(),
+        }),
     }
 }
 

@@ -1,3 +1,5 @@
+mod chains;
+
 use std::path::{Path, PathBuf};
 
 use kvroute_core::rng::Rng;
