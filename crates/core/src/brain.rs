@@ -10,6 +10,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 
+use handle::Spare;
 pub use snapshot::{
     EndpointSnapshot, FORMAT as SNAPSHOT_FORMAT, Snapshot, SnapshotError, SnapshotHost,
 };
@@ -45,6 +46,10 @@ use crate::stream::{
 };
 use crate::{Rng, Time};
 
+/// Requests that have ended whose memory is kept for others.
+const ENDED_MAX: usize = 128;
+/// Memory for more blocks than this is given back.
+const ENDED_KEYS_MAX: usize = 8192;
 /// How often the table of tickets is searched for forgotten ones.
 const TICKETS_SWEEP: Duration = Duration::from_secs(1);
 
@@ -76,6 +81,9 @@ pub struct Brain {
     counters: BrainCounters,
     builtin: BuiltinStages,
     recorder: Option<Recorder>,
+    spare: Spare,
+    /// Memory of requests that have ended, for those that come.
+    ended: Vec<InFlight>,
 }
 
 /// What a producer of encoder cache matches remembers.
@@ -122,12 +130,12 @@ impl ResetClaim {
 }
 
 /// What is remembered with a ticket.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct InFlight {
     costed: Option<Costed>,
     expectation: Expectation,
     /// The first blocks of the prompt, as many as any endpoint promised.
-    promised: Box<[BlockKey]>,
+    promised: Vec<BlockKey>,
     /// What the next best endpoints would be held to.
     alternatives: Vec<Alternative>,
     speculations: Vec<SpeculationId>,
@@ -234,6 +242,8 @@ impl Brain {
                 model: Name::from("kvroute:model"),
             },
             recorder: None,
+            spare: Spare::default(),
+            ended: Vec::new(),
             plan,
         };
         brain.collect_specs();
@@ -588,20 +598,23 @@ impl Brain {
         self.settle(now, endpoint, inflight, succeeded);
     }
 
-    fn settle(&mut self, now: Time, endpoint: EndpointId, inflight: InFlight, succeeded: bool) {
-        let InFlight { speculations, reported, answered, costed, helpers, .. } = inflight;
+    fn settle(&mut self, now: Time, endpoint: EndpointId, mut inflight: InFlight, succeeded: bool) {
+        let InFlight { speculations, reported, answered, costed, helpers, .. } = &mut inflight;
         helpers.iter().for_each(|charge| self.reservations.discharge(charge));
-        if let Some(costed) = costed {
+        if let Some(costed) = costed.take() {
             self.costs.end(now, endpoint, costed, succeeded);
         }
-        if succeeded && answered {
+        if succeeded && *answered {
             let until = now + ms(self.plan.settings.speculative_grace_ms);
-            self.ending.extend(speculations.into_iter().map(|id| (until, id)));
+            self.ending.extend(speculations.drain(..).map(|id| (until, id)));
         } else {
-            speculations.into_iter().for_each(|id| self.index.withdraw(id));
+            speculations.drain(..).for_each(|id| self.index.withdraw(id));
         }
-        if succeeded && !reported {
+        if succeeded && !*reported {
             self.ledger.unreported(endpoint);
+        }
+        if self.ended.len() < ENDED_MAX && inflight.promised.capacity() <= ENDED_KEYS_MAX {
+            self.ended.push(inflight);
         }
     }
 

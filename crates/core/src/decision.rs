@@ -3,6 +3,7 @@
 
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Deserialize, Serialize, Serializer};
+use smallvec::SmallVec;
 
 use crate::blocks::{Chain, ChainSpec};
 use crate::event::Tier;
@@ -145,7 +146,7 @@ pub enum ResponseEvent {
 }
 
 /// How much is known about where a prompt is cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// From the engine's own events.
@@ -153,11 +154,12 @@ pub enum Mode {
     /// From what was routed there, wholly or in part.
     Approximate,
     /// Nothing: only load counts.
+    #[default]
     LoadOnly,
 }
 
 /// Why the knowledge is what it is. Each is counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
     /// The event stream is complete.
@@ -182,6 +184,7 @@ pub enum Reason {
     /// The configuration places requests that arrive together, whatever is cached.
     BurstPlaced,
     /// The configuration has no prefix scoring.
+    #[default]
     NotConfigured,
     /// The request has no prompt.
     NoPrompt,
@@ -393,6 +396,9 @@ impl Reject {
     }
 }
 
+/// A few endpoints, in order.
+pub type Endpoints = SmallVec<[EndpointId; 4]>;
+
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Decision {
@@ -401,7 +407,7 @@ pub struct Decision {
     /// Who serves the request.
     pub endpoint: EndpointId,
     /// Who else may, next best first: for retries.
-    pub fallback: Vec<EndpointId>,
+    pub fallback: Endpoints,
     /// Headers that plugins want on the response.
     pub response_headers: Vec<ResponseHeader>,
     /// Headers that tell the endpoint who else works for the request.
@@ -435,7 +441,7 @@ pub const PREFER_HEADER: &str = "prefer";
 pub const DATA_PARALLEL_HEADER: &str = "x-data-parallel-host-port";
 
 /// Why a request went where it went. The score matrix that decided is the one that is shown.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct DecisionRecord {
     /// The client's or the router's id.
     pub request_id: String,
@@ -479,7 +485,7 @@ pub struct DecisionRecord {
 }
 
 /// What one profile beside the primary one concluded.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ProfileRecord {
     /// The profile.
     pub profile: Name,
@@ -551,7 +557,7 @@ pub struct FilterRecord {
 }
 
 /// What was known about one candidate.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Candidate {
     /// The endpoint.
     pub endpoint: Name,
@@ -627,7 +633,7 @@ pub struct ScoreMatrix {
 }
 
 /// A scorer and what it counts.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ScoreColumn {
     /// Name of the plugin.
     pub name: Name,
@@ -636,7 +642,7 @@ pub struct ScoreColumn {
 }
 
 /// An endpoint and its sum.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ScoreRow {
     /// The endpoint.
     pub endpoint: Name,

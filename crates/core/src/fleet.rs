@@ -42,8 +42,21 @@ impl From<(u16, u32)> for EndpointId {
 }
 
 /// A shared, immutable name (endpoint, plugin): cloned into decision records without allocating.
-#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name(Arc<str>);
+
+impl Clone for Name {
+    fn clone(&self) -> Name {
+        Name(Arc::clone(&self.0))
+    }
+
+    /// A record that is written again mostly gets the names that it has.
+    fn clone_from(&mut self, source: &Name) {
+        if !Arc::ptr_eq(&self.0, &source.0) {
+            self.0 = Arc::clone(&source.0);
+        }
+    }
+}
 
 impl Name {
     /// The text.

@@ -38,6 +38,7 @@ mod pipeline;
 pub mod plan;
 pub mod plugin;
 pub mod produce;
+mod refill;
 pub mod report;
 pub mod rewrite;
 pub mod rng;

@@ -8,6 +8,7 @@ use crate::fleet::{Fleet, Name};
 use crate::knowledge::Column;
 use crate::memory::Memory;
 use crate::plan::{ProfilePlan, StagePlan};
+use crate::refill::refill;
 use crate::settings::Settings;
 use crate::stage::{Filter, MediaMatch, Picked, Picker, Plugin, ResponseHeader, Row, Scorer, View};
 
@@ -84,7 +85,7 @@ impl<T: Plugin + ?Sized> Guard<T> {
 }
 
 /// What filters leave behind: the rows, who removed the others, and how it went.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Survivors {
     /// By name.
     pub rows: Vec<Row>,
@@ -94,7 +95,24 @@ pub(crate) struct Survivors {
     pub filters: Vec<FilterRecord>,
 }
 
-/// What a pipeline concludes.
+/// In memory that is there, as far as it reaches.
+impl Clone for Survivors {
+    fn clone(&self) -> Survivors {
+        let Survivors { rows, removed_by, filters } = self;
+        let (rows, removed_by) = (rows.clone(), removed_by.clone());
+        Survivors { rows, removed_by, filters: filters.clone() }
+    }
+
+    fn clone_from(&mut self, source: &Survivors) {
+        let Survivors { rows, removed_by, filters } = source;
+        self.rows.clone_from(rows);
+        self.removed_by.clone_from(removed_by);
+        self.filters.clone_from(filters);
+    }
+}
+
+/// What a pipeline concludes. Written again for each request.
+#[derive(Default)]
 pub(crate) struct Outcome {
     /// Rows in order of preference, never empty.
     pub order: Vec<EndpointId>,
@@ -164,11 +182,13 @@ impl Pipeline {
             Some(ScorerStage { name, weight, scorer, prefix: stage.prefix, media: stage.media })
         };
         let picker = profile.picker.spec.parts().picker;
+        let mut picker = picker.expect("a plan's picker is a picker");
+        picker.prepare(settings);
         Pipeline {
             profile: profile.name.clone(),
             filters: profile.filters.iter().filter_map(filter).collect(),
             scorers: profile.scorers.iter().filter_map(scorer).collect(),
-            picker: picker.expect("a plan's picker is a picker"),
+            picker,
             picker_name: profile.picker.name.clone(),
             keep: Vec::new(),
             column: Vec::new(),
@@ -205,20 +225,24 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Runs all stages; `survivors` tells also after a rejection who removed whom.
+    /// Runs all stages; `survivors` tells also after a rejection who removed whom. Without one,
+    /// `outcome` is the conclusion, whatever it was before.
     pub fn run(
         &mut self,
         inputs: &Inputs<'_>,
         rng: &mut Rng,
         survivors: &mut Survivors,
-    ) -> Result<Outcome, Reject> {
+        outcome: &mut Outcome,
+    ) -> Result<(), Reject> {
         self.filter(inputs, rng, survivors)?;
-        Ok(self.choose(inputs, rng, &survivors.rows))
+        self.choose(inputs, rng, &survivors.rows, outcome);
+        Ok(())
     }
 
     /// Runs the scorers and the picker on at least one row.
-    fn choose(&mut self, inputs: &Inputs<'_>, rng: &mut Rng, rows: &[Row]) -> Outcome {
-        let mut scores = self.empty_matrix(inputs, rows);
+    fn choose(&mut self, inputs: &Inputs<'_>, rng: &mut Rng, rows: &[Row], outcome: &mut Outcome) {
+        let scores = &mut outcome.scores;
+        self.empty_matrix(inputs, rows, scores);
         let mut scores_missing = 0;
         self.totals.clear();
         self.totals.resize(rows.len(), 0.0);
@@ -243,27 +267,30 @@ impl Pipeline {
         let best = self.totals.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let others = self.totals.iter().enumerate().filter(|(at, _)| *at != first);
         let second = others.map(|(_, total)| *total).reduce(f64::max);
-        Outcome {
-            order: self.order.iter().map(|at| rows[*at].id).collect(),
-            scores,
-            tied: self.totals.iter().filter(|total| **total == best).count() as u32,
-            margin: second.map(|second| self.totals[first] - second),
-            scores_missing,
-        }
+        outcome.order.clear();
+        outcome.order.extend(self.order.iter().map(|at| rows[*at].id));
+        outcome.tied = self.totals.iter().filter(|total| **total == best).count() as u32;
+        outcome.margin = second.map(|second| self.totals[first] - second);
+        outcome.scores_missing = scores_missing;
     }
 
-    fn empty_matrix(&self, inputs: &Inputs<'_>, rows: &[Row]) -> ScoreMatrix {
-        let endpoint = |row: &Row| inputs.fleet.get(row.id).map(|e| e.name.clone());
-        let column = |s: &ScorerStage| ScoreColumn { name: s.name.clone(), weight: s.weight };
-        ScoreMatrix {
-            columns: self.scorers.iter().map(column).collect(),
-            rows: rows
-                .iter()
-                .filter_map(endpoint)
-                .map(|endpoint| ScoreRow { endpoint, total: 0.0 })
-                .collect(),
-            raw: vec![f64::NAN; rows.len() * self.scorers.len()],
-        }
+    /// All candidates are in the fleet's table.
+    fn empty_matrix(&self, inputs: &Inputs<'_>, rows: &[Row], scores: &mut ScoreMatrix) {
+        let ScoreMatrix { columns, rows: totals, raw } = scores;
+        refill(columns, self.scorers.iter(), |column, stage| {
+            let ScoreColumn { name, weight } = column;
+            name.clone_from(&stage.name);
+            *weight = stage.weight;
+        });
+        refill(totals, rows.iter(), |total, row| {
+            let ScoreRow { endpoint, total } = total;
+            *total = 0.0;
+            if let Some(known) = inputs.fleet.get(row.id) {
+                endpoint.clone_from(&known.name);
+            }
+        });
+        raw.clear();
+        raw.resize(rows.len() * self.scorers.len(), f64::NAN);
     }
 
     /// Tells the stages what was picked; the headers that they want on the response.

@@ -131,10 +131,11 @@ impl SuspectReason {
 }
 
 /// How far knowledge can be trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StreamState {
     /// Nothing has been heard.
+    #[default]
     Initial,
     /// Knowledge is complete as of the last batch.
     Live,

@@ -1,5 +1,7 @@
 //! What a decision says, and what comes of it: record, reservations, history, expectations.
 
+use smallvec::SmallVec;
+
 use super::decide::Considered;
 use super::handle::{Course, Other, Ran, Step};
 use super::{Alternative, Brain, InFlight};
@@ -8,80 +10,92 @@ use crate::blocks::{BlockKey, Chain, TokenSpace};
 use crate::decision::{
     Candidate, DATA_PARALLEL_HEADER, Decision, DecisionRecord, ENCODERS_HEADER, KV_SOURCE_HEADER,
     LoadRecord, Mode, PREFILLER_HEADER, ProfileRecord, Reason, RemovedRecord, Request,
-    RequestHeader,
+    RequestHeader, ScoreMatrix,
 };
 use crate::event::Tier;
 use crate::fleet::{EndpointId, Name};
 use crate::index::SpeculationId;
 use crate::ledger::Expectation;
-use crate::load::Charge;
+use crate::load::{Charge, Ticket};
 use crate::plan::{HandlerPlan, ProducerKind};
 use crate::plugin::PluginSpec;
 use crate::produce::Holding;
+use crate::refill::{refill, rewrite};
 use crate::stage::{Picked, ResponseHeader, Row};
 use crate::stream::StreamState;
 
+/// Profiles with whom each chose, and whether that endpoint answers.
+type Told = SmallVec<[(usize, EndpointId, bool); 4]>;
+
 impl Brain {
-    /// Why the request goes where it goes.
-    pub(super) fn record(
+    /// Why the request goes where it goes, written over an older record. What profiles concluded
+    /// goes into it, and what it had goes to them.
+    fn record(
         &self,
         now: Time,
         request: &Request<'_>,
-        considered: &Considered,
-    ) -> DecisionRecord {
+        considered: &mut Considered,
+        record: &mut DecisionRecord,
+    ) {
+        self.request_headers(request, considered, &mut record.request_headers);
         let Considered { rows, course, seed, .. } = considered;
-        let Ran { profile, survivors, outcome } = &course.primary;
+        let others = course.others.iter_mut();
+        refill(&mut record.others, others, |old, other| self.profile_record(rows, other, old));
+        refill(&mut record.candidates, rows.iter(), |old, row| {
+            let removed_by = course.primary.survivors.removed_by.get(row.at as usize);
+            self.candidate(now, row, removed_by.unwrap_or(&None), old);
+        });
         let chosen = self.row_of(rows, course.primary.chosen());
-        let known = self.known(chosen);
-        let candidates = || rows.iter().map(|row| self.known(row));
-        let degraded = candidates().filter(|k| k.reason.mode() != Mode::Precise).count() as u32;
-        let wants_precise = self.plan.reads_events();
-        DecisionRecord {
-            request_id: request.id.to_owned(),
-            at_s: now.as_secs_f64(),
-            model: request.model.to_owned(),
-            profile: self.plan.profiles[*profile].name.clone(),
-            endpoint: self.name(chosen.id),
-            mode: known.reason.mode(),
-            reason: known.reason,
-            candidates_degraded: if wants_precise { degraded } else { 0 },
-            prompt_tokens: request.prompt_tokens,
-            available_tokens: candidates().map(|k| k.hit.predicted_tokens).max().unwrap_or(0),
-            chosen_tokens: known.hit.predicted_tokens,
-            seed: *seed,
-            tied: outcome.tied,
-            margin: outcome.margin,
-            filters: survivors.filters.clone(),
-            candidates: rows
-                .iter()
-                .map(|row| {
-                    let removed_by = survivors.removed_by.get(row.at as usize);
-                    self.candidate(now, row, removed_by.cloned().flatten())
-                })
-                .collect(),
-            scores: outcome.scores.clone(),
-            others: course.others.iter().map(|other| self.profile_record(rows, other)).collect(),
-            request_headers: self.request_headers(request, considered),
-        }
+        let Ran { profile, survivors, outcome } = &mut course.primary;
+        let chosen_known = self.known(chosen);
+        let columns = self.plan.producer_main.and_then(|at| self.knowledge.columns.get(at));
+        let candidates = || columns.iter().flat_map(|column| &column.known);
+        rewrite(&mut record.request_id, request.id);
+        record.at_s = now.as_secs_f64();
+        rewrite(&mut record.model, request.model);
+        record.profile.clone_from(&self.plan.profiles[*profile].name);
+        record.endpoint.clone_from(&self.name(chosen.id));
+        (record.mode, record.reason) = (chosen_known.reason.mode(), chosen_known.reason);
+        record.candidates_degraded = match (self.plan.reads_events(), columns) {
+            (false, _) => 0,
+            (true, None) => rows.len() as u32,
+            (true, Some(_)) => {
+                candidates().filter(|k| k.reason.mode() != Mode::Precise).count() as u32
+            }
+        };
+        record.prompt_tokens = request.prompt_tokens;
+        record.available_tokens = candidates().map(|k| k.hit.predicted_tokens).max().unwrap_or(0);
+        record.chosen_tokens = chosen_known.hit.predicted_tokens;
+        record.seed = *seed;
+        (record.tied, record.margin) = (outcome.tied, outcome.margin);
+        std::mem::swap(&mut record.filters, &mut survivors.filters);
+        std::mem::swap(&mut record.scores, &mut outcome.scores);
     }
 
-    fn profile_record(&self, rows: &[Row], other: &Other) -> ProfileRecord {
-        let (survivors, outcome) = (&other.survivors, other.outcome.as_ref().ok());
-        let failed = other.outcome.as_ref().err().map(ToString::to_string);
+    fn profile_record(&self, rows: &[Row], other: &mut Other, record: &mut ProfileRecord) {
+        let chosen = other.chosen();
+        let removed_by = &other.survivors.removed_by;
         let removed = |row: &Row| {
-            let by = survivors.removed_by.get(row.at as usize)?.clone()?;
+            let by = removed_by.get(row.at as usize)?.clone()?;
             Some(RemovedRecord { endpoint: self.name(row.id), by })
         };
-        ProfileRecord {
-            profile: self.plan.profiles[other.profile].name.clone(),
-            step: other.step.as_str(),
-            endpoint: other.chosen().map(|id| self.name(id)),
-            failed,
-            tied: outcome.map_or(0, |outcome| outcome.tied),
-            margin: outcome.and_then(|outcome| outcome.margin),
-            filters: survivors.filters.clone(),
-            removed: rows.iter().filter_map(removed).collect(),
-            scores: outcome.map(|outcome| outcome.scores.clone()).unwrap_or_default(),
+        record.profile.clone_from(&self.plan.profiles[other.profile].name);
+        record.step = other.step.as_str();
+        record.endpoint = chosen.map(|id| self.name(id));
+        record.removed.clear();
+        record.removed.extend(rows.iter().filter_map(removed));
+        std::mem::swap(&mut record.filters, &mut other.survivors.filters);
+        match &mut other.outcome {
+            Ok(outcome) => {
+                record.failed = None;
+                (record.tied, record.margin) = (outcome.tied, outcome.margin);
+                std::mem::swap(&mut record.scores, &mut outcome.scores);
+            }
+            Err(reject) => {
+                record.failed = Some(reject.to_string());
+                (record.tied, record.margin) = (0, None);
+                record.scores = ScoreMatrix::default();
+            }
         }
     }
 
@@ -90,9 +104,10 @@ impl Brain {
         &self,
         request: &Request<'_>,
         considered: &Considered,
-    ) -> Vec<RequestHeader> {
+        headers: &mut Vec<RequestHeader>,
+    ) {
         let course = &considered.course;
-        let mut headers = Vec::new();
+        headers.clear();
         for other in &course.others {
             let Ok(outcome) = &other.outcome else { continue };
             // One endpoint prefills, the one that is charged for it; encoders share the work.
@@ -111,7 +126,6 @@ impl Brain {
             let value = self.address(course.primary.chosen()).to_owned();
             headers.push(RequestHeader { name: DATA_PARALLEL_HEADER, value });
         }
-        headers
     }
 
     /// From whom the endpoint that computes the prompt takes cached blocks.
@@ -149,25 +163,26 @@ impl Brain {
         !screens && *by != self.builtin.failing && *by != self.builtin.model
     }
 
-    fn candidate(&self, now: Time, row: &Row, removed_by: Option<Name>) -> Candidate {
+    fn candidate(&self, now: Time, row: &Row, removed_by: &Option<Name>, record: &mut Candidate) {
         let known = self.known(row);
-        let age = self.fleet.get(row.id).and_then(|endpoint| endpoint.metrics_age(now));
-        Candidate {
-            endpoint: self.name(row.id),
-            removed_by,
-            reason: known.reason,
-            stream: self.stream_state(row.id).unwrap_or(StreamState::Initial),
-            hit: known.hit,
-            load: LoadRecord {
-                inflight_requests: row.inflight.requests,
-                inflight_tokens: row.inflight.tokens,
-                uncached_tokens: row.uncached_tokens,
-                waiting: row.signals.map(|signals| signals.waiting),
-                running: row.signals.map(|signals| signals.running),
-                kv_usage: row.signals.map(|signals| signals.kv_usage),
-                metrics_age_s: age.map(|age| age.as_secs_f64()),
-            },
+        let endpoint = self.fleet.get(row.id);
+        let age = endpoint.and_then(|endpoint| endpoint.metrics_age(now));
+        if let Some(endpoint) = endpoint {
+            record.endpoint.clone_from(&endpoint.name);
         }
+        record.removed_by.clone_from(removed_by);
+        record.reason = known.reason;
+        record.stream = self.stream_state(row.id).unwrap_or(StreamState::Initial);
+        record.hit = known.hit;
+        record.load = LoadRecord {
+            inflight_requests: row.inflight.requests,
+            inflight_tokens: row.inflight.tokens,
+            uncached_tokens: row.uncached_tokens,
+            waiting: row.signals.map(|signals| signals.waiting),
+            running: row.signals.map(|signals| signals.running),
+            kv_usage: row.signals.map(|signals| signals.kv_usage),
+            metrics_age_s: age.map(|age| age.as_secs_f64()),
+        };
     }
 
     pub(super) fn name(&self, id: EndpointId) -> Name {
@@ -188,87 +203,92 @@ impl Brain {
         &mut self,
         now: Time,
         request: &Request<'_>,
-        considered: Considered,
+        mut considered: Considered,
+        mut record: DecisionRecord,
     ) -> Decision {
-        let record = self.record(now, request, &considered);
+        self.record(now, request, &mut considered, &mut record);
         let Considered { rows, course, sessions, .. } = considered;
-        let available_tokens = record.available_tokens;
         let prefill = course.others.iter().find(|other| other.step == Step::Prefill);
-        let prefilled = prefill.is_some_and(|other| other.chosen().is_some());
-        let mut options: Vec<Alternative> = self
-            .offered(&course.primary, &rows)
-            .into_iter()
-            .map(|row| Alternative {
-                endpoint: row.id,
-                expectation: self.expectation(request, available_tokens, row, prefilled),
-                uncached_tokens: row.uncached_tokens,
-            })
-            .collect();
+        let prefill = prefill.and_then(Other::chosen);
+        let mut inflight = self.ended.pop().unwrap_or_default();
+        let expect = |row: &Row| Alternative {
+            endpoint: row.id,
+            expectation: self.expectation(request, record.available_tokens, row, prefill.is_some()),
+            uncached_tokens: row.uncached_tokens,
+        };
         let row = *self.row_of(&rows, course.primary.chosen());
-        let promised = self.promised(request, &row, &options);
-        let chosen = options.remove(0);
+        let chosen = expect(&row);
+        let options = &mut inflight.alternatives;
+        options.clear();
+        options.extend(self.offered(&course.primary, &rows).skip(1).map(expect));
+        let fallback = options.iter().map(|option| option.endpoint).collect();
+        self.promised(request, &row, &chosen, options, &mut inflight.promised);
+        inflight.expectation = chosen.expectation;
+        (inflight.answered, inflight.reported) = (false, false);
         self.ledger.decided(chosen.endpoint, &chosen.expectation);
-        let mut told = vec![(course.primary.profile, chosen.endpoint, true)];
+        let mut told = Told::new();
+        told.push((course.primary.profile, chosen.endpoint, true));
         told.extend(course.others.iter().filter_map(|o| Some((o.profile, o.chosen()?, false))));
         let response_headers = self.tell_plugins(now, request, &sessions, &told);
-        self.remember(request, &row);
-        let mut speculations = self.speculate(now, request, &row);
-        if let Some(id) = prefill.and_then(Other::chosen) {
-            let row = self.row_of(&rows, id);
+        inflight.speculations.clear();
+        for row in [Some(&row), prefill.map(|id| self.row_of(&rows, id))].into_iter().flatten() {
             self.remember(request, row);
-            speculations.extend(self.speculate(now, request, row));
+            self.speculate(now, request, row, &mut inflight.speculations);
         }
         self.remember_media(request, &told);
-        let output_tokens =
-            self.plan.load.producer.output_tokens(request.prompt_tokens, request.max_tokens);
-        let charge = Charge {
-            endpoint: chosen.endpoint,
-            prompt_tokens: chosen.uncached_tokens,
-            output_tokens,
-        };
-        let helpers = self.charge_helpers(&course.others, &rows);
-        let fallback = options.iter().map(|option| option.endpoint).collect();
-        let costed = self.costs.begin(now, &row, request, self.known(&row).spec, prefilled);
-        let inflight = InFlight {
-            costed,
-            promised,
-            expectation: chosen.expectation,
-            alternatives: options,
-            speculations,
-            helpers,
-            answered: false,
-            reported: false,
-        };
-        let ticket = self.reservations.reserve(now, charge, inflight);
+        self.charge_helpers(&course.others, &rows, &mut inflight.helpers);
+        let spec = self.known(&row).spec;
+        inflight.costed = self.costs.begin(now, &row, request, spec, prefill.is_some());
+        let ticket = self.reserve(now, request, &chosen, inflight);
+        let primary_port = course.primary_port;
+        self.spare.rows = rows;
+        self.spare.take_back(course);
         Decision {
             ticket,
             endpoint: chosen.endpoint,
             fallback,
             response_headers,
             request_headers: record.request_headers.clone(),
-            primary_port: course.primary_port,
+            primary_port,
             record,
         }
     }
 
+    fn reserve(
+        &mut self,
+        now: Time,
+        request: &Request<'_>,
+        chosen: &Alternative,
+        inflight: InFlight,
+    ) -> Ticket {
+        let load = &self.plan.load.producer;
+        let charge = Charge {
+            endpoint: chosen.endpoint,
+            prompt_tokens: chosen.uncached_tokens,
+            output_tokens: load.output_tokens(request.prompt_tokens, request.max_tokens),
+        };
+        self.reservations.reserve(now, charge, inflight)
+    }
+
     /// The chosen endpoint and the next best ones, as many as may be tried. When everything
     /// better fails, an endpoint that failed before is still worth a try.
-    fn offered<'r>(&self, primary: &Ran, rows: &'r [Row]) -> Vec<&'r Row> {
+    fn offered<'r>(&self, primary: &'r Ran, rows: &'r [Row]) -> impl Iterator<Item = &'r Row> {
         let retries_max = self.plan.settings.retries_max as usize;
         let pipeline = &self.pipelines[primary.profile];
         let offered = 1 + retries_max.max(pipeline.endpoints_max() - 1);
-        let failing = rows.iter().filter(|row| {
+        let removed = self.builtin.failing.clone();
+        let failing = rows.iter().filter(move |row| {
             let removed_by = primary.survivors.removed_by.get(row.at as usize);
-            removed_by.is_some_and(|by| by.as_ref() == Some(&self.builtin.failing))
+            removed_by.is_some_and(|by| by.as_ref() == Some(&removed))
         });
         let order = primary.outcome.order.iter();
         let ordered = order.filter_map(|id| rows.iter().find(|row| row.id == *id));
-        ordered.chain(failing).take(offered).collect()
+        ordered.chain(failing).take(offered)
     }
 
     /// Those who work before the answer are charged until it starts: a prefill endpoint with the
     /// tokens that it has to compute.
-    fn charge_helpers(&mut self, others: &[Other], rows: &[Row]) -> Vec<Charge> {
+    fn charge_helpers(&mut self, others: &[Other], rows: &[Row], charges: &mut Vec<Charge>) {
         let charge = |other: &Other| {
             let endpoint = other.chosen()?;
             let prompt_tokens = match other.step {
@@ -277,9 +297,9 @@ impl Brain {
             };
             Some(Charge { endpoint, prompt_tokens, output_tokens: 0 })
         };
-        let charges: Vec<Charge> = others.iter().filter_map(charge).collect();
+        charges.clear();
+        charges.extend(others.iter().filter_map(charge));
         charges.iter().for_each(|charge| self.reservations.charge(charge));
-        charges
     }
 
     fn expectation(
@@ -312,15 +332,18 @@ impl Brain {
     fn promised(
         &self,
         request: &Request<'_>,
-        chosen: &Row,
-        options: &[Alternative],
-    ) -> Box<[BlockKey]> {
-        let spec = self.known(chosen).spec;
-        let (Some(spec), [prompt]) = (spec, request.prompts) else { return Box::default() };
-        let tokens = options.iter().filter_map(|option| option.expectation.promised_tokens).max();
+        row: &Row,
+        chosen: &Alternative,
+        others: &[Alternative],
+        promised: &mut Vec<BlockKey>,
+    ) {
+        promised.clear();
+        let (Some(spec), [prompt]) = (self.known(row).spec, request.prompts) else { return };
+        let options = others.iter().chain([chosen]);
+        let tokens = options.filter_map(|option| option.expectation.promised_tokens).max();
         let blocks = (tokens.unwrap_or(0) / spec.block_size.max(1)) as usize;
         let keys = prompt.get(spec).map_or(&[][..], |chain| &chain.keys);
-        keys[..blocks.min(keys.len())].into()
+        promised.extend_from_slice(&keys[..blocks.min(keys.len())]);
     }
 
     /// Tells the stages of each profile whom it chose.
@@ -388,9 +411,15 @@ impl Brain {
     /// Speculative residency: the next request with this prefix finds it here, although the engine
     /// has not said so yet. Not for prompts that are resident already, nor without events, which
     /// would have to confirm it.
-    fn speculate(&mut self, now: Time, request: &Request<'_>, chosen: &Row) -> Vec<SpeculationId> {
+    fn speculate(
+        &mut self,
+        now: Time,
+        request: &Request<'_>,
+        chosen: &Row,
+        speculations: &mut Vec<SpeculationId>,
+    ) {
         let known = self.known(chosen);
-        let Some(spec) = known.spec else { return Vec::new() };
+        let Some(spec) = known.spec else { return };
         let confirmed = matches!(
             known.reason,
             Reason::EventsLive
@@ -400,16 +429,14 @@ impl Brain {
         );
         let resident = known.hit.resident >= known.hit.blocks;
         if !self.speculative || !confirmed || resident || spec.space != TokenSpace::Exact {
-            return Vec::new();
+            return;
         }
         let until = now + self.speculative_ttl;
         let chains = request.prompts.iter().filter_map(|prompt| prompt.get(spec));
         let index = &mut self.index;
-        let ids: Vec<SpeculationId> = chains
-            .filter(|chain: &&Chain| !chain.keys.is_empty())
-            .map(|chain| index.speculate(chosen.id, chain, until))
-            .collect();
-        self.counters.speculations += ids.len() as u64;
-        ids
+        let before = speculations.len();
+        let chains = chains.filter(|chain: &&Chain| !chain.keys.is_empty());
+        speculations.extend(chains.map(|chain| index.speculate(chosen.id, chain, until)));
+        self.counters.speculations += (speculations.len() - before) as u64;
     }
 }

@@ -7,14 +7,17 @@ use super::handle::Course;
 use crate::admit::{is_shed, is_sheddable};
 use crate::blocks::TokenSpace;
 use crate::cost::Costing;
-use crate::decision::{Decision, NoEndpoints, PREFER_HEADER, Reason, Reject, Request, TokensKnown};
+use crate::decision::{
+    Decision, DecisionRecord, NoEndpoints, PREFER_HEADER, Reason, Reject, Request, TokensKnown,
+};
 use crate::detect::saturation_by_stage;
 use crate::fleet::{Endpoint, EndpointId, Name};
 use crate::journal::{Call, Entry};
 use crate::knowledge::{Known, Sources};
 use crate::pipeline::{Inputs, Survivors};
 use crate::plugin::PluginSpec;
-use crate::produce::{EncoderCaches, Held, HeldId, uncached_tokens};
+use crate::produce::{Held, HeldId, uncached_tokens};
+use crate::refill::refill;
 use crate::score::AGENT_IDENTITY;
 use crate::stage::{Latency, MediaMatch, PrefixMatch, Row};
 use crate::stream::StreamState;
@@ -37,6 +40,17 @@ pub(super) struct Considered {
 impl Brain {
     /// Chooses an endpoint, and reserves load and speculative residency there before it returns.
     pub fn decide(&mut self, now: Time, request: &Request<'_>) -> Result<Decision, Reject> {
+        self.decide_in(now, request, DecisionRecord::default())
+    }
+
+    /// As [`Brain::decide`], with the memory of a record that nobody needs any more: what it says
+    /// is lost, and what it owns is used again.
+    pub fn decide_in(
+        &mut self,
+        now: Time,
+        request: &Request<'_>,
+        memory: DecisionRecord,
+    ) -> Result<Decision, Reject> {
         self.note(|| Entry::Call(Call::decide(now, request)));
         let seed = self.rng.next_u64();
         let considered = match self.reservations.is_full() {
@@ -46,7 +60,7 @@ impl Brain {
             }
             false => self.consider(now, request, seed),
         };
-        let decided = considered.map(|considered| self.commit(now, request, considered));
+        let decided = considered.map(|considered| self.commit(now, request, considered, memory));
         self.count(&decided);
         self.note(|| Entry::Decided(Cow::Borrowed(&decided)));
         decided
@@ -105,12 +119,13 @@ impl Brain {
         let sessions = self.sessions(request);
         self.fill_knowledge(now, request, &base.rows);
         self.charge_rows(now, request, &mut base.rows);
-        let rows = base.rows.clone();
+        let mut rows = std::mem::take(&mut self.spare.rows);
+        rows.clone_from(&base.rows);
         let columns = std::mem::take(&mut self.knowledge.columns);
         let media = self.media_columns(request, &rows);
         let asked = Asked { now, request, columns: &columns, media: &media, sessions: &sessions };
         let course = self.choose_course(&asked, &mut rng, base);
-        self.knowledge.columns = columns;
+        (self.knowledge.columns, self.spare.media) = (columns, media);
         Ok(Considered { rows, course: course?, seed, sessions })
     }
 
@@ -129,7 +144,10 @@ impl Brain {
         let course = match (self.run_handler(asked, rng, base), with_failing) {
             // Those that do not fail cannot serve it: one that failed a moment ago perhaps can.
             (Err(Reject::Saturated { .. }), Some(all)) => self.run_handler(asked, rng, all),
-            (course, _) => course,
+            (course, unused) => {
+                self.spare.survivors.extend(unused);
+                course
+            }
         }?;
         self.check_preference(asked, &course)?;
         let outcomes = course.others.iter().filter_map(|other| other.outcome.as_ref().ok());
@@ -194,12 +212,14 @@ impl Brain {
         rng: &mut Rng,
         base: &mut Survivors,
     ) -> Result<(), Reject> {
+        let keep = &mut self.spare.keep;
         for screener in &mut self.screeners {
             let candidates = base.rows.len() as u32;
-            let mut keep = vec![true; base.rows.len()];
+            keep.clear();
+            keep.resize(base.rows.len(), true);
             let inputs = asked.inputs(&self.fleet, None);
             let wants = screener.wants();
-            screener.plugin.filter(&inputs.view(&base.rows, wants), rng, &mut keep);
+            screener.plugin.filter(&inputs.view(&base.rows, wants), rng, keep);
             base.retain(&screener.name, |at, _| keep[at]);
             if base.rows.is_empty() {
                 return Err(Reject::Screened { screener: screener.name.clone(), candidates });
@@ -224,34 +244,39 @@ impl Brain {
     }
 
     /// Which of the request's items each candidate holds encoded, by position in `Plan::others`.
-    fn media_columns(&self, request: &Request<'_>, rows: &[Row]) -> Vec<Vec<MediaMatch>> {
-        let column = |caches: &Option<EncoderCaches>| match caches {
-            Some(caches) => rows.iter().map(|row| caches.matches(row.id, request.media)).collect(),
-            None => Vec::new(),
-        };
-        self.encoder_caches.iter().map(column).collect()
+    fn media_columns(&mut self, request: &Request<'_>, rows: &[Row]) -> Vec<Vec<MediaMatch>> {
+        let mut columns = std::mem::take(&mut self.spare.media);
+        refill(&mut columns, self.encoder_caches.iter(), |column, caches| {
+            column.clear();
+            if let Some(caches) = caches {
+                column.extend(rows.iter().map(|row| caches.matches(row.id, request.media)));
+            }
+        });
+        columns
     }
 
     /// Every endpoint that the request allows, by name.
-    fn collect_rows(&self, now: Time, request: &Request<'_>) -> Result<Survivors, Reject> {
+    fn collect_rows(&mut self, now: Time, request: &Request<'_>) -> Result<Survivors, Reject> {
+        let mut base = self.spare.survivors.pop().unwrap_or_default();
+        let Survivors { rows, removed_by, filters } = &mut base;
         let staleness = self.plan.settings.metrics_staleness();
         let allowed = |id: &EndpointId| request.allowed.is_none_or(|ids| ids.contains(id));
         let candidates = self.fleet.iter().filter(|endpoint| allowed(&endpoint.id));
-        let rows: Vec<Row> = (0u32..)
-            .zip(candidates)
-            .map(|(at, endpoint)| Row {
-                id: endpoint.id,
-                at,
-                signals: endpoint.signals(now, staleness),
-                inflight: self.reservations.load(endpoint.id),
-                uncached_tokens: request.prompt_tokens,
-                costing: Costing::default(),
-                latency: None,
-            })
-            .collect();
+        rows.clear();
+        rows.extend((0u32..).zip(candidates).map(|(at, endpoint)| Row {
+            id: endpoint.id,
+            at,
+            signals: endpoint.signals(now, staleness),
+            inflight: self.reservations.load(endpoint.id),
+            uncached_tokens: request.prompt_tokens,
+            costing: Costing::default(),
+            latency: None,
+        }));
         if !rows.is_empty() {
-            let removed_by = vec![None; rows.len()];
-            return Ok(Survivors { rows, removed_by, filters: Vec::new() });
+            removed_by.clear();
+            removed_by.resize(rows.len(), None);
+            filters.clear();
+            return Ok(base);
         }
         let empty = self.fleet.is_empty();
         let why = if empty { NoEndpoints::EmptyFleet } else { NoEndpoints::NoneAllowed };
@@ -330,7 +355,7 @@ impl Brain {
         if failing == 0 || failing == survivors.rows.len() {
             return None;
         }
-        let before = survivors.clone();
+        let before = self.spare.like(survivors);
         survivors.retain(&self.builtin.failing, |_, row| !fails(row));
         self.counters.avoided_failing += failing as u64;
         Some(before)

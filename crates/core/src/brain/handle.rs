@@ -9,6 +9,7 @@ use crate::handle::StageOrder;
 use crate::pipeline::{Outcome, Survivors};
 use crate::plan::{DisaggPlan, HandlerPlan};
 use crate::produce::uncached_tokens;
+use crate::stage::{MediaMatch, Row};
 
 /// What the profile handler concluded.
 pub(super) struct Course {
@@ -73,6 +74,41 @@ impl Course {
     }
 }
 
+/// Memory that decisions use again, one after the other. A request that is rejected may keep what
+/// it has taken; the next one then asks for new memory.
+#[derive(Default)]
+pub(super) struct Spare {
+    pub rows: Vec<Row>,
+    pub survivors: Vec<Survivors>,
+    pub outcomes: Vec<Outcome>,
+    pub others: Vec<Other>,
+    pub media: Vec<Vec<MediaMatch>>,
+    pub keep: Vec<bool>,
+}
+
+impl Spare {
+    /// The same once more.
+    pub fn like(&mut self, other: &Survivors) -> Survivors {
+        let mut survivors = self.survivors.pop().unwrap_or_default();
+        survivors.clone_from(other);
+        survivors
+    }
+
+    /// Takes back what a course was made of.
+    pub fn take_back(&mut self, course: Course) {
+        let Course { primary: Ran { survivors, outcome, .. }, mut others, .. } = course;
+        self.survivors.push(survivors);
+        self.outcomes.push(outcome);
+        for Other { survivors, outcome, .. } in others.drain(..) {
+            self.survivors.push(survivors);
+            self.outcomes.extend(outcome);
+        }
+        if others.capacity() > 0 {
+            self.others = others;
+        }
+    }
+}
+
 impl Brain {
     /// Runs the profiles of a request as the plan's handler says.
     pub(super) fn run_handler(
@@ -81,17 +117,31 @@ impl Brain {
         rng: &mut Rng,
         base: Survivors,
     ) -> Result<Course, Reject> {
-        match self.plan.handler.clone() {
+        // Set aside, because it is not to be copied.
+        let handler = std::mem::replace(&mut self.plan.handler, HandlerPlan::Single);
+        let course = self.run_profiles(asked, rng, base, &handler);
+        self.plan.handler = handler;
+        course
+    }
+
+    fn run_profiles(
+        &mut self,
+        asked: &Asked<'_>,
+        rng: &mut Rng,
+        base: Survivors,
+        handler: &HandlerPlan,
+    ) -> Result<Course, Reject> {
+        match handler {
             HandlerPlan::Single => self.primary(asked, rng, base, 0, None).map(Course::of),
             HandlerPlan::DataParallel { primary_port } => {
                 let course = Course::of(self.primary(asked, rng, base, 0, None)?);
-                Ok(Course { primary_port: Some(primary_port), ..course })
+                Ok(Course { primary_port: Some(*primary_port), ..course })
             }
             HandlerPlan::Header { header, default } => {
-                let profile = self.profile_named(asked.request, &header, &default)?;
+                let profile = self.profile_named(asked.request, header, default)?;
                 self.primary(asked, rng, base, profile, None).map(Course::of)
             }
-            HandlerPlan::Disagg(disagg) => self.disaggregate(asked, rng, base, &disagg),
+            HandlerPlan::Disagg(disagg) => self.disaggregate(asked, rng, base, disagg),
         }
     }
 
@@ -121,14 +171,15 @@ impl Brain {
         base: Survivors,
         plan: &DisaggPlan,
     ) -> Result<Course, Reject> {
-        let mut others = Vec::new();
+        let mut others = std::mem::take(&mut self.spare.others);
         let mut peer = None;
         if let (StageOrder::PrefillFirst, Some((profile, _))) = (plan.order, plan.prefill) {
             let prefill = self.other(asked, rng, &base, (Step::Prefill, profile), None);
             peer = prefill.chosen();
             others.push(prefill);
         }
-        let primary = self.primary(asked, rng, base.clone(), plan.decode, peer)?;
+        let candidates = self.spare.like(&base);
+        let primary = self.primary(asked, rng, candidates, plan.decode, peer)?;
         let decode = primary.chosen();
         if let Some((profile, decider)) = plan.encode {
             let uncached = self.uncached_on(asked.request, asked, &primary);
@@ -143,6 +194,7 @@ impl Brain {
                 others.push(self.other(asked, rng, &base, (Step::Prefill, profile), Some(decode)));
             }
         }
+        self.spare.survivors.push(base);
         Ok(Course { primary, others, primary_port: plan.primary_port })
     }
 
@@ -162,8 +214,9 @@ impl Brain {
         profile: usize,
         peer: Option<EndpointId>,
     ) -> Result<Ran, Reject> {
+        let mut outcome = self.spare.outcomes.pop().unwrap_or_default();
         let inputs = asked.inputs(&self.fleet, peer);
-        let outcome = self.pipelines[profile].run(&inputs, rng, &mut survivors)?;
+        self.pipelines[profile].run(&inputs, rng, &mut survivors, &mut outcome)?;
         Ok(Ran { profile, survivors, outcome })
     }
 
@@ -175,9 +228,10 @@ impl Brain {
         (step, profile): (Step, usize),
         peer: Option<EndpointId>,
     ) -> Other {
-        let mut survivors = base.clone();
+        let mut survivors = self.spare.like(base);
+        let mut outcome = self.spare.outcomes.pop().unwrap_or_default();
         let inputs = asked.inputs(&self.fleet, peer);
-        let outcome = self.pipelines[profile].run(&inputs, rng, &mut survivors);
-        Other { step, profile, survivors, outcome }
+        let ran = self.pipelines[profile].run(&inputs, rng, &mut survivors, &mut outcome);
+        Other { step, profile, survivors, outcome: ran.map(|()| outcome) }
     }
 }

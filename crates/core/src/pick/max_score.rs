@@ -3,26 +3,41 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::Parameters;
+use super::{Parameters, best_first};
 use crate::Rng;
+use crate::settings::Settings;
 use crate::stage::{Picker, Plugin, View};
 
 /// `max-score-picker`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(transparent)]
-pub struct MaxScore(Parameters);
+#[serde(from = "Parameters")]
+pub struct MaxScore {
+    parameters: Parameters,
+    /// As many as may be tried, once that is known.
+    tried_max: Option<usize>,
+}
 
-impl Plugin for MaxScore {}
+impl From<Parameters> for MaxScore {
+    fn from(parameters: Parameters) -> MaxScore {
+        MaxScore { parameters, tried_max: None }
+    }
+}
+
+impl Plugin for MaxScore {
+    fn prepare(&mut self, settings: &Settings) {
+        self.tried_max = Some(self.parameters.tried_max(settings));
+    }
+}
 
 impl Picker for MaxScore {
     fn endpoints_max(&self) -> usize {
-        self.0.endpoints_max()
+        self.parameters.endpoints_max()
     }
 
     fn pick(&mut self, _view: &View<'_>, totals: &[f64], rng: &mut Rng, order: &mut Vec<usize>) {
         order.extend(0..totals.len());
         rng.shuffle(order);
-        order.sort_by(|a, b| totals[*b].total_cmp(&totals[*a]));
+        best_first(order, totals, self.tried_max.unwrap_or(usize::MAX));
     }
 }
 

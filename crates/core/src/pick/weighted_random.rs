@@ -3,8 +3,9 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::Parameters;
+use super::{Parameters, best_first};
 use crate::Rng;
+use crate::settings::Settings;
 use crate::stage::{Picker, Plugin, View};
 
 /// `weighted-random-picker`: sampling without replacement by keys `U^(1/score)` (Efraimidis and
@@ -14,15 +15,21 @@ use crate::stage::{Picker, Plugin, View};
 pub struct WeightedRandom {
     parameters: Parameters,
     keys: Vec<f64>,
+    /// As many as may be tried, once that is known.
+    tried_max: Option<usize>,
 }
 
 impl From<Parameters> for WeightedRandom {
     fn from(parameters: Parameters) -> WeightedRandom {
-        WeightedRandom { parameters, keys: Vec::new() }
+        WeightedRandom { parameters, keys: Vec::new(), tried_max: None }
     }
 }
 
-impl Plugin for WeightedRandom {}
+impl Plugin for WeightedRandom {
+    fn prepare(&mut self, settings: &Settings) {
+        self.tried_max = Some(self.parameters.tried_max(settings));
+    }
+}
 
 impl Picker for WeightedRandom {
     fn endpoints_max(&self) -> usize {
@@ -38,7 +45,7 @@ impl Picker for WeightedRandom {
             let u = 1.0 - rng.next_f64();
             if *total > 0.0 { u.ln() / total } else { f64::NEG_INFINITY }
         }));
-        order.sort_by(|a, b| self.keys[*b].total_cmp(&self.keys[*a]));
+        best_first(order, &self.keys, self.tried_max.unwrap_or(usize::MAX));
     }
 }
 

@@ -54,7 +54,7 @@ fn failing_endpoints_go_last_and_come_back() {
     host.brain.on_endpoint_failed(host.now, host.ids[0]);
     let decision = host.ask(&tokens);
     assert_eq!(decision.endpoint, host.ids[1]);
-    assert_eq!(decision.fallback, [host.ids[0]], "better than none when the other fails, too");
+    assert_eq!(decision.fallback[..], [host.ids[0]], "better than none when the other fails, too");
     assert_eq!(decision.record.available_tokens, 192);
     host.brain.on_response(host.now, decision.ticket, ResponseEvent::Aborted);
     let by = decision.record.candidates[0].removed_by.as_ref();
