@@ -10,6 +10,9 @@ use serde::Serialize;
 
 use crate::explain::{BlocksRecord, PromptRecord};
 
+/// Records that fell out of the ring whose memory is kept for new ones: as many as may be written
+/// at the same time.
+const SPARE_MAX: usize = 8;
 /// Allowance for the texts of an outcome.
 const OUTCOME_TEXT_BYTES: usize = 128;
 
@@ -69,6 +72,8 @@ struct Ring {
     /// Number of the first entry.
     first: u64,
     bytes: usize,
+    /// What fell out last.
+    spare: Vec<(DecisionRecord, PromptRecord)>,
 }
 
 /// The last decisions, newest last.
@@ -82,6 +87,11 @@ impl Decisions {
     /// Keeps at most about `bytes_max` bytes.
     pub fn new(bytes_max: usize) -> Decisions {
         Decisions { ring: Mutex::default(), bytes_max }
+    }
+
+    /// Memory for a new decision: records that nobody sees any more, if there are any.
+    pub fn spare(&self) -> (DecisionRecord, PromptRecord) {
+        self.ring.lock().spare.pop().unwrap_or_default()
     }
 
     /// Adds a decision that took so long; the number says where its outcome belongs.
@@ -100,6 +110,9 @@ impl Decisions {
             let Some(old) = ring.entries.pop_front() else { break };
             ring.bytes -= old.bytes;
             ring.first += 1;
+            if ring.spare.len() < SPARE_MAX {
+                ring.spare.push((old.decision, old.prompt));
+            }
         }
         (ring.first + ring.entries.len() as u64).saturating_sub(1)
     }

@@ -3,13 +3,12 @@
 //!
 //! The same code answers in a running router, and offline from a snapshot of one.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use kvroute_core::blocks::TokenSpace;
+use kvroute_core::blocks::{ChainSpec, TokenSpace};
 use kvroute_core::brain::{Brain, Snapshot, SnapshotError, SnapshotHost};
 use kvroute_core::decision::{Decision, DecisionRecord, Headers, Reject, TokensKnown};
 use kvroute_core::{EndpointId, Time};
@@ -63,12 +62,22 @@ pub struct BlocksRecord {
 
 impl PromptRecord {
     pub(crate) fn of(asked: &Asked) -> PromptRecord {
-        let mut blocks = BTreeMap::new();
+        PromptRecord::default().of_another(asked)
+    }
+
+    /// The same in the memory of a record that nobody needs any more.
+    pub(crate) fn of_another(self, asked: &Asked) -> PromptRecord {
+        let mut blocks = self.blocks;
+        blocks.clear();
         for chain in asked.prompts.iter().flat_map(|prompt| &prompt.chains) {
-            let spec = (chain.spec.block_size, chain.spec.space);
-            *blocks.entry(spec).or_insert(0u64) += chain.keys.len() as u64;
+            let (ChainSpec { block_size, space, .. }, keys) = (chain.spec, chain.keys.len() as u64);
+            let is_this = |b: &&mut BlocksRecord| (b.block_size, b.space) == (block_size, space);
+            match blocks.iter_mut().find(is_this) {
+                Some(record) => record.blocks += keys,
+                None => blocks.push(BlocksRecord { block_size, space, blocks: keys }),
+            }
         }
-        let record = |((block_size, space), blocks)| BlocksRecord { block_size, space, blocks };
+        blocks.sort_unstable_by_key(|record| (record.block_size, record.space));
         let rewrite = asked.rewrite.as_ref().filter(|rewrite| rewrite.changes());
         PromptRecord {
             rewritten_from: rewrite.map(|rewrite| rewrite.from.clone()),
@@ -76,7 +85,7 @@ impl PromptRecord {
             prompts: u32::try_from(asked.prompts.len()).unwrap_or(u32::MAX),
             tokens: asked.prompt_tokens,
             known: Some(asked.known),
-            blocks: blocks.into_iter().map(record).collect(),
+            blocks,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use kvroute_core::brain::Brain;
-use kvroute_core::decision::{Decision, Headers, Reject, ResponseEvent};
+use kvroute_core::decision::{Decision, DecisionRecord, Headers, Reject, ResponseEvent};
 use kvroute_core::{EndpointId, Time};
 use kvroute_wire::api::Api;
 use parking_lot::MutexGuard;
@@ -91,15 +91,22 @@ impl Rehearsal {
         chosen.map(Decided).map_err(|error| error.to_string())
     }
 
-    /// Of the second part the brain's share, on the brain that the caller has locked.
+    /// Of the second part the brain's share, on the brain that the caller has locked, in the memory
+    /// of an older record.
     ///
     /// # Errors
     /// Why there is no decision.
-    pub fn ask(&self, brain: &mut Brain, read: &Read, now: Time) -> Result<Decision, Reject> {
+    pub fn ask(
+        &self,
+        brain: &mut Brain,
+        read: &Read,
+        memory: DecisionRecord,
+    ) -> Result<Decision, Reject> {
         let candidate = self.candidate(read);
         let seen = route::scheduling_headers(&self.shared, &self.headers, &read.0);
         let seen = Headers(&seen);
-        brain.decide(now, &route::scheduled(&self.shared, &candidate, &seen, None))
+        let request = route::scheduled(&self.shared, &candidate, &seen, None);
+        brain.decide_in(self.now(), &request, memory)
     }
 
     fn candidate<'a>(&'a self, read: &'a Read) -> Candidate<'a> {

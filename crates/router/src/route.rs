@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 use kvroute_core::EndpointId;
 use kvroute_core::decision::{
-    DATA_PARALLEL_HEADER, Decision, DecisionRecord, Headers, Mode, Reason, RequestHeader,
+    DATA_PARALLEL_HEADER, Decision, DecisionRecord, Endpoints, Headers, Mode, Reason, RequestHeader,
 };
 use kvroute_core::fleet::Name;
 use kvroute_core::produce::HeldId;
@@ -23,11 +23,11 @@ use kvroute_wire::api::Api;
 use kvroute_wire::model_name::Restorer;
 use kvroute_wire::parsers::{Unclaimed, request_path};
 use kvroute_wire::usage::UsageScanner;
+use smallvec::SmallVec;
 use tracing::{debug, info, warn};
 
 use crate::decisions::Outcome;
 use crate::error::RouteError;
-use crate::explain::PromptRecord;
 use crate::forward::{Answer, Outgoing, Payload, Pieces, forward, known_length};
 use crate::headers;
 use crate::metrics::upstream::{Decided, Meter, UpstreamMetrics};
@@ -270,7 +270,7 @@ pub(crate) struct Chosen {
     /// What goes into llm-d's metrics, where they are asked for.
     pub meter: Option<Meter>,
     /// The chosen endpoint, then the next best ones.
-    pub candidates: Vec<EndpointId>,
+    pub candidates: Endpoints,
     /// Headers that plugins want on the response.
     pub response_headers: Vec<(HeaderName, HeaderValue)>,
     /// How many of the candidates the plan offers to proxies.
@@ -381,9 +381,10 @@ pub(crate) fn choose(
     let seen = scheduling_headers(shared, candidate.headers, asked);
     let seen = Headers(&seen);
     let request = scheduled(shared, candidate, &seen, held);
+    let (memory, prompt) = shared.decisions.spare();
     let decided = {
         let mut brain = shared.brain.lock();
-        brain.decide(shared.clock.now(), &request).map(|decision| {
+        brain.decide_in(shared.clock.now(), &request, memory).map(|decision| {
             let offered = brain.endpoints_offered(decision.record.profile.as_str());
             (decision, offered)
         })
@@ -405,10 +406,9 @@ pub(crate) fn choose(
         note_mode(shared, asked, &record);
     }
     let scores = scores_of(shared, &record);
-    let number = shared.decisions.push(record, PromptRecord::of(asked), since.elapsed());
-    let mut candidates = Vec::with_capacity(1 + fallback.len());
-    candidates.push(endpoint);
-    candidates.extend(fallback);
+    let number = shared.decisions.push(record, prompt.of_another(asked), since.elapsed());
+    let mut candidates = fallback;
+    candidates.insert(0, endpoint);
     let response_headers = response_headers
         .into_iter()
         .filter_map(|h| Some((h.name.parse().ok()?, h.value.parse().ok()?)))
@@ -470,12 +470,15 @@ fn priority(shared: &Shared, headers: &HeaderMap) -> i32 {
     shared.settings.objectives.get(name).copied().unwrap_or(0)
 }
 
+/// Names and values.
+type SeenHeaders<'a> = SmallVec<[(&'a str, &'a str); 8]>;
+
 /// The headers that the plan's plugins read; a session id in the body stands in for the header.
 pub(crate) fn scheduling_headers<'a>(
     shared: &'a Shared,
     headers: &'a HeaderMap,
     asked: &'a Asked,
-) -> Vec<(&'a str, &'a str)> {
+) -> SeenHeaders<'a> {
     seen_headers(&shared.scheduling_headers, headers, asked.session_id.as_deref())
 }
 
@@ -484,8 +487,8 @@ fn seen_headers<'a>(
     names: &'a [String],
     headers: &'a HeaderMap,
     session_id: Option<&'a str>,
-) -> Vec<(&'a str, &'a str)> {
-    let mut seen = Vec::new();
+) -> SeenHeaders<'a> {
+    let mut seen = SeenHeaders::new();
     for name in names {
         let before = seen.len();
         let values = headers.get_all(name.as_str()).iter().filter_map(|v| v.to_str().ok());
@@ -621,7 +624,8 @@ mod tests {
         headers.append("cookie", HeaderValue::from_static("a=1"));
         headers.append("cookie", HeaderValue::from_static("sid=42"));
         let seen = seen_headers(&names, &headers, Some("body"));
-        assert_eq!(seen, [("cookie", "a=1"), ("cookie", "sid=42"), ("x-session-id", "body")]);
+        assert_eq!(seen[..], [("cookie", "a=1"), ("cookie", "sid=42"), ("x-session-id", "body")]);
+        drop(seen);
         headers.insert("x-session-id", HeaderValue::from_static("head"));
         let seen = seen_headers(&names, &headers, Some("body"));
         assert_eq!(seen.last(), Some(&("x-session-id", "head")));

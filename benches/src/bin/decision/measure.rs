@@ -4,8 +4,7 @@ use std::time::Instant;
 
 use anyhow::{anyhow, ensure};
 use bytes::Bytes;
-use kvroute_core::decision::ResponseEvent;
-use kvroute_core::fleet::EndpointId;
+use kvroute_core::decision::{DecisionRecord, ResponseEvent};
 use kvroute_router::rehearse::{Decided, Read, Rehearsal};
 use kvroute_router::{EventsSource, RouterConfig, Tokenizers};
 use kvroute_tokens::Tokenizer;
@@ -66,6 +65,8 @@ struct Stage {
     rehearsal: Rehearsal,
     fleet: Fleet,
     runtime: Runtime,
+    /// Of the brain's last decision.
+    memory: DecisionRecord,
 }
 
 impl Stage {
@@ -82,14 +83,16 @@ impl Stage {
         self.runtime.block_on(self.rehearsal.read(body)).map_err(|why| anyhow!(why))
     }
 
-    fn brain(&self, read: &Read, part: &mut Part, is_warm: bool) -> anyhow::Result<EndpointId> {
+    fn brain(&mut self, read: &Read, part: &mut Part, is_warm: bool) -> anyhow::Result<()> {
         let now = self.rehearsal.now();
         let mut brain = self.rehearsal.brain();
-        let decided = part.time(is_warm, || self.rehearsal.ask(&mut brain, read, now));
+        let memory = std::mem::take(&mut self.memory);
+        let decided = part.time(is_warm, || self.rehearsal.ask(&mut brain, read, memory));
         let decision = decided.map_err(|reject| anyhow!("{reject}"))?;
         brain.on_response(now, decision.ticket, ResponseEvent::FirstChunk);
         brain.on_response(now, decision.ticket, ResponseEvent::End { status: 200 });
-        Ok(decision.endpoint)
+        self.memory = decision.record;
+        Ok(())
     }
 }
 
@@ -105,11 +108,12 @@ pub fn row(
     let rehearsal = Rehearsal::new(config(args, policy, tokenizer))?;
     let fleet = Fleet::enter(&rehearsal, endpoints, args, case, &mut prompts, tokenizer)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let stage = Stage { rehearsal, fleet, runtime };
+    let memory = DecisionRecord::default();
+    let mut stage = Stage { rehearsal, fleet, runtime, memory };
     let parts = if args.brain_only {
-        brain_only(args, &stage, &mut prompts)?
+        brain_only(args, &mut stage, &mut prompts)?
     } else {
-        all(args, &stage, &mut prompts)?
+        all(args, &mut stage, &mut prompts)?
     };
     let [mut whole, mut read, mut choose, mut brain] = parts;
     Ok(format!(
@@ -134,7 +138,7 @@ pub fn row(
 
 /// In turn: a request in one go, one in its parts, and one that asks the brain alone. Each has a
 /// body of its own, so that none is helped by another.
-fn all(args: &Cli, stage: &Stage, prompts: &mut Prompts) -> anyhow::Result<[Part; 4]> {
+fn all(args: &Cli, stage: &mut Stage, prompts: &mut Prompts) -> anyhow::Result<[Part; 4]> {
     let [mut whole, mut read, mut choose, mut brain] = [(); 4].map(|()| Part::default());
     for round in 0..args.warmup + args.rounds {
         let is_warm = round >= args.warmup;
@@ -150,7 +154,7 @@ fn all(args: &Cli, stage: &Stage, prompts: &mut Prompts) -> anyhow::Result<[Part
     Ok([whole, read, choose, brain])
 }
 
-fn brain_only(args: &Cli, stage: &Stage, prompts: &mut Prompts) -> anyhow::Result<[Part; 4]> {
+fn brain_only(args: &Cli, stage: &mut Stage, prompts: &mut Prompts) -> anyhow::Result<[Part; 4]> {
     let mut brain = Part::default();
     let asked = (0..64).map(|_| stage.read(&prompts.next())).collect::<Result<Vec<_>, _>>()?;
     for round in 0..args.warmup + args.rounds {

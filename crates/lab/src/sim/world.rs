@@ -374,7 +374,7 @@ impl<'a> World<'a> {
                 }
                 let Some(flight) = self.flights.get_mut(id) else { return };
                 flight.ticket = Some(decision.ticket);
-                flight.fallback = decision.fallback;
+                flight.fallback = decision.fallback.into_vec();
                 self.place(id, decision.endpoint);
             }
         }
