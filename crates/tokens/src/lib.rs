@@ -19,6 +19,7 @@ mod methods;
 mod model;
 mod prefixes;
 mod python;
+mod sums;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -126,6 +127,7 @@ struct Inner {
 /// Memory that is used again by request after request.
 #[derive(Default)]
 struct Buffers {
+    text: String,
     work: Work,
     links: Vec<Link>,
     keys: Vec<Vec<BlockKey>>,
@@ -205,7 +207,9 @@ impl Tokenizer {
     /// # Errors
     /// [`TokensError`].
     pub fn render_chat(&self, chat: &Chat<'_>) -> Result<String, TokensError> {
-        self.inner.templates.render(chat)
+        let mut text = String::new();
+        self.inner.templates.render(chat, &mut text)?;
+        Ok(text)
     }
 
     /// The ids that the engine will see, one list per prompt of the request.
@@ -251,6 +255,23 @@ impl Tokenizer {
         wanted: Wanted<'_>,
         prompts: &mut Vec<PromptChains>,
     ) -> Result<Counts, TokensError> {
+        let mut buffers = self.inner.buffers.lock().pop().unwrap_or_default();
+        let counted = self.chains_with(body, wanted, prompts, &mut buffers);
+        let longest = buffers.work.ids.capacity().max(buffers.text.capacity());
+        let mut kept = self.inner.buffers.lock();
+        if longest <= BUFFER_LENGTH_MAX && kept.len() < BUFFERS_MAX {
+            kept.push(buffers);
+        }
+        counted
+    }
+
+    fn chains_with(
+        &self,
+        body: &RequestBody<'_>,
+        wanted: Wanted<'_>,
+        prompts: &mut Vec<PromptChains>,
+        buffers: &mut Buffers,
+    ) -> Result<Counts, TokensError> {
         let chars = |text: &str| text.chars().count() as u64;
         let mut counts = Counts::default();
         match &body.prompt {
@@ -264,18 +285,20 @@ impl Tokenizer {
                 prompts.resize_with(texts.len(), PromptChains::default);
                 for (text, chains) in texts.iter().zip(prompts) {
                     let special = body.add_special_tokens;
-                    counts.tokens += self.chains(text, special, body, wanted, chains)?;
+                    counts.tokens += self.chains(text, special, body, wanted, (chains, buffers))?;
                 }
                 counts.chars = Some(texts.iter().map(|text| chars(text)).sum());
             }
             Prompt::Chat(chat) => {
-                let text = self.render_chat(chat)?;
+                let mut text = std::mem::take(&mut buffers.text);
+                self.inner.templates.render(chat, &mut text)?;
                 prompts.resize_with(1, PromptChains::default);
                 let special = chat.add_special_tokens;
                 for chains in prompts {
-                    counts.tokens = self.chains(&text, special, body, wanted, chains)?;
+                    counts.tokens = self.chains(&text, special, body, wanted, (chains, buffers))?;
                 }
                 counts.chars = Some(chars(&text));
+                buffers.text = text;
             }
         }
         Ok(counts)
@@ -288,7 +311,7 @@ impl Tokenizer {
         add_special_tokens: bool,
         body: &RequestBody<'_>,
         wanted: Wanted<'_>,
-        chains: &mut PromptChains,
+        (chains, buffers): (&mut PromptChains, &mut Buffers),
     ) -> Result<usize, TokensError> {
         if !body.items.is_empty() {
             // Keys that depend on more than ids, salt and root are not kept.
@@ -298,8 +321,7 @@ impl Tokenizer {
             *chains = made.pop().unwrap_or_default();
             return Ok(tokens);
         }
-        let mut buffers = self.inner.buffers.lock().pop().unwrap_or_default();
-        let Buffers { work, links, keys } = &mut buffers;
+        let Buffers { work, links, keys, .. } = buffers;
         let salt = body.cache_salt.as_deref();
         links.clear();
         links.extend(wanted.specs.iter().map(|spec| Link {
@@ -321,11 +343,6 @@ impl Tokenizer {
             }
             let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
             chains.chains.push(Chain { spec: *spec, keys, tokens });
-        }
-        let is_kept = buffers.work.ids.capacity() <= BUFFER_LENGTH_MAX;
-        let mut kept = self.inner.buffers.lock();
-        if is_kept && kept.len() < BUFFERS_MAX {
-            kept.push(buffers);
         }
         read.map(|()| tokens)
     }

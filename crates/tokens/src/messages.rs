@@ -70,7 +70,8 @@ struct Message {
 enum Content {
     #[default]
     None,
-    Text(String),
+    /// A string.
+    Text(Value),
     Parts(Vec<Value>),
 }
 
@@ -117,10 +118,7 @@ impl<'de> Deserialize<'de> for Content {
                 Ok(Content::None)
             }
             fn visit_str<E>(self, text: &str) -> Result<Content, E> {
-                Ok(Content::Text(text.to_owned()))
-            }
-            fn visit_string<E>(self, text: String) -> Result<Content, E> {
-                Ok(Content::Text(text))
+                Ok(Content::Text(Value::from(text)))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Content, A::Error> {
                 let mut parts = Vec::new();
@@ -231,8 +229,8 @@ fn content_of(role: &str, content: Content, format: ContentFormat) -> Result<Val
     let mut parts = match content {
         Content::None => Vec::new(),
         // The usual case: no list is built for a string that stays one.
-        Content::Text(text) if format == ContentFormat::Text && role != "system" => {
-            return Ok(Value::from(text));
+        Content::Text(text) if format == ContentFormat::Text && is_kept(role, &text) => {
+            return Ok(text);
         }
         Content::Text(text) => vec![TextPart { text, extra: Vec::new(), is_reference: false }],
         Content::Parts(parts) => {
@@ -247,17 +245,26 @@ fn content_of(role: &str, content: Content, format: ContentFormat) -> Result<Val
         parts.retain_mut(remove_billing_header);
     }
     Ok(match format {
-        ContentFormat::Text => {
-            let texts: Vec<&str> = parts.iter().map(|part| part.text.as_str()).collect();
-            Value::from(texts.join("\n"))
-        }
+        ContentFormat::Text => match parts.as_slice() {
+            [only] => only.text.clone(),
+            parts => {
+                let texts: Vec<&str> = parts.iter().map(TextPart::as_str).collect();
+                Value::from(texts.join("\n"))
+            }
+        },
         ContentFormat::Parts => parts.into_iter().map(TextPart::into_value).collect(),
     })
 }
 
+/// Whether a message's text is passed on as it is.
+fn is_kept(role: &str, text: &Value) -> bool {
+    role != "system" || !text.as_str().is_some_and(|text| text.starts_with(BILLING_HEADER))
+}
+
 /// A part of a message that is text.
 struct TextPart {
-    text: String,
+    /// A string.
+    text: Value,
     /// Fields that vLLM does not know and passes on.
     extra: Vec<(Value, Value)>,
     /// A `tool_reference`: a name for the template to expand.
@@ -265,19 +272,22 @@ struct TextPart {
 }
 
 impl TextPart {
+    fn as_str(&self) -> &str {
+        self.text.as_str().unwrap_or_default()
+    }
+
     fn into_value(self) -> Value {
         let (kind, key) =
             if self.is_reference { ("tool_reference", "name") } else { ("text", "text") };
-        let fields =
-            [("type".into(), Value::from(kind)), (Value::from(key), Value::from(self.text))];
+        let fields = [("type".into(), Value::from(kind)), (Value::from(key), self.text)];
         map_of(fields.into_iter().chain(self.extra))
     }
 }
 
 /// The text of a part; `None` for one that is skipped because it has none.
 fn text_part(part: &Value) -> Result<Option<TextPart>, TokensError> {
-    if let Some(text) = part.as_str() {
-        let text = text.to_owned();
+    if part.as_str().is_some() {
+        let text = part.clone();
         return Ok(Some(TextPart { text, extra: Vec::new(), is_reference: false }));
     }
     if part.kind() != ValueKind::Map {
@@ -304,15 +314,15 @@ fn text_part(part: &Value) -> Result<Option<TextPart>, TokensError> {
         return Err(TokensError::Multimodal { part: kind.to_owned() });
     }
     let text = field(key);
-    let Some(text) = text.as_str() else {
+    if text.as_str().is_none() {
         return match kind {
             "text" | "refusal" if text.is_none() || text.is_undefined() => Ok(None),
             _ => Err(bad(format!("a part of type {kind} has no string `{key}`"))),
         };
-    };
+    }
     let is_extra = |key: &Value| key.as_str().is_some_and(|key| !PART_FIELDS.contains(&key));
     let extra = if is_reference { Vec::new() } else { entries(part, is_extra) };
-    Ok(Some(TextPart { text: text.to_owned(), extra, is_reference }))
+    Ok(Some(TextPart { text, extra, is_reference }))
 }
 
 fn entries(map: &Value, keep: impl Fn(&Value) -> bool) -> Vec<(Value, Value)> {
@@ -323,11 +333,11 @@ fn entries(map: &Value, keep: impl Fn(&Value) -> bool) -> Vec<(Value, Value)> {
 /// Removes the client's attribution line from a part of the system text; false when nothing else
 /// is in it.
 fn remove_billing_header(part: &mut TextPart) -> bool {
-    if !part.text.starts_with(BILLING_HEADER) {
+    if !part.as_str().starts_with(BILLING_HEADER) {
         return true;
     }
-    part.text = part.text.split_once('\n').map_or(String::new(), |(_, rest)| rest.to_owned());
-    !part.text.is_empty()
+    part.text = Value::from(part.as_str().split_once('\n').map_or("", |(_, rest)| rest));
+    !part.as_str().is_empty()
 }
 
 /// The content of a tool's answer is one string even for templates that want parts, unless it

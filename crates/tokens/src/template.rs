@@ -14,13 +14,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use kvroute_wire::request::Chat;
 use minijinja::machinery;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Template, Value};
 
 use crate::content_format;
 use crate::error::{LoadError, TokensError};
 use crate::messages::{self, ContentFormat, Turn};
 use crate::methods;
 use crate::python;
+use crate::sums;
 
 /// Longest template that is compiled, in bytes. The longest in use have some 20 KB.
 const TEMPLATE_BYTES_MAX: usize = 1 << 20;
@@ -78,6 +79,8 @@ pub(crate) struct Templates {
 /// What is known of a template without running it.
 struct Known {
     name: String,
+    /// The name of the same template with sums printed in parts, see [`sums`].
+    in_parts: Option<String>,
     facts: Facts,
 }
 
@@ -100,21 +103,29 @@ impl Templates {
             let wrong = |message: String| LoadError::BadTemplate { name: name.clone(), message };
             let source = prepare(&source).map_err(&wrong)?;
             let facts = facts_of(&source, &options).map_err(|e| wrong(message_of(&e)))?;
+            let parts = sums::in_parts(&source, syntax());
             env.add_template_owned(name.clone(), source).map_err(|e| wrong(message_of(&e)))?;
-            known.push(Known { name, facts });
+            // No template of a file has such a name.
+            let parts_name = format!("{name}\0in parts");
+            let is_added = |parts| env.add_template_owned(parts_name.clone(), parts).is_ok();
+            let in_parts = parts.is_some_and(is_added).then_some(parts_name);
+            known.push(Known { name, in_parts, facts });
         }
         let special_tokens =
             special_tokens.into_iter().map(|(key, text)| (key, Value::from(text))).collect();
         Ok(Templates { env, known, special_tokens, options })
     }
 
-    /// The text of a conversation.
-    pub(crate) fn render(&self, chat: &Chat<'_>) -> Result<String, TokensError> {
+    /// The text of a conversation, in `text`, whose memory is used again.
+    pub(crate) fn render(&self, chat: &Chat<'_>, text: &mut String) -> Result<(), TokensError> {
         let tools = chat.tools.as_deref().map(|raw| raw.get()).filter(|json| *json != "null");
         let own = chat.chat_template.as_deref();
         if let Some(known) = self.find(own, tools.is_some())? {
             let template = self.env.get_template(&known.name).map_err(failed)?;
-            return self.run(&template, known.facts, chat, tools);
+            let in_parts = known.in_parts.as_deref();
+            let in_parts = in_parts.map(|name| self.env.get_template(name)).transpose();
+            let in_parts = in_parts.map_err(failed)?;
+            return self.run((&template, in_parts.as_ref()), known.facts, chat, tools, text);
         }
         if !self.options.trust_request_template {
             return Err(TokensError::RequestTemplate);
@@ -123,7 +134,7 @@ impl Templates {
         let source = prepare(own.unwrap_or_default()).map_err(wrong)?;
         let facts = facts_of(&source, &self.options).map_err(failed)?;
         let template = self.env.template_from_str(&source).map_err(failed)?;
-        self.run(&template, facts, chat, tools)
+        self.run((&template, None), facts, chat, tools, text)
     }
 
     /// The template of a request; `None` when it brings its own. With tools, a template named
@@ -150,11 +161,12 @@ impl Templates {
 
     fn run(
         &self,
-        template: &minijinja::Template<'_, '_>,
+        (template, in_parts): (&Template<'_, '_>, Option<&Template<'_, '_>>),
         facts: Facts,
         chat: &Chat<'_>,
         tools: Option<&str>,
-    ) -> Result<String, TokensError> {
+        text: &mut String,
+    ) -> Result<(), TokensError> {
         let format = self.options.content_format.unwrap_or(facts.format);
         let mut turns = messages::conversation(chat.messages.json(), format)?;
         if !facts.knows_developer && turns.iter().any(|turn| turn.role() == "developer") {
@@ -165,15 +177,20 @@ impl Templates {
             false => None,
         };
         let context = self.context(turns, chat, tools)?;
-        let mut out = Limited { bytes: Vec::new(), bytes_max: self.options.output_bytes_max };
-        let result = template.render_captured_to(context, &mut out);
-        result.map(drop).map_err(|error| self.stopped(&out, &error))?;
-        let text = String::from_utf8(out.bytes)
-            .map_err(|error| TokensError::Template { message: error.to_string() })?;
-        match open {
-            Some(final_text) => cut_final(text, &final_text),
-            None => Ok(text),
+        let bytes = std::mem::take(text).into_bytes();
+        let mut out = Limited { bytes, bytes_max: self.options.output_bytes_max };
+        let mut render = |template: &Template<'_, '_>| {
+            out.bytes.clear();
+            let result = template.render_captured_to(context.clone(), &mut out).map(drop);
+            result.map_err(|error| self.stopped(&out, &error))
+        };
+        // An error in parts says nothing yet.
+        if !in_parts.is_some_and(|template| render(template).is_ok()) {
+            render(template)?;
         }
+        *text = String::from_utf8(out.bytes)
+            .map_err(|error| TokensError::Template { message: error.to_string() })?;
+        open.map_or(Ok(()), |final_text| cut_final(text, &final_text))
     }
 
     /// The variables of the template, in the order in which vLLM lets one override another.
@@ -235,6 +252,7 @@ fn environment(options: &RenderOptions) -> Environment<'static> {
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_fuel(Some(options.steps_max));
     methods::install(&mut env);
+    sums::install(&mut env);
     env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
     });
@@ -344,7 +362,7 @@ fn leave_open(turns: &mut [Turn], opens_next: bool) -> Result<String, TokensErro
 }
 
 /// Cuts the rendered text where the final message ends.
-fn cut_final(mut text: String, final_text: &str) -> Result<String, TokensError> {
+fn cut_final(text: &mut String, final_text: &str) -> Result<(), TokensError> {
     let trim = |text: &str| text.trim_matches(python::is_space).to_owned();
     let at = text.rfind(CONTINUE_TAG.trim_end());
     let Some(at) = at.filter(|_| text.contains(&trim(final_text))) else {
@@ -359,7 +377,7 @@ fn cut_final(mut text: String, final_text: &str) -> Result<String, TokensError> 
         // The template trimmed the message, and with it the white space before the mark.
         text.truncate(text.trim_end_matches(python::is_space).len());
     }
-    Ok(text)
+    Ok(())
 }
 
 fn failed(error: Error) -> TokensError {

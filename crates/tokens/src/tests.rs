@@ -290,6 +290,30 @@ fn rendering_is_bounded() {
 }
 
 #[test]
+fn sums_print_alike_in_parts_and_as_a_whole() {
+    let body = r#"{"messages": [{"role": "user", "content": "x\n"}], "tools": [1]}"#;
+    let table = [
+        ("'a' + messages[0].content + 'b'", Some("ax\nb")),
+        ("messages[0].content|trim + '\\n' + messages[0]['role']", Some("x\nuser")),
+        ("'a' + ('b' + 'c')|upper + 'd'", Some("aBCd")),
+        ("'a' + messages|length|string", Some("a1")),
+        ("'a' + 1", None),
+        ("1 + 2 + 'a'", None),
+        ("'a' + messages", None),
+        ("'a' + none", None),
+        ("'a' + messages[0].nothing", None),
+        ("'a' + messages[0].nothing.at.all", None),
+    ];
+    for (sum, want) in table {
+        // Nothing is rewritten inside of brackets.
+        let [parts, whole] = [format!("{{{{- {sum} -}}}}"), format!("{{{{- ({sum}) -}}}}")]
+            .map(|template| render(&with_template(&template), body));
+        assert_eq!(parts, whole, "{sum}");
+        assert_eq!(parts.ok().as_deref(), want, "{sum}");
+    }
+}
+
+#[test]
 fn a_trusted_request_template_is_run() {
     let options = TokenizerOptions { trust_request_template: true, ..options() };
     let tokenizer = Tokenizer::demo_with(&options).unwrap();
