@@ -169,7 +169,7 @@ impl Model {
         let (before, after) = match overrides.ends {
             None => ends_of(&fast)?,
             Some(ends) => {
-                let list = |token| id_of(&fast, token).map(|id| Vec::from_iter(id));
+                let list = |token| id_of(&fast, token).map(Vec::from_iter);
                 (list(ends.before)?, list(ends.after)?)
             }
         };

@@ -185,7 +185,7 @@ impl Templates {
             result.map_err(|error| self.stopped(&out, &error))
         };
         // An error in parts says nothing yet.
-        if !in_parts.is_some_and(|template| render(template).is_ok()) {
+        if in_parts.is_none_or(|template| render(template).is_err()) {
             render(template)?;
         }
         *text = String::from_utf8(out.bytes)
