@@ -98,6 +98,9 @@ fn measure<S: Subject>(
     label: &str,
     names: Names,
 ) -> Result<()> {
+    if !options.wants(label) {
+        return Ok(());
+    }
     let rounds = if options.quick { 1 } else { 5 };
     for per_event in [16, 1] {
         let wrong = wrong_share::<S>(work, names, per_event);
@@ -131,7 +134,7 @@ fn each(options: &Options, tables: &mut Tables, work: (&str, &Workload)) -> Resu
     type Crtc = Pooled<ConcurrentRadixTreeCompressed>;
     type Positional = Pooled<PositionalIndexer>;
     type Chain = Chains<false>;
-    let label = "naive map, told kvroute's keys";
+    let label = "naive map, told the keys";
     measure::<Naive>(options, tables, work, label, Names::Native)?;
     measure::<RadixTree>(options, tables, work, RadixTree::NAME, Names::Shared)?;
     measure::<Crtc>(options, tables, work, Crtc::NAME, Names::Shared)?;

@@ -3,11 +3,17 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use dynamo_kv_router::RadixTree;
 
 use crate::Options;
 use crate::built::{COLLECTED, KINDS};
 use crate::lookup::CASES;
+use crate::subjects::Subject;
+use crate::subjects::kv_index::Chains;
+use crate::subjects::naive::Naive;
+use crate::subjects::ours::Ours;
 use crate::table::{Better, Cell, Table, grouped};
+use crate::workload::{Names, PROMPTS, Workload};
 
 /// Workloads are smaller here, because valgrind is slow: how many prompts there are changes the
 /// chance of a cache miss, not the instructions.
@@ -24,39 +30,97 @@ pub fn look_up(options: &Options, case: &str, kind: &str) -> Result<()> {
     Ok(())
 }
 
-/// Instructions of a lookup, averaged over a case's prompts.
-fn count(options: &Options, case: &str, kind: &str) -> Result<u64> {
+/// Applies events under the profiler's eyes.
+#[inline(never)]
+fn collected_applies<S: Subject>(index: &mut S, events: Vec<S::Event>) {
+    for event in events {
+        index.apply(event);
+    }
+}
+
+/// Stores everything and removes it; `removes` tells which of both is collected.
+fn store_and_remove<S: Subject>(work: &Workload, names: Names, per_event: usize, removes: bool) {
+    let mut index = S::new(work.endpoints);
+    let stores: Vec<S::Event> = work.stores(names, per_event).map(S::prepare).collect();
+    let removals: Vec<S::Event> = work.removals(names, per_event).map(S::prepare).collect();
+    if removes {
+        stores.into_iter().for_each(|event| index.apply(event));
+        collected_applies(&mut index, removals);
+    } else {
+        collected_applies(&mut index, stores);
+    }
+}
+
+type Apply = fn(&Workload, Names, usize, bool);
+
+/// Indexes that apply events on the caller's thread, and how engines name blocks. Dynamo's others
+/// apply theirs in a loop that also waits for them.
+const APPLIERS: [(&str, Apply, Names); 6] = [
+    ("naive map, told the keys", store_and_remove::<Naive>, Names::Native),
+    (RadixTree::NAME, store_and_remove::<RadixTree>, Names::Shared),
+    ("kv-index ChainIndex", store_and_remove::<Chains<false>>, Names::Shared),
+    (Ours::NAME, store_and_remove::<Ours>, Names::Shared),
+    ("kvroute, native names", store_and_remove::<Ours>, Names::Native),
+    ("kvroute, names of each engine's own", store_and_remove::<Ours>, Names::Own),
+];
+
+/// Applies the events of a small fleet to an index of one kind.
+pub fn apply(options: &Options, kind: &str, per_event: usize, removes: bool) -> Result<()> {
+    let found = APPLIERS.iter().find(|(name, ..)| *name == kind);
+    let (_, apply, names) = found.context("no such index")?;
+    ensure!(per_event > 0, "an event has at least one block");
+    let work = Workload::shared(options.seed, PROMPTS / SMALLER, 64, 8, 8);
+    apply(&work, *names, per_event, removes);
+    println!("{}", work.stores(*names, per_event).map(|raw| raw.blocks()).sum::<usize>());
+    Ok(())
+}
+
+/// Runs this program under valgrind: instructions below functions named like `function`, divided
+/// by the number that the program prints.
+fn count(options: &Options, function: &str, arguments: &[&str]) -> Result<u64> {
     let path = std::env::temp_dir().join(format!("kvroute-peers.{}.out", std::process::id()));
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--collect-atstart=no", "--quiet"])
-        .arg(format!("--toggle-collect=*{COLLECTED}*"))
+        .arg(format!("--toggle-collect=*{function}*"))
         .arg(format!("--callgrind-out-file={}", path.display()))
         .arg(std::env::current_exe()?)
-        .args(["look-up", case, kind, "--seed", &options.seed.to_string()])
+        .args(["--seed", &options.seed.to_string()])
+        .args(arguments)
         .output()
         .context("valgrind cannot be started: install it, or leave `instructions` out")?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "valgrind failed: {errors}");
-    let lookups: u64 = String::from_utf8_lossy(&output.stdout).trim().parse()?;
+    let pieces: u64 = String::from_utf8_lossy(&output.stdout).trim().parse()?;
     let profile = std::fs::read_to_string(&path)?;
     std::fs::remove_file(&path)?;
     let total = profile.lines().find_map(|line| line.strip_prefix("totals:"));
     let total: u64 = total.context("valgrind's output has no total")?.trim().parse()?;
-    ensure!(total > 0 && lookups > 0, "valgrind did not find {COLLECTED}");
-    Ok(total / lookups)
+    ensure!(total > 0 && pieces > 0, "valgrind did not find {function}");
+    Ok(total / pieces)
 }
 
-/// Prints the table.
+/// Prints the tables.
 pub fn run(options: &Options) -> Result<()> {
     let title = "Instructions of a lookup from hashes, every endpoint's score in an array";
     let mut table = Table::new(title, Better::Lower);
     for case in CASES.iter().filter(|case| options.wants(case.name)) {
         for (kind, _) in KINDS {
-            let instructions = count(options, case.name, kind)?;
-            let cell = Cell::new(instructions as f64, grouped(instructions));
-            table.put(kind, case.name, cell);
+            let number = count(options, COLLECTED, &["look-up", case.name, kind])?;
+            table.put(kind, case.name, Cell::new(number as f64, grouped(number)));
         }
     }
     table.print();
+    let title = "Instructions of a block's event, 8 endpoints that hold each prefix";
+    let mut table = Table::new(title, Better::Lower);
+    for (kind, ..) in APPLIERS.iter().filter(|(name, ..)| options.wants(name)) {
+        for (per_event, pass) in [(16, "store"), (16, "remove"), (1, "store"), (1, "remove")] {
+            let size = per_event.to_string();
+            let number = count(options, "collected_applies", &["apply", kind, &size, pass])?;
+            let column = format!("{per_event}/event, {pass}");
+            table.put(kind, &column, Cell::new(number as f64, grouped(number)));
+        }
+    }
+    table.print();
+    println!("\nkvroute hashes tokens while it applies, unless engines use its own names.");
     Ok(())
 }

@@ -50,7 +50,7 @@ pub struct Options {
     /// What does not fit into this is left out of the memory table.
     #[arg(long, global = true, default_value_t = 12.0)]
     memory_gb_max: f64,
-    /// Only cases whose name contains this.
+    /// Only cases of lookups, or indexes for events, whose name contains this.
     #[arg(long, global = true)]
     only: Option<String>,
     /// A folder with a tokenizer.json; Qwen3's, where scripts/fetch-tokenizer.sh puts it, when left
@@ -87,7 +87,7 @@ enum Command {
     Tokenizing,
     /// Bytes per block.
     Memory,
-    /// Instructions of a lookup, counted by valgrind, which must be installed.
+    /// Instructions of lookups and events, counted by valgrind, which must be installed.
     Instructions,
     /// What `instructions` runs under valgrind.
     #[command(hide = true)]
@@ -96,6 +96,16 @@ enum Command {
         case: String,
         /// Name of a kind of index.
         kind: String,
+    },
+    /// The same for events.
+    #[command(hide = true)]
+    Apply {
+        /// Name of a kind of index.
+        kind: String,
+        /// Blocks of an event.
+        per_event: usize,
+        /// `store` or `remove`.
+        pass: String,
     },
 }
 
@@ -123,6 +133,9 @@ fn main() -> Result<()> {
             Command::Memory => memory::run(&options)?,
             Command::Instructions => instructions::run(&options)?,
             Command::LookUp { case, kind } => instructions::look_up(&options, &case, &kind)?,
+            Command::Apply { kind, per_event, pass } => {
+                instructions::apply(&options, &kind, per_event, pass == "remove")?;
+            }
         }
     }
     Ok(())
