@@ -30,28 +30,43 @@ pub fn look_up(options: &Options, case: &str, kind: &str) -> Result<()> {
     Ok(())
 }
 
+/// Which part of applying events is collected.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Pass {
+    /// Storing, from events that carry tokens.
+    StoreTokens,
+    /// Storing, from hashes where the interface takes them.
+    Store,
+    /// Removing.
+    Remove,
+}
+
 /// Applies events under the profiler's eyes.
 #[inline(never)]
-fn collected_applies<S: Subject>(index: &mut S, events: Vec<S::Event>) {
+fn collected_applies<S: Subject, E>(index: &mut S, events: Vec<E>, prepare: fn(E) -> S::Event) {
     for event in events {
-        index.apply(event);
+        index.apply(prepare(event));
     }
 }
 
-/// Stores everything and removes it; `removes` tells which of both is collected.
-fn store_and_remove<S: Subject>(work: &Workload, names: Names, per_event: usize, removes: bool) {
+fn store_and_remove<S: Subject>(work: &Workload, names: Names, per_event: usize, pass: Pass) {
     let mut index = S::new(work.endpoints);
-    let stores: Vec<S::Event> = work.stores(names, per_event).map(S::prepare).collect();
-    let removals: Vec<S::Event> = work.removals(names, per_event).map(S::prepare).collect();
-    if removes {
-        stores.into_iter().for_each(|event| index.apply(event));
-        collected_applies(&mut index, removals);
-    } else {
-        collected_applies(&mut index, stores);
+    let stores = work.stores(names, per_event);
+    match pass {
+        Pass::StoreTokens => collected_applies(&mut index, stores.collect(), S::prepare),
+        Pass::Store => {
+            let events = stores.map(S::prepare).collect();
+            collected_applies(&mut index, events, |event: S::Event| event);
+        }
+        Pass::Remove => {
+            stores.for_each(|raw| index.apply(S::prepare(raw)));
+            let events = work.removals(names, per_event).map(S::prepare).collect();
+            collected_applies(&mut index, events, |event: S::Event| event);
+        }
     }
 }
 
-type Apply = fn(&Workload, Names, usize, bool);
+type Apply = fn(&Workload, Names, usize, Pass);
 
 /// Indexes that apply events on the caller's thread, and how engines name blocks. Dynamo's others
 /// apply theirs in a loop that also waits for them.
@@ -65,12 +80,12 @@ const APPLIERS: [(&str, Apply, Names); 6] = [
 ];
 
 /// Applies the events of a small fleet to an index of one kind.
-pub fn apply(options: &Options, kind: &str, per_event: usize, removes: bool) -> Result<()> {
+pub fn apply(options: &Options, kind: &str, per_event: usize, pass: Pass) -> Result<()> {
     let found = APPLIERS.iter().find(|(name, ..)| *name == kind);
     let (_, apply, names) = found.context("no such index")?;
     ensure!(per_event > 0, "an event has at least one block");
     let work = Workload::shared(options.seed, PROMPTS / SMALLER, 64, 8, 8);
-    apply(&work, *names, per_event, removes);
+    apply(&work, *names, per_event, pass);
     println!("{}", work.stores(*names, per_event).map(|raw| raw.blocks()).sum::<usize>());
     Ok(())
 }
@@ -113,14 +128,18 @@ pub fn run(options: &Options) -> Result<()> {
     let title = "Instructions of a block's event, 8 endpoints that hold each prefix";
     let mut table = Table::new(title, Better::Lower);
     for (kind, ..) in APPLIERS.iter().filter(|(name, ..)| options.wants(name)) {
-        for (per_event, pass) in [(16, "store"), (16, "remove"), (1, "store"), (1, "remove")] {
-            let size = per_event.to_string();
-            let number = count(options, "collected_applies", &["apply", kind, &size, pass])?;
-            let column = format!("{per_event}/event, {pass}");
-            table.put(kind, &column, Cell::new(number as f64, grouped(number)));
+        for size in ["16", "1"] {
+            for pass in ["store-tokens", "store", "remove"] {
+                let number = count(options, "collected_applies", &["apply", kind, size, pass])?;
+                let column = format!("{size}/event, {}", pass.replace('-', " from "));
+                table.put(kind, &column, Cell::new(number as f64, grouped(number)));
+            }
         }
     }
     table.print();
-    println!("\nkvroute hashes tokens while it applies, unless engines use its own names.");
+    println!(
+        "\nkvroute hashes tokens while it applies, in every column, unless engines use its own \
+         names."
+    );
     Ok(())
 }

@@ -104,8 +104,7 @@ enum Command {
         kind: String,
         /// Blocks of an event.
         per_event: usize,
-        /// `store` or `remove`.
-        pass: String,
+        pass: instructions::Pass,
     },
 }
 
@@ -134,7 +133,7 @@ fn main() -> Result<()> {
             Command::Instructions => instructions::run(&options)?,
             Command::LookUp { case, kind } => instructions::look_up(&options, &case, &kind)?,
             Command::Apply { kind, per_event, pass } => {
-                instructions::apply(&options, &kind, per_event, pass == "remove")?;
+                instructions::apply(&options, &kind, per_event, pass)?;
             }
         }
     }
