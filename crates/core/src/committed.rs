@@ -4,17 +4,23 @@
 //! blocks of the prompts in flight (requests that share a prefix share its blocks) and room for
 //! the output that is expected. More than the endpoint has means that it will preempt somebody.
 
-use rustc_hash::FxHashMap;
+mod runs;
+
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::blocks::{BlockKey, Chain};
 use crate::fleet::EndpointId;
+use runs::{Leaf, Runs, Spare};
 
 /// What one request has committed. Ends once, by [`Committed::release`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct Commitment {
     endpoint: EndpointId,
-    keys: Box<[u64]>,
+    /// One for each of its chains.
+    leaves: SmallVec<[Leaf; 1]>,
+    /// Blocks of all of them.
+    blocks: usize,
     block_size: u32,
     /// Tokens that are nobody else's: tails, output, and prompts whose blocks are not counted.
     own_tokens: u64,
@@ -52,36 +58,24 @@ const TOKENS_MAX: u64 = 1 << 50;
 #[derive(Debug)]
 pub struct Committed {
     slots: Vec<Slot>,
-    /// Keys of all commitments, and the most there may be.
+    /// Blocks of all commitments, and the most there may be.
     keys: usize,
     keys_max: usize,
+    spare: Spare,
 }
 
 #[derive(Debug, Default)]
 struct Slot {
     generation: u32,
-    users: FxHashMap<u64, u32>,
+    runs: Runs,
     tokens: u64,
     work: Work,
-}
-
-impl Slot {
-    /// How many of a chain's blocks requests in flight need. A block in flight implies all blocks
-    /// before it, so a binary search finds the first that is not.
-    fn shared(&self, chain: &[BlockKey]) -> usize {
-        let has = |key: &BlockKey| self.users.contains_key(&key.0);
-        // Most endpoints have not even the first block: they cost one look.
-        match chain.first() {
-            Some(first) if has(first) => chain.partition_point(has),
-            _ => 0,
-        }
-    }
 }
 
 impl Committed {
     /// Nothing yet. Of more than `keys_max` blocks in flight the rest counts as shared by nobody.
     pub fn new(keys_max: usize) -> Committed {
-        Committed { slots: Vec::new(), keys: 0, keys_max }
+        Committed { slots: Vec::new(), keys: 0, keys_max, spare: Spare::default() }
     }
 
     /// Tokens that the requests in flight need there.
@@ -96,7 +90,7 @@ impl Committed {
 
     /// Tokens of a chain's blocks that no request in flight there needs already.
     pub fn added_tokens(&self, id: EndpointId, chain: &Chain) -> u64 {
-        let shared = self.slot(id).map_or(0, |slot| slot.shared(&chain.keys));
+        let shared = self.slot(id).map_or(0, |slot| slot.runs.shared(&chain.keys));
         (chain.keys.len() - shared) as u64 * u64::from(chain.spec.block_size)
     }
 
@@ -109,35 +103,30 @@ impl Committed {
         work: Work,
     ) -> Commitment {
         let block_size = chains.clone().next().map_or(0, |chain| chain.spec.block_size);
+        let leaves = SmallVec::new();
+        let mut commitment =
+            Commitment { endpoint, leaves, blocks: 0, block_size, own_tokens, work };
         let count: usize = chains.clone().map(|chain| chain.keys.len()).sum();
-        let all = chains.flat_map(|chain| &chain.keys).map(|key: &BlockKey| key.0);
-        let commitment = match self.keys + count <= self.keys_max {
-            true => Commitment { endpoint, keys: all.collect(), block_size, own_tokens, work },
-            false => {
-                let own_tokens = own_tokens + count as u64 * u64::from(block_size);
-                Commitment { endpoint, keys: Box::default(), block_size, own_tokens, work }
-            }
-        };
-        self.add(&commitment);
+        if self.keys + count <= self.keys_max {
+            self.add(&mut commitment, chains.map(|chain| &chain.keys[..]));
+        } else {
+            commitment.own_tokens += count as u64 * u64::from(block_size);
+            self.add(&mut commitment, std::iter::empty());
+        }
         commitment
     }
 
     /// Gives back what a request has committed.
     pub fn release(&mut self, commitment: Commitment) {
-        self.keys -= commitment.keys.len();
-        let Some(slot) = self.slot_mut(commitment.endpoint) else { return };
-        for key in &commitment.keys {
-            if let Some(users) = slot.users.get_mut(key) {
-                *users -= 1;
-                if *users == 0 {
-                    slot.users.remove(key);
-                    slot.tokens -= u64::from(commitment.block_size);
-                }
-            }
-        }
-        slot.tokens -= commitment.own_tokens;
-        slot.work.prefill -= commitment.work.prefill;
-        slot.work.context -= commitment.work.context;
+        let Commitment { endpoint, leaves, blocks, block_size, own_tokens, work } = commitment;
+        self.keys -= blocks;
+        let slot = self.slots.get_mut(usize::from(endpoint.slot));
+        let Some(slot) = slot.filter(|slot| slot.generation == endpoint.generation) else { return };
+        let gone = leaves.into_iter().map(|leaf| slot.runs.remove(leaf, &mut self.spare));
+        slot.tokens -= gone.sum::<usize>() as u64 * u64::from(block_size);
+        slot.tokens -= own_tokens;
+        slot.work.prefill -= work.prefill;
+        slot.work.context -= work.context;
     }
 
     /// The prompt is computed.
@@ -148,23 +137,35 @@ impl Committed {
         }
     }
 
-    /// The request goes to another endpoint, which has so many prompt tokens to compute.
+    /// The request goes to another endpoint, which has so many prompt tokens to compute. Blocks
+    /// that the first one took along when it left the fleet count as nobody else's.
     pub fn redirect(&mut self, commitment: &mut Commitment, to: EndpointId, prefill: u64) {
-        let keys = commitment.keys.clone();
-        let work = Work { prefill, ..commitment.work };
-        let moved = Commitment { endpoint: to, keys, work, ..*commitment };
-        self.add(&moved);
+        let chains: Vec<Vec<BlockKey>> = match self.slot(commitment.endpoint) {
+            Some(slot) => commitment.leaves.iter().map(|leaf| slot.runs.chain(leaf)).collect(),
+            None => Vec::new(),
+        };
+        let found: usize = chains.iter().map(Vec::len).sum();
+        let lost = (commitment.blocks - found) as u64 * u64::from(commitment.block_size);
+        let mut moved = Commitment {
+            endpoint: to,
+            leaves: SmallVec::new(),
+            blocks: 0,
+            own_tokens: commitment.own_tokens + lost,
+            work: Work { prefill, ..commitment.work },
+            ..*commitment
+        };
+        self.add(&mut moved, chains.iter().map(Vec::as_slice));
         self.release(std::mem::replace(commitment, moved));
     }
 
     /// What requests in flight need of an endpoint; of these chains only, where some are given.
-    #[expect(clippy::disallowed_methods, reason = "the keys are sorted below")]
     pub fn state(&self, id: EndpointId, only: Option<&[&[BlockKey]]>) -> CommittedState {
         let Some(slot) = self.slot(id) else { return CommittedState::default() };
         let mut keys: Vec<BlockKey> = match only {
-            None => slot.users.keys().copied().map(BlockKey).collect(),
+            None => slot.runs.keys().collect(),
             Some(chains) => {
-                chains.iter().flat_map(|chain| &chain[..slot.shared(chain)]).copied().collect()
+                let shared = chains.iter().flat_map(|chain| &chain[..slot.runs.shared(chain)]);
+                shared.copied().collect()
             }
         };
         keys.sort_unstable();
@@ -182,7 +183,7 @@ impl Committed {
         self.keys += state.keys.len();
         self.slots[at] = Slot {
             generation: id.generation,
-            users: state.keys.iter().map(|key| (key.0, 1)).collect(),
+            runs: Runs::of_loose(state.keys.iter().map(|key| key.0)),
             tokens: state.tokens.min(TOKENS_MAX),
             work: Work {
                 prefill: state.prefill.min(TOKENS_MAX),
@@ -198,8 +199,11 @@ impl Committed {
         }
     }
 
-    fn add(&mut self, commitment: &Commitment) {
-        self.keys += commitment.keys.len();
+    fn add<'a>(
+        &mut self,
+        commitment: &mut Commitment,
+        chains: impl Iterator<Item = &'a [BlockKey]>,
+    ) {
         let id = commitment.endpoint;
         let at = usize::from(id.slot);
         if self.slots.len() <= at {
@@ -209,13 +213,13 @@ impl Committed {
         if slot.generation != id.generation {
             *slot = Slot { generation: id.generation, ..Slot::default() };
         }
-        for key in &commitment.keys {
-            let users = slot.users.entry(*key).or_default();
-            *users += 1;
-            if *users == 1 {
-                slot.tokens += u64::from(commitment.block_size);
-            }
+        for chain in chains {
+            let (leaf, new) = slot.runs.add(chain, &mut self.spare);
+            commitment.leaves.push(leaf);
+            commitment.blocks += chain.len();
+            slot.tokens += new as u64 * u64::from(commitment.block_size);
         }
+        self.keys += commitment.blocks;
         slot.tokens += commitment.own_tokens;
         slot.work.prefill += commitment.work.prefill;
         slot.work.context += commitment.work.context;
@@ -360,7 +364,7 @@ mod tests {
                 let left = (committed.tokens(id), committed.work(id), committed.keys);
                 assert_eq!(left, (0, Work::default(), 0), "seed {seed}");
             }
-            assert!(committed.slots.iter().all(|slot| slot.users.is_empty()), "seed {seed}");
+            assert!(committed.slots.iter().all(|slot| slot.runs.is_empty()), "seed {seed}");
         }
     }
 }
