@@ -89,6 +89,8 @@ impl<T: Plugin + ?Sized> Guard<T> {
 pub(crate) struct Survivors {
     /// By name.
     pub rows: Vec<Row>,
+    /// Those that there were at first; empty while none has been removed.
+    all: Vec<Row>,
     /// By `Row::at`.
     pub removed_by: Vec<Option<Name>>,
     /// In order.
@@ -98,14 +100,15 @@ pub(crate) struct Survivors {
 /// In memory that is there, as far as it reaches.
 impl Clone for Survivors {
     fn clone(&self) -> Survivors {
-        let Survivors { rows, removed_by, filters } = self;
-        let (rows, removed_by) = (rows.clone(), removed_by.clone());
-        Survivors { rows, removed_by, filters: filters.clone() }
+        let mut survivors = Survivors::default();
+        survivors.clone_from(self);
+        survivors
     }
 
     fn clone_from(&mut self, source: &Survivors) {
-        let Survivors { rows, removed_by, filters } = source;
+        let Survivors { rows, all, removed_by, filters } = source;
         self.rows.clone_from(rows);
+        self.all.clone_from(all);
         self.removed_by.clone_from(removed_by);
         self.filters.clone_from(filters);
     }
@@ -148,9 +151,35 @@ impl<'a> Inputs<'a> {
 }
 
 impl Survivors {
+    /// Nobody has been removed; `rows` are those that there are.
+    pub fn begin(&mut self, rows: impl Iterator<Item = Row>) {
+        self.rows.clear();
+        self.rows.extend(rows);
+        self.all.clear();
+        self.removed_by.clear();
+        self.removed_by.resize(self.rows.len(), None);
+        self.filters.clear();
+    }
+
+    /// All rows that there were at first, taken out.
+    pub fn take_all(&mut self) -> Vec<Row> {
+        let nobody_removed = self.all.is_empty();
+        std::mem::take(if nobody_removed { &mut self.rows } else { &mut self.all })
+    }
+
+    /// Takes the memory of what was taken out back.
+    pub fn give_back(&mut self, rows: Vec<Row>) {
+        let place = if self.rows.capacity() == 0 { &mut self.rows } else { &mut self.all };
+        *place = rows;
+    }
+
     /// Removes rows in the name of a stage.
     pub fn retain(&mut self, name: &Name, mut keep: impl FnMut(usize, &Row) -> bool) {
         let candidates = self.rows.len() as u32;
+        let removes = self.rows.iter().enumerate().any(|(at, row)| !keep(at, row));
+        if removes && self.all.is_empty() {
+            self.all.clone_from(&self.rows);
+        }
         let removed_by = &mut self.removed_by;
         let mut at = 0;
         self.rows.retain(|row| {

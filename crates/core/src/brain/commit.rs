@@ -207,7 +207,7 @@ impl Brain {
         mut record: DecisionRecord,
     ) -> Decision {
         self.record(now, request, &mut considered, &mut record);
-        let Considered { rows, course, sessions, .. } = considered;
+        let Considered { rows, mut course, sessions, .. } = considered;
         let prefill = course.others.iter().find(|other| other.step == Step::Prefill);
         let prefill = prefill.and_then(Other::chosen);
         let mut inflight = self.ended.pop().unwrap_or_default();
@@ -241,7 +241,7 @@ impl Brain {
         inflight.costed = self.costs.begin(now, &row, request, spec, prefill.is_some());
         let ticket = self.reserve(now, request, &chosen, inflight);
         let primary_port = course.primary_port;
-        self.spare.rows = rows;
+        course.primary.survivors.give_back(rows);
         self.spare.take_back(course);
         Decision {
             ticket,

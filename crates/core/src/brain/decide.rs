@@ -119,14 +119,14 @@ impl Brain {
         let sessions = self.sessions(request);
         self.fill_knowledge(now, request, &base.rows);
         self.charge_rows(now, request, &mut base.rows);
-        let mut rows = std::mem::take(&mut self.spare.rows);
-        rows.clone_from(&base.rows);
         let columns = std::mem::take(&mut self.knowledge.columns);
-        let media = self.media_columns(request, &rows);
+        let media = self.media_columns(request, &base.rows);
         let asked = Asked { now, request, columns: &columns, media: &media, sessions: &sessions };
         let course = self.choose_course(&asked, &mut rng, base);
         (self.knowledge.columns, self.spare.media) = (columns, media);
-        Ok(Considered { rows, course: course?, seed, sessions })
+        let mut course = course?;
+        let rows = course.primary.survivors.take_all();
+        Ok(Considered { rows, course, seed, sessions })
     }
 
     /// Admission, screening, profiles.
@@ -258,12 +258,10 @@ impl Brain {
     /// Every endpoint that the request allows, by name.
     fn collect_rows(&mut self, now: Time, request: &Request<'_>) -> Result<Survivors, Reject> {
         let mut base = self.spare.survivors.pop().unwrap_or_default();
-        let Survivors { rows, removed_by, filters } = &mut base;
         let staleness = self.plan.settings.metrics_staleness();
         let allowed = |id: &EndpointId| request.allowed.is_none_or(|ids| ids.contains(id));
         let candidates = self.fleet.iter().filter(|endpoint| allowed(&endpoint.id));
-        rows.clear();
-        rows.extend((0u32..).zip(candidates).map(|(at, endpoint)| Row {
+        base.begin((0u32..).zip(candidates).map(|(at, endpoint)| Row {
             id: endpoint.id,
             at,
             signals: endpoint.signals(now, staleness),
@@ -272,10 +270,7 @@ impl Brain {
             costing: Costing::default(),
             latency: None,
         }));
-        if !rows.is_empty() {
-            removed_by.clear();
-            removed_by.resize(rows.len(), None);
-            filters.clear();
+        if !base.rows.is_empty() {
             return Ok(base);
         }
         let empty = self.fleet.is_empty();

@@ -9,7 +9,7 @@ use crate::handle::StageOrder;
 use crate::pipeline::{Outcome, Survivors};
 use crate::plan::{DisaggPlan, HandlerPlan};
 use crate::produce::uncached_tokens;
-use crate::stage::{MediaMatch, Row};
+use crate::stage::MediaMatch;
 
 /// What the profile handler concluded.
 pub(super) struct Course {
@@ -64,7 +64,8 @@ impl Other {
 impl Ran {
     /// The chosen endpoint; a picker orders at least one.
     pub fn chosen(&self) -> EndpointId {
-        self.outcome.order.first().copied().unwrap_or(self.survivors.rows[0].id)
+        let first = self.outcome.order.first().copied();
+        first.unwrap_or_else(|| self.survivors.rows[0].id)
     }
 }
 
@@ -78,7 +79,6 @@ impl Course {
 /// it has taken; the next one then asks for new memory.
 #[derive(Default)]
 pub(super) struct Spare {
-    pub rows: Vec<Row>,
     pub survivors: Vec<Survivors>,
     pub outcomes: Vec<Outcome>,
     pub others: Vec<Other>,
