@@ -6,11 +6,14 @@
 mod commit;
 mod decide;
 mod handle;
+mod slices;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
 use handle::Spare;
+pub use slices::SLICE_BLOCKS_MAX;
+use slices::{Room, Waiting};
 pub use snapshot::{
     EndpointSnapshot, FORMAT as SNAPSHOT_FORMAT, Snapshot, SnapshotError, SnapshotHost,
 };
@@ -105,6 +108,7 @@ struct EndpointStream {
     generation: u32,
     stream: Stream,
     applied: Applied,
+    waiting: Waiting,
     reset: ResetClaim,
 }
 
@@ -376,6 +380,7 @@ impl Brain {
             generation,
             stream,
             applied: Applied::default(),
+            waiting: Waiting::default(),
             reset: ResetClaim::None,
         });
         self.collect_specs();
@@ -464,6 +469,7 @@ impl Brain {
             self.index.add_endpoint(id);
             if let Some(Some(entry)) = self.streams.get_mut(usize::from(id.slot)) {
                 entry.reset = ResetClaim::Open;
+                entry.waiting.forget();
             }
         }
     }
@@ -473,25 +479,33 @@ impl Brain {
     /// refused the reset, and what was forgotten is learned again.
     pub fn on_stream(&mut self, now: Time, id: EndpointId, input: StreamInput) -> StreamOrder {
         self.note(|| Entry::Call(Call::OnStream { now, id, input: Cow::Borrowed(&input) }));
-        self.hear(now, id, input)
+        self.apply_waiting(id, Room::for_all());
+        self.hear(now, id, input, Room::for_all())
     }
 
-    /// As [`Brain::on_stream`], also for what the brain tells itself.
-    fn hear(&mut self, now: Time, id: EndpointId, input: StreamInput) -> StreamOrder {
+    /// As [`Brain::on_stream`], also for what the brain tells itself, as far as there is room.
+    fn hear(
+        &mut self,
+        now: Time,
+        id: EndpointId,
+        input: StreamInput,
+        mut room: Room,
+    ) -> StreamOrder {
         let slot = usize::from(id.slot);
         let entry = self.streams.get_mut(slot).and_then(Option::as_mut);
         let Some(entry) = entry.filter(|entry| entry.generation == id.generation) else {
             return StreamOrder::None;
         };
-        let EndpointStream { stream, applied, reset, .. } = entry;
+        let EndpointStream { stream, applied, reset, waiting, .. } = entry;
         let (index, ledger) = (&mut self.index, &mut self.ledger);
         let order = stream.on(now, input, &mut |effect| match effect {
             StreamEffect::Apply(batch) => {
                 reset.applies(batch);
-                batch.events.iter().for_each(|event| *applied += index.apply(id, event));
+                waiting.apply(batch, &mut room, |event| *applied += index.apply(id, event));
             }
             StreamEffect::Reset => {
                 *reset = ResetClaim::None;
+                waiting.forget();
                 index.clear_resident(id);
             }
         });
@@ -511,7 +525,7 @@ impl Brain {
         }
         if refused {
             self.counters.resets_refused += 1;
-            return self.hear(now, id, StreamInput::Drift);
+            return self.hear(now, id, StreamInput::Drift, Room::for_all());
         }
         order
     }
@@ -589,7 +603,7 @@ impl Brain {
             }
             Some(Conclusion::Agrees) => StreamInput::Agrees,
         };
-        let order = self.hear(now, endpoint, input);
+        let order = self.hear(now, endpoint, input, Room::for_all());
         self.push_order(endpoint, order);
     }
 
@@ -671,7 +685,7 @@ impl Brain {
         }
         let ids: Vec<EndpointId> = self.fleet.iter().map(|endpoint| endpoint.id).collect();
         for id in ids {
-            let order = self.hear(now, id, StreamInput::Tick);
+            let order = self.hear(now, id, StreamInput::Tick, Room::for_all());
             self.push_order(id, order);
         }
         std::mem::take(&mut self.orders)

@@ -31,7 +31,7 @@ use crate::produce::HeldId;
 use crate::stream::StreamInput;
 
 /// Version of what is written. A change of any recorded type raises it.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// Longest entry that is written, and that is read, in bytes of its text.
 pub const ENTRY_BYTES_MAX: usize = 512 << 20;
@@ -158,6 +158,14 @@ pub enum Call<'a> {
         now: Time,
         id: EndpointId,
         input: Cow<'a, StreamInput>,
+    },
+    OnStreamSlice {
+        now: Time,
+        id: EndpointId,
+        input: Cow<'a, StreamInput>,
+    },
+    CatchUp {
+        id: EndpointId,
     },
     OnResponse {
         now: Time,
@@ -287,6 +295,10 @@ impl Brain {
             Call::OnStream { now, id, input } => {
                 let _ = self.on_stream(now, id, input.into_owned());
             }
+            Call::OnStreamSlice { now, id, input } => {
+                let _ = self.on_stream_slice(now, id, input.into_owned());
+            }
+            Call::CatchUp { id } => self.catch_up(id),
             Call::OnResponse { now, ticket, event } => self.on_response(now, ticket, event),
             Call::Redirect { now, ticket, to } => self.redirect(now, ticket, to),
             Call::Tick { now } => {
@@ -351,6 +363,8 @@ impl<'a> Call<'a> {
             | Call::OnEndpointFailed { id, .. }
             | Call::OnCacheReset { id, .. }
             | Call::OnStream { id, .. }
+            | Call::OnStreamSlice { id, .. }
+            | Call::CatchUp { id }
             | Call::Redirect { to: id, .. } => name(id),
             Call::Decide { request, .. } | Call::Hold { request, .. } => {
                 let allowed = request.allowed.iter_mut();
@@ -383,6 +397,10 @@ impl<'a> Call<'a> {
             Call::OnStream { now, id, input } => {
                 Call::OnStream { now, id, input: Cow::Owned(input.into_owned()) }
             }
+            Call::OnStreamSlice { now, id, input } => {
+                Call::OnStreamSlice { now, id, input: Cow::Owned(input.into_owned()) }
+            }
+            Call::CatchUp { id } => Call::CatchUp { id },
             Call::Decide { now, request } => Call::Decide { now, request: request.into_owned() },
             Call::Hold { now, request } => Call::Hold { now, request: request.into_owned() },
             Call::Leave { id } => Call::Leave { id },
@@ -415,7 +433,7 @@ impl<'a> Call<'a> {
                 let parent = |model: &ServedModel| model.parent.as_ref().map_or(0, String::len);
                 models.iter().map(|m| size_of_val(m) + m.id.len() + parent(m)).sum()
             }
-            Call::OnStream { input, .. } => match &**input {
+            Call::OnStream { input, .. } | Call::OnStreamSlice { input, .. } => match &**input {
                 StreamInput::Batch { batch, .. } | StreamInput::ReplayBatch { batch, .. } => {
                     batch_bytes(batch)
                 }

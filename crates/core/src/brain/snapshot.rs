@@ -263,6 +263,7 @@ impl Brain {
             generation: id.generation,
             stream: Stream::in_state(limits, state.stream),
             applied: super::Applied::default(),
+            waiting: super::Waiting::default(),
             reset: super::ResetClaim::None,
         });
         if let Some(costs) = &state.costs {

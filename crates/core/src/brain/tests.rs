@@ -4,6 +4,7 @@ mod handlers;
 mod log;
 mod plans;
 mod rules;
+mod slices;
 
 use std::collections::BTreeMap;
 

@@ -124,7 +124,9 @@ impl Chaos {
             _ => KvEvent::Stored(stored(hashes, &tokens[..full * BLOCK])),
         };
         let timestamp_s = self.rng.next_f64() * 1e9;
-        let batch = EventBatch { timestamp_s, events: vec![event], rank: None, events_bad: 0 };
+        // The long ones are applied in slices, with calls in between.
+        let events = vec![event; [1, 1, 1, 60][self.rng.below(4)]];
+        let batch = EventBatch { timestamp_s, events, rank: None, events_bad: 0 };
         let seq = self.seqs.entry(id).or_insert(0);
         *seq += [0, 1, 1, 1, 1, 1, 1, 2][self.rng.below(8)];
         let seq = *seq;
@@ -136,7 +138,13 @@ impl Chaos {
             4 | 5 => StreamInput::ReplayBatch { seq, batch },
             _ => StreamInput::Batch { seq, batch },
         };
-        let _ = self.brain.on_stream(self.now, id, input);
+        let _ = match self.rng.below(3) {
+            0 => self.brain.on_stream(self.now, id, input),
+            _ => self.brain.on_stream_slice(self.now, id, input),
+        };
+        if self.rng.below(2) == 0 {
+            self.brain.catch_up(id);
+        }
     }
 
     fn respond(&mut self) {
@@ -445,8 +453,12 @@ fn every_call() -> Vec<Call<'static>> {
         Call::Redirect { now, ticket, to: id },
         Call::Tick { now },
     ];
-    let streams = every_stream_input().into_iter().map(Cow::Owned);
-    calls.extend(streams.map(|input| Call::OnStream { now, id, input }));
+    let streams = every_stream_input().into_iter().map(Cow::<StreamInput>::Owned);
+    calls.push(Call::CatchUp { id });
+    for input in streams {
+        calls.push(Call::OnStreamSlice { now, id, input: input.clone() });
+        calls.push(Call::OnStream { now, id, input });
+    }
     calls.extend(many.map(|m| Call::OnMetrics { now, id, metrics: Cow::Owned(m) }));
     calls.extend(responses.map(|event| Call::OnResponse { now, ticket, event }));
     calls.extend(every_request().into_iter().map(|request| Call::Decide { now, request }));

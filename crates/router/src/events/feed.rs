@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use kvroute_core::brain::Brain;
 use kvroute_core::event::EventBatch;
 use kvroute_core::stream::{StreamInput, StreamOrder, StreamState};
+use parking_lot::MutexGuard;
 use tracing::{info, warn};
 
 use super::Subscription;
@@ -152,8 +153,14 @@ impl Feed {
         let (before, order, after) = {
             let mut brain = self.shared.brain.lock();
             let before = seen(&brain);
-            let order = brain.on_stream(now, id, input);
-            (before, order, seen(&brain))
+            let order = brain.on_stream_slice(now, id, input);
+            let after = seen(&brain);
+            // A request that waits goes first, if there is one.
+            while brain.is_behind(id) {
+                MutexGuard::bump(&mut brain);
+                brain.catch_up(id);
+            }
+            (before, order, after)
         };
         drop(speaker);
         if let (Some(before), Some(after)) = (before, after) {
