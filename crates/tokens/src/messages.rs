@@ -8,6 +8,7 @@
 use std::fmt;
 
 use indexmap::IndexMap;
+use kvroute_wire::request::Messages;
 use minijinja::Value;
 use minijinja::value::ValueKind;
 use serde::Deserialize;
@@ -172,8 +173,20 @@ pub(crate) fn map_of<K: Into<Value>, V: Into<Value>>(
 ///
 /// # Errors
 /// [`TokensError::BadMessages`] and [`TokensError::Multimodal`].
-pub(crate) fn conversation(json: &str, format: ContentFormat) -> Result<Vec<Turn>, TokensError> {
-    let messages: Vec<Message> = serde_json::from_str(json).map_err(bad_json("messages"))?;
+pub(crate) fn conversation(
+    messages: &Messages<'_>,
+    format: ContentFormat,
+) -> Result<Vec<Turn>, TokensError> {
+    if let Messages::Plain { turns, .. } = messages {
+        let messages = turns.iter().map(|turn| Message {
+            role: Some(turn.role.to_string()),
+            content: Content::Text(Value::from(&turn.content)),
+            ..Message::default()
+        });
+        return messages.map(|message| turn_of(message, format)).collect();
+    }
+    let messages: Vec<Message> =
+        serde_json::from_str(messages.json()).map_err(bad_json("messages"))?;
     messages.into_iter().map(|message| turn_of(message, format)).collect()
 }
 

@@ -168,7 +168,7 @@ impl Templates {
         text: &mut String,
     ) -> Result<(), TokensError> {
         let format = self.options.content_format.unwrap_or(facts.format);
-        let mut turns = messages::conversation(chat.messages.json(), format)?;
+        let mut turns = messages::conversation(&chat.messages, format)?;
         if !facts.knows_developer && turns.iter().any(|turn| turn.role() == "developer") {
             turns = messages::developers_to_system(turns);
         }

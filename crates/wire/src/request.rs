@@ -8,6 +8,7 @@
 mod anthropic;
 mod grpc;
 mod loose;
+mod plain;
 mod responses;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,8 @@ use crate::api::Api;
 use crate::media::{self, MediaItem};
 use crate::model_name;
 use loose::{Loose, LoosePrompt, Wrong};
+pub use plain::PlainTurn;
+use plain::{Conversation, Turns};
 
 /// Most prompts of one request that are looked at. A request with more is routed by load: OpenAI
 /// allows 2,048 inputs of an embeddings request.
@@ -235,7 +238,14 @@ pub struct Chat<'a> {
 #[derive(Clone, Debug)]
 pub enum Messages<'a> {
     /// As in the body.
-    Raw(&'a RawValue),
+    Raw(&'a str),
+    /// Nothing but roles and texts.
+    Plain {
+        /// The messages.
+        turns: Vec<PlainTurn<'a>>,
+        /// The same as in the body.
+        json: &'a [u8],
+    },
     /// Made from the body of another API than chat.
     Built(String),
 }
@@ -244,7 +254,9 @@ impl Messages<'_> {
     /// The JSON text of the array.
     pub fn json(&self) -> &str {
         match self {
-            Messages::Raw(raw) => raw.get(),
+            Messages::Raw(json) => json,
+            // Strings that have been read and what JSON has between them: always text.
+            Messages::Plain { json, .. } => std::str::from_utf8(json).unwrap_or("[]"),
             Messages::Built(text) => text,
         }
     }
@@ -277,9 +289,14 @@ fn wrapped(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
 }
 
 fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let read = deserializer.deserialize_map(FieldsVisitor { api });
-    match read.and_then(|fields| deserializer.end().map(|()| fields)) {
+    // What can be passed over is not always what can be read: half of a surrogate pair, say.
+    let read = match api {
+        Api::ChatCompletions => {
+            read_once(api, body, true).or_else(|_| read_once(api, body, false))
+        }
+        _ => read_once(api, body, false),
+    };
+    match read {
         Ok(fields) => {
             let model_place = fields.model_text.and_then(|text| model_name::place(body, text));
             Ok(Fields { model_place, ..fields })
@@ -291,6 +308,16 @@ fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
             _ => bad_json(body, &error),
         }),
     }
+}
+
+fn read_once(
+    api: Api,
+    body: &[u8],
+    reads_turns: bool,
+) -> Result<Fields<'_>, serde_json::Error> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let read = deserializer.deserialize_map(FieldsVisitor { api, body, reads_turns });
+    read.and_then(|fields| deserializer.end().map(|()| fields))
 }
 
 fn bad_json(body: &[u8], error: &serde_json::Error) -> BodyError {
@@ -331,6 +358,7 @@ struct Fields<'a> {
     prompt: LoosePrompt<'a>,
     features: Option<&'a RawValue>,
     messages: Option<&'a RawValue>,
+    conversation: Option<Conversation<'a>>,
     tools: Option<&'a RawValue>,
     documents: Option<&'a RawValue>,
     chat_template: Loose<'a>,
@@ -365,8 +393,11 @@ struct Nested<'a> {
     kind: Loose<'a>,
 }
 
-struct FieldsVisitor {
+struct FieldsVisitor<'b> {
     api: Api,
+    body: &'b [u8],
+    /// Messages are looked into, as far as they are plain.
+    reads_turns: bool,
 }
 
 /// A key of the body; the text is needed for a comparison only.
@@ -384,7 +415,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-impl<'de> Visitor<'de> for FieldsVisitor {
+impl<'de> Visitor<'de> for FieldsVisitor<'de> {
     type Value = Fields<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -396,8 +427,17 @@ impl<'de> Visitor<'de> for FieldsVisitor {
         let is_responses = self.api == Api::Responses;
         let is_messages = self.api == Api::Messages;
         let is_sglang = self.api == Api::SglangGenerate;
+        let unplaced = || serde::de::Error::custom("a key stands elsewhere");
         while let Some(key) = map.next_key::<Key<'de>>()? {
+            if let Some(conversation) = &mut fields.conversation {
+                conversation.end(self.body, Some(&key)).ok_or_else(unplaced)?;
+            }
             match &*key.0 {
+                "messages" if self.reads_turns => {
+                    let turns = map.next_value::<Turns<'de>>()?;
+                    let conversation = Conversation::of(self.body, &key, turns);
+                    fields.conversation = Some(conversation.ok_or_else(unplaced)?);
+                }
                 "model" => {
                     let text = map.next_value::<&RawValue>()?.get();
                     fields.model = serde_json::from_str(text).map_err(serde::de::Error::custom)?;
@@ -453,6 +493,9 @@ impl<'de> Visitor<'de> for FieldsVisitor {
                 _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }
+        if let Some(conversation) = &mut fields.conversation {
+            conversation.end(self.body, None).ok_or_else(unplaced)?;
+        }
         Ok(fields)
     }
 }
@@ -502,7 +545,11 @@ fn present(raw: Option<&RawValue>) -> Option<&RawValue> {
 }
 
 fn raw_type_name(raw: &RawValue) -> &'static str {
-    match raw.get().as_bytes().first() {
+    type_name(raw.get())
+}
+
+fn type_name(json: &str) -> &'static str {
+    match json.as_bytes().first() {
         Some(b'{') => "an object",
         Some(b'[') => "an array",
         Some(b'"') => "a string",
@@ -582,6 +629,7 @@ impl<'a> Fields<'a> {
             media: Vec::new(),
         };
         body.media = match &body.prompt {
+            Prompt::Chat(Chat { messages: Messages::Plain { .. }, .. }) => Vec::new(),
             Prompt::Chat(chat) => media::find(chat.messages.json()),
             Prompt::Opaque(opaque) => media::find(opaque.conversation.get()),
             Prompt::None(_) | Prompt::Texts(_) | Prompt::TokenIds(_) => Vec::new(),
@@ -675,11 +723,31 @@ impl<'a> Fields<'a> {
         Ok(messages)
     }
 
-    fn into_chat(self, api: Api) -> Result<Prompt<'a>, BodyError> {
-        let messages = self.messages_array(api)?;
+    /// The messages of a chat, which are JSON of an array at least.
+    fn chat_messages(&mut self, api: Api) -> Result<Messages<'a>, BodyError> {
+        let Some(Conversation { turns, json, .. }) = self.conversation.take() else {
+            return self.messages_array(api).map(|messages| Messages::Raw(messages.get()));
+        };
+        let json = json.unwrap_or_default();
+        if let Some(turns) = turns {
+            return Ok(Messages::Plain { turns, json });
+        }
+        match std::str::from_utf8(json).unwrap_or_default() {
+            "null" => Err(BodyError::Missing { field: "messages", api: api.as_str() }),
+            json if json.starts_with('[') => Ok(Messages::Raw(json)),
+            json => Err(BodyError::WrongType {
+                field: "messages",
+                expected: "an array of messages",
+                found: type_name(json).to_owned(),
+            }),
+        }
+    }
+
+    fn into_chat(mut self, api: Api) -> Result<Prompt<'a>, BodyError> {
+        let messages = self.chat_messages(api)?;
         let opens_turn = api != Api::Embeddings;
         Ok(Prompt::Chat(Chat {
-            messages: Messages::Raw(messages),
+            messages,
             tools: present(self.tools).map(Cow::Borrowed),
             documents: present(self.documents),
             chat_template: hint(self.chat_template),

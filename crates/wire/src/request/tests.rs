@@ -367,3 +367,85 @@ fn media_of_chats_and_of_what_stays_opaque() {
     assert_eq!(&opaque.conversation.get()[other.media[0].place.clone()], "http://i/1");
     assert!(parse(Api::Completions, br#"{"prompt":"_url\" "}"#).unwrap().media.is_empty());
 }
+
+/// What is read in one pass is what is read in two.
+#[test]
+fn plain_conversations_are_read_as_any_other() {
+    let plain = r#"{"role":"user","content":"a \"b\"\n\u00e9 ü"}"#;
+    let texts = [
+        format!("[{plain}]"),
+        format!("[ {plain} ,{plain}, {} ]", r#"{"content":"x","role":"s\u0079stem"}"#),
+        "[]".to_owned(),
+        "[ ]".to_owned(),
+        "null".to_owned(),
+        "{}".to_owned(),
+        "7".to_owned(),
+        "1e999".to_owned(),
+        "\"x\"".to_owned(),
+        format!("[{plain},7]"),
+        format!("[7,{plain}]"),
+        format!("[[{plain}]]"),
+        r#"[{"role":"user","content":null}]"#.to_owned(),
+        r#"[{"role":"user"}]"#.to_owned(),
+        r#"[{"role":7,"content":"x"}]"#.to_owned(),
+        r#"[{"role":"user","content":"x","name":"n"}]"#.to_owned(),
+        r#"[{"role":"user","content":"x","content":"y"}]"#.to_owned(),
+        r#"[{"role":"user","content":"x","content":[]}]"#.to_owned(),
+        r#"[{"r\u006fle":"user","content":"x"}]"#.to_owned(),
+        r#"[{"role":"user","content":"\ud800"}]"#.to_owned(),
+        r#"[{"role":"user","content":"\ud83d\ude00"}]"#.to_owned(),
+        r#"[{"role":"user","content":[{"type":"image_url","image_url":{"url":"h:i"}}]}]"#.into(),
+        "[{\"role\":\"user\",\"content\":\"\u{1}\"}]".to_owned(),
+        format!("[{plain}"),
+        format!("[{plain},]"),
+        format!("{}1{}", "[".repeat(200), "]".repeat(200)),
+    ];
+    let mut count = 0;
+    for text in &texts {
+        let bodies = [
+            format!(r#"{{"messages":{text}}}"#),
+            format!("{{ \"messages\" :\n{text} , \"n\" : 1 }}\n "),
+            format!(r#"{{"model":"m","messages":{text},"\u006dodel":"k"}}"#),
+            format!(r#"{{"m\u0065ssages":{text}}}"#),
+            format!(r#"{{"messages":[{plain}],"messages":{text}}}"#),
+            format!(r#"{{"messages":{text},"messages":[{plain}]}}"#),
+            format!(r#"{{"messages":{text}}} x"#),
+        ];
+        for body in &bodies {
+            let one = parse(Api::ChatCompletions, body.as_bytes());
+            let two = read_once(Api::ChatCompletions, body.as_bytes(), false)
+                .map(|fields| fields.into_body(Api::ChatCompletions));
+            let Ok(two) = two else {
+                assert!(matches!(one, Err(BodyError::BadJson { .. })), "{body}: {one:?}");
+                continue;
+            };
+            let shown = |read: Result<RequestBody<'_>, BodyError>| {
+                read.map(|read| match read.prompt {
+                    Prompt::Chat(chat) => (chat.messages.json().to_owned(), read.media),
+                    other => panic!("{other:?}"),
+                })
+            };
+            if let Ok(RequestBody { prompt: Prompt::Chat(chat), .. }) = &one
+                && let Messages::Plain { turns, json } = &chat.messages
+            {
+                let known: Vec<serde_json::Value> = serde_json::from_slice(json).unwrap();
+                let read = turns.iter().map(|turn| {
+                    serde_json::json!({"role": turn.role, "content": &*turn.content})
+                });
+                assert!(read.eq(known), "{body}");
+                count += 1;
+            }
+            assert_eq!(shown(one), shown(two), "{body}");
+        }
+    }
+    assert!(count > 20, "only {count} were plain");
+}
+
+#[test]
+fn a_conversation_must_be_text() {
+    let with = |bytes: &[u8]| [br#"{"messages":[{"role":"user","content":"#, bytes, b"}]}"].concat();
+    for bytes in [&b"\"\xff\""[..], b"[\"\xff\"]", b"\"x\",\"y\":\"\xff\""] {
+        let refused = parse(Api::ChatCompletions, &with(bytes)).map(|_| ());
+        assert!(matches!(refused, Err(BodyError::BadJson { .. })), "{refused:?}");
+    }
+}
