@@ -18,15 +18,16 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// Of the JSON parser: its stack of open brackets.
-const PARSING_MAX: usize = 1;
+/// Of the JSON parser, whose buffer for strings with escapes grows to the longest one; of each
+/// message its text, and the list of them.
+const PARSING_MAX: usize = 14;
 /// Of the template engine, for a conversation of two messages.
-const TEMPLATE_MAX: usize = 70;
+const TEMPLATE_MAX: usize = 51;
 /// In all, for a conversation that was seen: the end of a prompt, shorter than what is kept, is
 /// tokenized each time.
-const AGAIN_MAX: usize = 72;
+const AGAIN_MAX: usize = 53;
 /// Of the tokenizer and the cache, for a question of 1 KB.
-const QUESTION_MAX: usize = 16;
+const QUESTION_MAX: usize = 8;
 
 /// How often `work` asked for memory.
 fn count<T>(work: impl FnOnce() -> T) -> (usize, T) {

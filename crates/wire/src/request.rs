@@ -291,9 +291,7 @@ fn wrapped(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
 fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
     // What can be passed over is not always what can be read: half of a surrogate pair, say.
     let read = match api {
-        Api::ChatCompletions => {
-            read_once(api, body, true).or_else(|_| read_once(api, body, false))
-        }
+        Api::ChatCompletions => read_once(api, body, true).or_else(|_| read_once(api, body, false)),
         _ => read_once(api, body, false),
     };
     match read {
@@ -310,11 +308,7 @@ fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
     }
 }
 
-fn read_once(
-    api: Api,
-    body: &[u8],
-    reads_turns: bool,
-) -> Result<Fields<'_>, serde_json::Error> {
+fn read_once(api: Api, body: &[u8], reads_turns: bool) -> Result<Fields<'_>, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let read = deserializer.deserialize_map(FieldsVisitor { api, body, reads_turns });
     read.and_then(|fields| deserializer.end().map(|()| fields))

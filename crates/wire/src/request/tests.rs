@@ -429,9 +429,9 @@ fn plain_conversations_are_read_as_any_other() {
                 && let Messages::Plain { turns, json } = &chat.messages
             {
                 let known: Vec<serde_json::Value> = serde_json::from_slice(json).unwrap();
-                let read = turns.iter().map(|turn| {
-                    serde_json::json!({"role": turn.role, "content": &*turn.content})
-                });
+                let read = turns
+                    .iter()
+                    .map(|turn| serde_json::json!({"role": turn.role, "content": &*turn.content}));
                 assert!(read.eq(known), "{body}");
                 count += 1;
             }
@@ -443,7 +443,8 @@ fn plain_conversations_are_read_as_any_other() {
 
 #[test]
 fn a_conversation_must_be_text() {
-    let with = |bytes: &[u8]| [br#"{"messages":[{"role":"user","content":"#, bytes, b"}]}"].concat();
+    let with =
+        |bytes: &[u8]| [br#"{"messages":[{"role":"user","content":"#, bytes, b"}]}"].concat();
     for bytes in [&b"\"\xff\""[..], b"[\"\xff\"]", b"\"x\",\"y\":\"\xff\""] {
         let refused = parse(Api::ChatCompletions, &with(bytes)).map(|_| ());
         assert!(matches!(refused, Err(BodyError::BadJson { .. })), "{refused:?}");
