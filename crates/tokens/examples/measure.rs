@@ -1,25 +1,39 @@
-//! What do rendering and tokenizing cost, at first sight and again?
+//! What does it cost to come from a body to block keys, step by step?
 //!
 //! ```text
-//! cargo run --release -p kvroute-tokens --example measure -- [FOLDER]
+//! cargo run --release -p kvroute-tokens --example measure -- [FOLDER] [KILOBYTES]
 //! ```
 //!
-//! FOLDER holds a `tokenizer.json`; without it the demo tokenizer is measured. Prompts: 24 system
-//! prompts of 25 KB, 5 users of 5 KB each, as chat and as plain text. Times are the middle of all
-//! calls of a kind, on one thread.
+//! FOLDER holds a `tokenizer.json` (`-`: the demo tokenizer). Chats with a system prompt of
+//! KILOBYTES (25) and questions of 5 KB, and the same as plain text; chains of 16 and 64 tokens a
+//! block. Times are the middle of all requests of a kind, on one thread; allocations are the mean.
+//! With `--count N` after these two, N requests of the kind `again` are made and nothing is
+//! printed, for tools that count instructions.
 
 #![allow(clippy::print_stdout, reason = "a program that prints a table")]
 
+use std::alloc::System;
 use std::path::Path;
 use std::time::Instant;
 
+use kvroute_core::blocks::{self, ChainSpec, PromptExtras, Root, TokenSpace};
+use kvroute_core::decision::PromptChains;
 use kvroute_core::rng::Rng;
-use kvroute_tokens::{Tokenizer, TokenizerOptions};
+use kvroute_tokens::{Tokenizer, TokenizerOptions, Wanted};
 use kvroute_wire::api::Api;
 use kvroute_wire::request::{self, Prompt};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+const SPECS: [ChainSpec; 2] = [
+    ChainSpec { block_size: 16, space: TokenSpace::Exact, partial_tail: false },
+    ChainSpec { block_size: 64, space: TokenSpace::Exact, partial_tail: false },
+];
 const SYSTEMS: usize = 24;
-const USERS: usize = 5;
+const QUESTIONS: usize = 8;
+const QUESTION_BYTES: usize = 5_000;
 
 /// Sentences of made-up length from a small word list, with numbers and line ends between them.
 fn prose(rng: &mut Rng, bytes: usize) -> String {
@@ -42,73 +56,126 @@ fn prose(rng: &mut Rng, bytes: usize) -> String {
     text
 }
 
-fn middle(mut nanos: Vec<u128>) -> String {
-    nanos.sort_unstable();
-    nanos.get(nanos.len() / 2).map_or("-".to_owned(), |n| format!("{:.1}", *n as f64 / 1000.0))
+/// For each system prompt its questions.
+fn bodies(rng: &mut Rng, api: Api, system_bytes: usize) -> Vec<Vec<String>> {
+    let body = |system: &str, question: &str| match api {
+        Api::ChatCompletions => format!(
+            r#"{{"model":"m","stream":true,"max_tokens":100,"messages":[{{"role":"system","content":{system:?}}},{{"role":"user","content":{question:?}}}]}}"#
+        ),
+        _ => format!(r#"{{"model":"m","prompt":{:?}}}"#, format!("{system}{question}")),
+    };
+    let systems = (0..SYSTEMS).map(|_| {
+        let system = prose(rng, system_bytes);
+        (0..QUESTIONS).map(|_| body(&system, &prose(rng, QUESTION_BYTES))).collect()
+    });
+    systems.collect()
 }
 
-/// Times by kind: first sight of the system prompt, known system prompt with a new user, exact
-/// repeat; and the times of rendering alone.
-fn run(tokenizer: &Tokenizer, api: Api, bodies: &[Vec<String>]) -> [Vec<u128>; 4] {
-    let mut kinds = [const { Vec::new() }; 4];
-    for round in 0..2 {
-        for users in bodies {
-            for (user, body) in users.iter().enumerate() {
-                let body = request::parse(api, body.as_bytes()).expect("the body is valid");
-                let start = Instant::now();
-                let ids = tokenizer.tokens_of(&body).expect("the prompt can be tokenized");
-                let nanos = start.elapsed().as_nanos();
-                assert!(!ids.is_empty());
-                kinds[if round == 1 { 2 } else { user.min(1) }].push(nanos);
-                if let Prompt::Chat(chat) = &body.prompt {
-                    let start = Instant::now();
-                    tokenizer.render_chat(chat).expect("the conversation can be rendered");
-                    kinds[3].push(start.elapsed().as_nanos());
-                }
-            }
-        }
+#[derive(Default)]
+struct Kind {
+    nanos: Vec<u128>,
+    allocations: usize,
+    bytes: usize,
+}
+
+impl Kind {
+    fn add<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let region = Region::new(ALLOCATOR);
+        let start = Instant::now();
+        let made = work();
+        self.nanos.push(start.elapsed().as_nanos());
+        let change = region.change();
+        self.allocations += change.allocations + change.reallocations;
+        self.bytes += change.bytes_allocated;
+        made
     }
-    kinds
+
+    fn row(&mut self, name: &str) {
+        self.nanos.sort_unstable();
+        let count = self.nanos.len().max(1);
+        let at = |part: usize| {
+            let place = (count * part / 100).min(count - 1);
+            self.nanos.get(place).map_or(0.0, |nanos| *nanos as f64 / 1000.0)
+        };
+        let (allocations, kib) =
+            (self.allocations as f64 / count as f64, self.bytes as f64 / count as f64 / 1024.0);
+        println!(
+            "| {name} | {:.1} | {:.1} | {:.1} | {allocations:.1} | {kib:.1} |",
+            at(10),
+            at(50),
+            at(99)
+        );
+    }
 }
 
 fn main() {
-    let folder = std::env::args().nth(1);
-    let load = |cache_bytes_max| {
-        let options = TokenizerOptions { cache_bytes_max, ..TokenizerOptions::default() };
-        match &folder {
-            Some(folder) => Tokenizer::load(Path::new(folder), &options),
-            None => Tokenizer::demo_with(&options),
-        }
-        .expect("the tokenizer loads")
+    let mut arguments = std::env::args().skip(1);
+    let folder = arguments.next().filter(|folder| folder != "-");
+    let kilobytes = arguments.next().and_then(|n| n.parse().ok()).unwrap_or(25);
+    let counted = arguments.next().filter(|flag| flag == "--count");
+    let counted = counted.and_then(|_| arguments.next()?.parse::<usize>().ok());
+    let options = TokenizerOptions::default();
+    let tokenizer = match &folder {
+        Some(folder) => Tokenizer::load(Path::new(folder), &options),
+        None => Tokenizer::demo_with(&options),
     };
-    let start = Instant::now();
-    let first = load(0);
-    println!("loaded in {} ms, {} ids", start.elapsed().as_millis(), first.vocab_size());
-    let mut rng = Rng::seeded(1);
-    let (mut chats, mut texts) = (Vec::new(), Vec::new());
-    for _ in 0..SYSTEMS {
-        let system = prose(&mut rng, 25_000);
-        let users: Vec<String> = (0..USERS).map(|_| prose(&mut rng, 5_000)).collect();
-        let chat = |user: &String| {
-            format!(
-                r#"{{"messages":[{{"role":"system","content":{system:?}}},
-                {{"role":"user","content":{user:?}}}]}}"#
-            )
-        };
-        let text = |user: &String| format!(r#"{{"prompt":{:?}}}"#, format!("{system}{user}"));
-        chats.push(users.iter().map(chat).collect());
-        texts.push(users.iter().map(text).collect());
+    let tokenizer = tokenizer.expect("the tokenizer loads");
+    if let Some(count) = counted {
+        let body = &bodies(&mut Rng::seeded(1), Api::ChatCompletions, kilobytes * 1000)[0][0];
+        let mut prompts = Vec::new();
+        (0..count).for_each(|_| _ = front(&tokenizer, Api::ChatCompletions, body, &mut prompts));
+        return;
     }
-    println!("| prompts | cache | first sight us | new user us | repeat us | rendering alone us |");
+    println!("| step | p10 us | p50 us | p99 us | allocations | KiB |");
     println!("|---|---|---|---|---|---|");
-    for (name, api, bodies) in
-        [("chat", Api::ChatCompletions, &chats), ("text", Api::Completions, &texts)]
-    {
-        for cache_bytes_max in [0, 128 << 20] {
-            let tokenizer = load(cache_bytes_max);
-            let [new, known, repeat, render] = run(&tokenizer, api, bodies).map(middle);
-            let cache = if cache_bytes_max == 0 { "off" } else { "on" };
-            println!("| {name} | {cache} | {new} | {known} | {repeat} | {render} |");
+    for (name, api) in [("chat", Api::ChatCompletions), ("text", Api::Completions)] {
+        let all = bodies(&mut Rng::seeded(1), api, kilobytes * 1000);
+        measure(&tokenizer, name, api, &all);
+    }
+}
+
+/// From a body to the keys of its prompt; how many tokens that has.
+fn front(tokenizer: &Tokenizer, api: Api, body: &str, prompts: &mut Vec<PromptChains>) -> usize {
+    let wanted = Wanted { specs: &SPECS, root: Root::Base };
+    let body = request::parse(api, body.as_bytes()).expect("a valid body");
+    tokenizer.chains_of(&body, wanted, prompts).expect("a prompt with tokens").tokens
+}
+
+fn measure(tokenizer: &Tokenizer, name: &str, api: Api, all: &[Vec<String>]) {
+    let mut kinds: [Kind; 8] = Default::default();
+    let mut prompts = Vec::new();
+    let mut tokens = 0;
+    for round in 0..4 {
+        for (question, body) in all.iter().flat_map(|bodies| bodies.iter().enumerate()) {
+            let kind = if round > 0 { 2 } else { question.min(1) };
+            tokens = kinds[kind].add(|| front(tokenizer, api, body, &mut prompts));
         }
     }
+    for body in all.iter().flatten() {
+        let parsed = kinds[3].add(|| request::parse(api, body.as_bytes()));
+        let parsed = parsed.expect("a valid body");
+        let text = match &parsed.prompt {
+            Prompt::Chat(chat) => {
+                kinds[4].add(|| tokenizer.render_chat(chat)).expect("a rendered chat")
+            }
+            Prompt::Texts(texts) => texts.concat(),
+            _ => continue,
+        };
+        let ids = kinds[5].add(|| tokenizer.encode(&text, false)).expect("a text with ids");
+        for (kind, spec) in kinds[6..].iter_mut().zip(SPECS) {
+            kind.add(|| blocks::chain(spec, Root::Base, &ids, &PromptExtras::default()));
+        }
+    }
+    let names = [
+        &format!("{name}: first sight"),
+        "new question",
+        "again",
+        "of it: parse",
+        "render",
+        "ids",
+        "not of it: hash all in blocks of 16",
+        "of 64",
+    ];
+    kinds.iter_mut().zip(names).for_each(|(kind, name)| kind.row(name));
+    println!("| ({tokens} tokens) | | | | | |");
 }
