@@ -86,15 +86,6 @@ pub struct Tokenizer {
     inner: Arc<Inner>,
 }
 
-/// The prompts of one request as ids.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tokenized {
-    /// One list per prompt.
-    pub ids: Vec<Vec<u32>>,
-    /// Characters of their texts, templates included; `None`: they came as ids.
-    pub chars: Option<u64>,
-}
-
 /// The chains that are wanted of the prompts of one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
@@ -114,9 +105,9 @@ pub struct Counts {
 }
 
 /// Most sets of buffers that are kept for the next requests, as many as threads use at once.
-const BUFFERS_MAX: usize = 64;
-/// Buffers that have grown beyond so many ids or bytes of text go back to the system.
-const BUFFER_LENGTH_MAX: usize = 4 << 20;
+const BUFFERS_MAX: usize = 16;
+/// Buffers of text or ids that have grown beyond so many bytes go back to the system.
+const BUFFER_BYTES_MAX: usize = 1 << 20;
 
 struct Inner {
     model: Model,
@@ -217,28 +208,15 @@ impl Tokenizer {
     /// # Errors
     /// [`TokensError`], whose [`TokensError::reason`] names why the request has no exact ids.
     pub fn tokens_of(&self, body: &RequestBody<'_>) -> Result<Vec<Vec<u32>>, TokensError> {
-        self.tokenize(body).map(|tokenized| tokenized.ids)
-    }
-
-    /// The same, with the length of the text that they were made of.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::tokens_of`].
-    pub fn tokenize(&self, body: &RequestBody<'_>) -> Result<Tokenized, TokensError> {
-        let chars = |text: &str| text.chars().count() as u64;
         match &body.prompt {
             Prompt::None(reason) => Err(TokensError::NoPrompt(*reason)),
             Prompt::Opaque(opaque) => Err(TokensError::NoPrompt(opaque.why)),
-            Prompt::TokenIds(lists) => Ok(Tokenized { ids: lists.clone(), chars: None }),
+            Prompt::TokenIds(lists) => Ok(lists.clone()),
             Prompt::Texts(texts) => {
-                let ids = texts.iter().map(|text| self.encode(text, body.add_special_tokens));
-                let ids = ids.collect::<Result<_, _>>()?;
-                Ok(Tokenized { ids, chars: Some(texts.iter().map(|text| chars(text)).sum()) })
+                texts.iter().map(|text| self.encode(text, body.add_special_tokens)).collect()
             }
             Prompt::Chat(chat) => {
-                let text = self.render_chat(chat)?;
-                let ids = vec![self.encode(&text, chat.add_special_tokens)?];
-                Ok(Tokenized { ids, chars: Some(chars(&text)) })
+                Ok(vec![self.encode(&self.render_chat(chat)?, chat.add_special_tokens)?])
             }
         }
     }
@@ -248,7 +226,7 @@ impl Tokenizer {
     /// earlier ones is neither tokenized nor hashed again.
     ///
     /// # Errors
-    /// As [`Tokenizer::tokens_of`].
+    /// As [`Tokenizer::tokens_of`]; `prompts` then mean nothing.
     pub fn chains_of(
         &self,
         body: &RequestBody<'_>,
@@ -257,9 +235,10 @@ impl Tokenizer {
     ) -> Result<Counts, TokensError> {
         let mut buffers = self.inner.buffers.lock().pop().unwrap_or_default();
         let counted = self.chains_with(body, wanted, prompts, &mut buffers);
-        let longest = buffers.work.ids.capacity().max(buffers.text.capacity());
+        let of_ids = buffers.work.ids.capacity() * size_of::<u32>();
+        let longest = of_ids.max(buffers.text.capacity());
         let mut kept = self.inner.buffers.lock();
-        if longest <= BUFFER_LENGTH_MAX && kept.len() < BUFFERS_MAX {
+        if longest <= BUFFER_BYTES_MAX && kept.len() < BUFFERS_MAX {
             kept.push(buffers);
         }
         counted
