@@ -1,10 +1,11 @@
 //! Who holds which block, and how far does a prompt's chain reach on each endpoint?
 //!
-//! Three kinds of knowledge share one table from block key to holders: *resident* (the engine
-//! said so, per tier), *speculative* (a request that will fill the block is on its way) and
-//! *history* (a request with this block was routed there). Engines name blocks by hashes of their
-//! own; each endpoint has a map from those names to our keys, because names need not agree between
-//! engines.
+//! Blocks lie in a tree of runs, in the order of the prompts that they come from ([`tree`]). A run
+//! says once for many neighbours who holds them ([`sets`]), in three kinds of knowledge: *resident*
+//! (the engine said so, per tier), *speculative* (a request that will fill the block is on its way)
+//! and *history* (a request with this block was routed there). Engines name blocks by hashes of
+//! their own. Those that call blocks alike, as engines with one hash seed do, share one map from
+//! name to block; one that does not has a map to itself.
 //!
 //! Invariants:
 //! - A resident bit is set exactly while some engine hash of the endpoint with that key has at
@@ -12,7 +13,9 @@
 //! - `usage().bytes` counts capacities, not entries, and never exceeds `bytes_max` because of
 //!   blocks, speculations, history or pending events; the fixed part of endpoints (some 2,500
 //!   bytes each) comes on top when the budget is smaller than that.
-//! - Removing an endpoint costs its own blocks only and leaves nothing behind.
+//! - Removing an endpoint costs its own blocks only. Names that nobody uses any more are swept up
+//!   when they are a sixteenth of all: on average that is a few steps for each block that was
+//!   removed. Nothing else is left behind.
 //! - Nothing depends on the order of a randomly seeded map: the same calls give the same answers.
 
 mod applied;
@@ -20,17 +23,20 @@ mod apply;
 mod budget;
 mod endpoint;
 mod history;
-mod holders;
 mod lookup;
+mod names;
 mod pending;
 #[cfg(test)]
 mod reference;
 mod removals;
+mod runs;
+mod sets;
 mod speculations;
 mod state;
 mod table;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 use std::collections::BTreeMap;
 
@@ -41,14 +47,17 @@ pub use budget::Evicted;
 pub use lookup::{Hit, Hits, TierWeights};
 pub use speculations::SpeculationId;
 pub use state::{BlocksState, ExpectedState, GroupState, ResidentState};
+pub use tree::Naming;
 
 use crate::blocks::{BlockKey, Chain};
 use crate::event::{EngineHash, Tier};
 use crate::{EndpointId, Time};
 use budget::Class;
 use endpoint::Endpoint;
-use holders::{Blocks, Holder};
+use runs::Span;
+use sets::Plane;
 use speculations::{Speculation, Speculations};
+use tree::{Hold, Part, Tree};
 
 /// What the index may grow to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +73,7 @@ pub struct IndexLimits {
 }
 
 impl Default for IndexLimits {
-    /// 1 GiB (some 10 million resident blocks), 31,250 history blocks per endpoint (the default of
+    /// 1 GiB (some 40 million resident blocks), 31,250 history blocks per endpoint (the default of
     /// llm-d's approximate producer), 8,192 pending blocks, 65,536 speculations.
     fn default() -> IndexLimits {
         IndexLimits {
@@ -97,6 +106,8 @@ pub struct IndexUsage {
     pub speculations: usize,
     /// Blocks that wait for their parent, of all endpoints.
     pub pending: usize,
+    /// What engines' names for blocks are taken for.
+    pub naming: Naming,
     /// What a limit drove out, since the start.
     pub evicted: Evicted,
 }
@@ -112,6 +123,8 @@ pub struct EndpointUsage {
     pub by_tier: [u32; 4],
     /// Copies beyond the first of the same block in the same tier.
     pub copies_extra: u64,
+    /// Its engine calls blocks otherwise than others do, which costs a map of its own.
+    pub own_names: bool,
     /// KV cache groups seen.
     pub groups: usize,
     /// Blocks that wait for their parent.
@@ -128,7 +141,7 @@ pub struct EndpointUsage {
 #[derive(Debug)]
 pub struct Index {
     limits: IndexLimits,
-    blocks: Blocks,
+    tree: Tree,
     slots: Vec<Option<Box<Endpoint>>>,
     /// Sum of `Endpoint::bytes` of all endpoints.
     endpoint_bytes: usize,
@@ -138,6 +151,24 @@ pub struct Index {
     /// Counts calls of `record`: orders history by age.
     stamp: u32,
     evicted: Evicted,
+    /// Endpoints with several KV cache groups.
+    hybrids: usize,
+    scratch: Scratch,
+}
+
+/// Memory that is used again.
+#[derive(Debug, Default)]
+struct Scratch {
+    parts: Vec<Part>,
+    keys: Vec<BlockKey>,
+    names: Vec<u64>,
+}
+
+impl Scratch {
+    fn bytes(&self) -> usize {
+        self.parts.capacity() * size_of::<Part>()
+            + (self.keys.capacity() + self.names.capacity()) * 8
+    }
 }
 
 impl Index {
@@ -145,13 +176,15 @@ impl Index {
     pub fn new(limits: IndexLimits) -> Index {
         Index {
             limits,
-            blocks: Blocks::new(),
+            tree: Tree::new(),
             slots: Vec::new(),
             endpoint_bytes: 0,
             removals_begin: 0,
             speculations: Speculations::new(),
             stamp: 0,
             evicted: Evicted::default(),
+            hybrids: 0,
+            scratch: Scratch::default(),
         }
     }
 
@@ -172,8 +205,11 @@ impl Index {
         let endpoint = Box::new(Endpoint::new(id.slot, id.generation, self.removals_begin));
         self.endpoint_bytes += endpoint.bytes();
         self.slots[slot] = Some(endpoint);
+        self.tree.share(id.slot, true);
         // Into a full index it comes at the cost of others.
-        while self.bytes() > self.limits.bytes_max && self.evict(Class::Resident) {}
+        while self.bytes() > self.limits.bytes_max && self.evict(Class::Resident) {
+            self.trim();
+        }
     }
 
     /// Forgets an endpoint. Cost: its own blocks, and giving back memory that it filled.
@@ -183,21 +219,30 @@ impl Index {
             let used = self.slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
             self.slots.truncate(used);
             self.slots.shrink_to_fit();
+            self.trim();
         }
     }
 
     fn take_endpoint(&mut self, slot: u16) {
         let Some(mut endpoint) = self.slots[usize::from(slot)].take() else { return };
         self.endpoint_bytes -= endpoint.bytes();
-        endpoint.clear(&mut self.blocks);
+        self.hybrids -= usize::from(endpoint.is_hybrid());
+        endpoint.clear(&mut self.tree);
         self.removals_begin = self.removals_begin.max(endpoint.removals.count() + 1);
-        for key in endpoint.history.keys() {
-            self.blocks.unset(key, slot, Holder::HISTORY);
+        for span in endpoint.history.oldest_first() {
+            self.tree.unhold(span, slot, 1 << Plane::HISTORY, |_, _| ());
         }
         for id in endpoint.speculations {
             self.end_speculation(id);
         }
-        self.blocks.trim(2);
+        self.tree.share(slot, false);
+    }
+
+    /// Gives memory back after a large removal.
+    fn trim(&mut self) {
+        self.scratch = Scratch::default();
+        let used = self.slots.len();
+        self.tree.trim(used);
     }
 
     fn endpoint(&self, id: EndpointId) -> Option<&Endpoint> {
@@ -207,11 +252,13 @@ impl Index {
 
     /// Changes one endpoint and the blocks, and keeps the running sum of bytes right. The slot
     /// must be taken.
-    fn change<R>(&mut self, slot: u16, change: impl FnOnce(&mut Endpoint, &mut Blocks) -> R) -> R {
+    fn change<R>(&mut self, slot: u16, change: impl FnOnce(&mut Endpoint, &mut Tree) -> R) -> R {
         let endpoint = self.slots[usize::from(slot)].as_mut().expect("callers checked the slot");
-        let before = endpoint.bytes();
-        let result = change(endpoint, &mut self.blocks);
+        let (before, hybrid_before) = (endpoint.bytes(), endpoint.is_hybrid());
+        let result = change(endpoint, &mut self.tree);
         self.endpoint_bytes = self.endpoint_bytes + endpoint.bytes() - before;
+        self.hybrids =
+            self.hybrids + usize::from(endpoint.is_hybrid()) - usize::from(hybrid_before);
         result
     }
 
@@ -219,8 +266,8 @@ impl Index {
     /// history, speculations and the block size stay.
     pub fn clear_resident(&mut self, id: EndpointId) {
         if self.endpoint(id).is_some() {
-            self.change(id.slot, |endpoint, blocks| endpoint.clear(blocks));
-            self.blocks.trim(4);
+            self.change(id.slot, |endpoint, tree| endpoint.clear(tree));
+            self.trim();
         }
     }
 
@@ -243,29 +290,42 @@ impl Index {
     /// Notes that a prompt with these first blocks was routed to an endpoint. Of more than the
     /// limit the first are kept.
     pub fn record(&mut self, id: EndpointId, keys: &[BlockKey]) {
-        if self.endpoint(id).is_none() {
+        let limit = self.limits.history_blocks_per_endpoint_max as usize;
+        let keys = &keys[..keys.len().min(limit)];
+        if self.endpoint(id).is_none() || keys.is_empty() {
             return;
         }
-        let limit = self.limits.history_blocks_per_endpoint_max as usize;
         self.stamp = self.stamp.wrapping_add(1);
-        let stamp = self.stamp;
-        // From the end, so that of two blocks of a prompt the earlier one stays longer.
-        for key in keys.iter().take(limit).rev() {
-            if !self.make_room(id.slot, 0, Class::History) {
-                return;
-            }
-            let slot = id.slot;
-            self.change(slot, |endpoint, blocks| {
-                if endpoint.history.touch(key.0, stamp) {
-                    blocks.set(key.0, slot, Holder::HISTORY);
-                }
-                if endpoint.history.len() > limit
-                    && let Some(old) = endpoint.history.pop()
-                {
-                    blocks.unset(old, slot, Holder::HISTORY);
-                }
-            });
+        if !self.make_room(id.slot, keys.len(), 0, Class::History) {
+            return;
         }
+        let hold = Hold { slot: id.slot, plane: Plane::HISTORY };
+        let parts = self.hold(keys, hold);
+        let stamp = self.stamp;
+        self.change(id.slot, |endpoint, tree| {
+            // From the end, so that of two blocks of a prompt the earlier one stays longer.
+            for part in parts.iter().rev() {
+                endpoint.history.touch(part.span, stamp);
+            }
+            while endpoint.history.len() > limit
+                && let Some(old) = endpoint.history.pop(endpoint.history.len() - limit)
+            {
+                tree.unhold(old, hold.slot, 1 << Plane::HISTORY, |_, _| ());
+            }
+        });
+        self.scratch.parts = parts;
+        self.tree.sweep_if_due();
+    }
+
+    /// The blocks of a prompt, held in one more way. The caller gives the list back.
+    fn hold(&mut self, keys: &[BlockKey], hold: Hold) -> Vec<Part> {
+        let mut parts = std::mem::take(&mut self.scratch.parts);
+        parts.clear();
+        self.tree.path(None, keys, hold, &mut parts);
+        for part in parts.iter().filter(|part| !part.is_new) {
+            self.tree.add(part.span, hold, |_, _| ());
+        }
+        parts
     }
 
     /// Notes that a request which will fill a chain's blocks is on its way to an endpoint. It ends
@@ -278,27 +338,18 @@ impl Index {
         while self.speculations.len() >= limit {
             self.evict_speculation();
         }
-        // Counted before it is known, so that making room cannot end this very speculation.
-        for (counted, key) in chain.keys.iter().enumerate() {
-            if !self.make_room(id.slot, 0, Class::Speculative) {
-                return self.give_up(id, &chain.keys[..counted]);
-            }
-            self.blocks.speculate(key.0, id.slot);
+        let blocks = chain.keys.len();
+        let entry = self.speculations.growth_bytes(blocks.min(blocks / 16 + 4)) + 64;
+        if !self.make_room(id.slot, blocks, entry, Class::Speculative) {
+            return SpeculationId::NONE;
         }
-        let entry = chain.keys.len() * 8 + speculations::ENTRY_BYTES_MAX + 64;
-        if !self.make_room(id.slot, entry, Class::Speculative) {
-            return self.give_up(id, &chain.keys);
-        }
-        let keys: Box<[u64]> = chain.keys.iter().map(|key| key.0).collect();
-        let made = self.speculations.push(Speculation { slot: id.slot, until, keys });
+        let hold = Hold { slot: id.slot, plane: Plane::SPECULATIVE };
+        let parts = self.hold(&chain.keys, hold);
+        let spans: Box<[Span]> = parts.iter().map(|part| part.span).collect();
+        self.scratch.parts = parts;
+        let made = self.speculations.push(Speculation { slot: id.slot, until, spans });
         self.change(id.slot, |endpoint, _| endpoint.speculations.push(made));
         made
-    }
-
-    fn give_up(&mut self, id: EndpointId, counted: &[BlockKey]) -> SpeculationId {
-        counted.iter().for_each(|key| self.blocks.withdraw(key.0, id.slot));
-        self.blocks.trim(2);
-        SpeculationId::NONE
     }
 
     /// Ends a speculation, if it has not ended.
@@ -311,15 +362,31 @@ impl Index {
                 }
             });
             self.end_speculation(speculation);
-            self.blocks.trim(4);
+            self.tree.sweep_if_due();
         }
     }
 
     fn end_speculation(&mut self, id: SpeculationId) {
-        let Some(speculation) = self.speculations.remove(id) else { return };
-        for &key in &speculation.keys {
-            self.blocks.withdraw(key, speculation.slot);
-        }
+        let Some(slot) = self.speculations.get(id).map(|speculation| speculation.slot) else {
+            return;
+        };
+        let tree = &mut self.tree;
+        let hold = Hold { slot, plane: Plane::SPECULATIVE };
+        self.speculations.remove(id, |span, others| {
+            // What others say of the same blocks still holds.
+            let mut from = span.from;
+            while from < span.to {
+                let covers = |other: &&Span| other.from <= from && from < other.to;
+                if let Some(other) = others.iter().find(covers) {
+                    from = other.to;
+                    continue;
+                }
+                let next = others.iter().map(|other| other.from).filter(|&start| start > from);
+                let to = next.min().map_or(span.to, |next| next.min(span.to));
+                tree.unhold(Span { from, to, ..span }, hold.slot, 1 << hold.plane, |_, _| ());
+                from = to;
+            }
+        });
     }
 
     /// Ends the speculations whose time has come.
@@ -333,7 +400,8 @@ impl Index {
 
     /// Bytes on the heap.
     fn bytes(&self) -> usize {
-        self.blocks.bytes()
+        self.tree.bytes()
+            + self.scratch.bytes()
             + self.slots.capacity() * size_of::<Option<Box<Endpoint>>>()
             + self.endpoint_bytes
             + self.speculations.bytes()
@@ -346,22 +414,23 @@ impl Index {
             bytes: self.bytes(),
             bytes_max: self.limits.bytes_max,
             endpoints: endpoints().count(),
-            blocks: self.blocks.len(),
-            holders: self.blocks.entries(),
+            blocks: self.tree.blocks(),
+            holders: self.tree.holders(),
             resident: endpoints().map(|endpoint| endpoint.resident()).sum(),
             history: endpoints().map(|endpoint| endpoint.history.len()).sum(),
             speculations: self.speculations.len(),
             pending: endpoints().map(|endpoint| endpoint.pending.blocks() as usize).sum(),
+            naming: self.tree.naming(),
             evicted: self.evicted,
         }
     }
 
     /// What an endpoint's engine holds as far as it told: copies by engine hash and tier, pending
-    /// blocks left out. For comparison with the engine itself. Cost: its blocks.
+    /// blocks left out. For comparison with the engine itself. Cost: the names of all blocks.
     pub fn resident_copies(&self, id: EndpointId) -> BTreeMap<(EngineHash, Tier), u32> {
         let Some(endpoint) = self.endpoint(id) else { return BTreeMap::new() };
-        let tier_of = |bit: u8| Tier::ALL.into_iter().find(|tier| Holder::tier(*tier) == bit);
-        let copies = endpoint.copies_by_hash().into_iter();
+        let tier_of = |bit: u8| Tier::ALL.into_iter().find(|tier| 1 << Plane::tier(*tier) == bit);
+        let copies = endpoint.copies_by_hash(&self.tree).into_iter();
         copies.filter_map(|((hash, bit), n)| Some(((EngineHash(hash), tier_of(bit)?), n))).collect()
     }
 
@@ -373,6 +442,7 @@ impl Index {
             resident: endpoint.resident(),
             by_tier: endpoint.by_tier,
             copies_extra: endpoint.copies_extra(),
+            own_names: endpoint.has_own_names(),
             groups: endpoint.groups_count(),
             pending: endpoint.pending.blocks(),
             history: endpoint.history.len(),

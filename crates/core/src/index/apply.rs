@@ -3,11 +3,19 @@
 use super::Index;
 use super::applied::{Applied, SkipReason};
 use super::budget::Class;
-use super::endpoint::Route;
+use super::endpoint::{OwnBlock, Route};
 use super::pending::{self, Waiting};
+use super::runs::{Place, Span};
+use super::sets::Plane;
+use super::tree::{Hold, Naming, Part};
 use crate::EndpointId;
 use crate::blocks::{self, BlockKey, Root, TokenSpace};
 use crate::event::{BlockRemoved, BlockStored, EngineHash, KvEvent};
+
+/// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
+const COMPARED_MIN: u32 = 64;
+/// From then on the names of one event of so many are compared.
+const COMPARED_EVERY: u32 = 16;
 
 impl Index {
     /// Applies one event of an endpoint's engine. Events must come in the order of its stream.
@@ -35,7 +43,7 @@ impl Index {
 
     fn stored(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
         let kind = (!event.tokens.is_empty()).then_some(event.kind);
-        match self.change(slot, |endpoint, _| endpoint.route(event.group, kind)) {
+        match self.change(slot, |endpoint, tree| endpoint.route(tree, event.group, kind)) {
             Route::Skip(reason) => applied.skip(reason, event.hashes.len()),
             Route::Unknown => applied.unknown += event.hashes.len() as u64,
             Route::Beside(at) => self.stored_beside(slot, at, event, applied),
@@ -55,7 +63,7 @@ impl Index {
             return;
         }
         for &hash in &event.hashes {
-            if !self.make_room(slot, 0, Class::Resident) {
+            if !self.make_room(slot, 1, 0, Class::Resident) {
                 applied.skip(SkipReason::OverBudget, 1);
                 continue;
             }
@@ -68,28 +76,44 @@ impl Index {
 
     /// Blocks without content: known ones have a copy in another tier now.
     fn retiered(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
-        for &hash in &event.hashes {
-            match self.slots[usize::from(slot)].as_deref().and_then(|e| e.key_of(hash)) {
-                Some(key) => drop(self.add(slot, event, hash, key, applied)),
-                None => applied.unknown += 1,
-            }
+        if !self.make_room(slot, event.hashes.len(), 0, Class::Resident) {
+            applied.skip(SkipReason::OverBudget, event.hashes.len());
+            return;
         }
+        for &hash in &event.hashes {
+            let Some((place, key)) = self.place_of(slot, hash) else {
+                applied.unknown += 1;
+                continue;
+            };
+            self.change(slot, |endpoint, tree| {
+                let is_first = if endpoint.has_own_names() {
+                    endpoint.add_own(tree, OwnBlock { hash, key, place }, event.tier, false).0
+                } else {
+                    let part = Part { span: Span::of(place), is_new: false };
+                    endpoint.add(tree, part, &[hash.0], event.tier).0 == 1
+                };
+                applied.stored += u64::from(is_first);
+                applied.duplicate += u64::from(!is_first);
+            });
+        }
+    }
+
+    /// The block that an endpoint calls so, if it holds it.
+    fn place_of(&self, slot: u16, hash: EngineHash) -> Option<(Place, BlockKey)> {
+        self.slots[usize::from(slot)].as_deref()?.place_of(&self.tree, hash)
     }
 
     fn content(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
         let Some(blocks) = self.check_content(slot, event, applied) else { return };
-        match self.parent(slot, event) {
-            None => self.keep_pending(slot, event, applied),
-            Some(_) if self.is_reannounced(slot, event, blocks) => {
-                applied.reannounced += blocks as u64;
-            }
-            Some(parent) => {
-                let confirms = self.place(slot, event, parent, blocks, &[], applied);
-                let known = &event.hashes[..blocks];
-                let confirms = self.resolve(slot, known, applied) || confirms;
-                if confirms {
-                    self.confirm(slot);
-                }
+        if self.parent(slot, event).is_none() {
+            self.keep_pending(slot, event, applied);
+        } else if self.is_reannounced(slot, event, blocks) {
+            applied.reannounced += blocks as u64;
+        } else {
+            let confirms = self.place(slot, event, blocks, &[], applied);
+            let known = &event.hashes[..blocks];
+            if self.resolve(slot, known, applied) || confirms {
+                self.confirm(slot);
             }
         }
     }
@@ -123,11 +147,11 @@ impl Index {
                 applied.skip(SkipReason::PartialBlock, hashes);
                 return None;
             }
-            self.change(slot, |endpoint, blocks| {
+            self.change(slot, |endpoint, tree| {
                 if !empty {
-                    endpoint.clear(blocks);
+                    endpoint.clear(tree);
                     // The event's own group is known again at once.
-                    endpoint.route(event.group, Some(event.kind));
+                    endpoint.route(tree, event.group, Some(event.kind));
                 }
                 endpoint.block_size = event.block_size;
             });
@@ -138,18 +162,21 @@ impl Index {
         Some(full)
     }
 
-    /// The key before the first block; `None` while it is not known.
-    fn parent(&self, slot: u16, event: &BlockStored) -> Option<BlockKey> {
+    /// The block before the first, and its key; `None` while they are not known.
+    fn parent(&self, slot: u16, event: &BlockStored) -> Option<(Option<Place>, BlockKey)> {
         let root = || {
             let root = event.lora_name.as_deref().map_or(Root::Base, Root::Adapter);
-            blocks::root(event.block_size, TokenSpace::Exact, root)
+            (None, blocks::root(event.block_size, TokenSpace::Exact, root))
         };
-        let key_of = |hash| self.slots[usize::from(slot)].as_deref()?.key_of(hash);
+        let block = |hash: EngineHash| {
+            let (place, key) = self.place_of(slot, hash)?;
+            Some((Some(place), key))
+        };
         match event.parent {
             None => Some(root()),
             // Engines of the array form write 0 where there is no parent.
-            Some(EngineHash(0)) => Some(key_of(EngineHash(0)).unwrap_or_else(root)),
-            Some(parent) => key_of(parent),
+            Some(EngineHash(0)) => Some(block(EngineHash(0)).unwrap_or_else(root)),
+            Some(parent) => block(parent),
         }
     }
 
@@ -161,7 +188,7 @@ impl Index {
         event.parent.is_none()
             && blocks >= 2
             && !endpoint.is_hybrid()
-            && event.hashes[..blocks].iter().all(|&hash| endpoint.has(hash, event.tier))
+            && event.hashes[..blocks].iter().all(|&hash| endpoint.has(&self.tree, hash, event.tier))
     }
 
     /// Adds the blocks of an event but those in `gone`; whether a speculation waited for one.
@@ -169,49 +196,119 @@ impl Index {
         &mut self,
         slot: u16,
         event: &BlockStored,
-        parent: BlockKey,
         blocks: usize,
         gone: &[u32],
         applied: &mut Applied,
     ) -> bool {
-        let mut keys = Vec::with_capacity(blocks);
-        blocks::extend(parent, event.block_size, &event.tokens, &event.extras, &mut keys);
+        let has_room = self.make_room(slot, blocks, 0, Class::Resident);
+        // What had to go may have been the parent.
+        let Some((after, parent)) = self.parent(slot, event).filter(|_| has_room) else {
+            applied.skip(SkipReason::OverBudget, blocks - gone.len());
+            return false;
+        };
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.names.clear();
+        scratch.names.extend(event.hashes[..blocks].iter().map(|hash| hash.0));
+        scratch.keys.clear();
+        if self.takes_names_for_keys(slot, blocks) {
+            scratch.keys.extend(scratch.names.iter().map(|&name| BlockKey(name)));
+        } else {
+            let size = event.block_size;
+            blocks::extend(parent, size, &event.tokens, &event.extras, &mut scratch.keys);
+            self.compare(slot, &scratch.keys, &scratch.names);
+        }
+        let keys: &[BlockKey] = &scratch.keys;
+        let hold = Hold { slot, plane: Plane::tier(event.tier) };
+        scratch.parts.clear();
+        self.tree.path(after, keys, hold, &mut scratch.parts);
+        let all = Placed { parts: &scratch.parts, keys, names: &scratch.names, gone };
+        let awaited = self.change(slot, |endpoint, tree| {
+            if !endpoint.has_own_names() && all.name(tree).is_err() {
+                endpoint.own_names(tree, all.parts);
+            }
+            all.store(endpoint, tree, event.tier, applied)
+        });
+        self.scratch = scratch;
+        self.tree.sweep_if_due();
+        awaited
+    }
+
+    /// Whether an endpoint's names have turned out to be keys, so that they need no comparison
+    /// now.
+    fn takes_names_for_keys(&mut self, slot: u16, blocks: usize) -> bool {
+        if self.tree.naming() != Naming::Native {
+            return false;
+        }
+        let Some(endpoint) = self.slots[usize::from(slot)].as_deref_mut() else { return false };
+        if endpoint.has_own_names() || endpoint.compared < COMPARED_MIN {
+            return false;
+        }
+        endpoint.compared = endpoint.compared.wrapping_add(blocks as u32).max(COMPARED_MIN);
+        endpoint.events = endpoint.events.wrapping_add(1);
+        !endpoint.events.is_multiple_of(COMPARED_EVERY)
+    }
+
+    /// Learns whether an endpoint's names are keys.
+    fn compare(&mut self, slot: u16, keys: &[BlockKey], names: &[u64]) {
+        let equal = keys.iter().zip(names).all(|(key, &name)| key.0 == name);
+        match self.tree.naming() {
+            Naming::Portable if equal && self.tree.names.len() == 0 => self.tree.go_native(),
+            Naming::Portable => return,
+            Naming::Native => {}
+        }
+        self.change(slot, |endpoint, tree| {
+            if equal {
+                endpoint.compared = endpoint.compared.saturating_add(keys.len() as u32);
+            } else if !endpoint.has_own_names() {
+                // Names that were not compared may have been taken for other blocks' keys.
+                if endpoint.compared >= COMPARED_MIN {
+                    endpoint.forget_blocks(tree);
+                }
+                endpoint.own_names(tree, &[]);
+            }
+        });
+    }
+
+    /// Places the events that waited for one of the blocks, and those that waited for them;
+    /// whether a speculation waited for one of their blocks.
+    fn resolve(&mut self, slot: u16, blocks: &[EngineHash], applied: &mut Applied) -> bool {
         let mut confirms = false;
-        for (at, (&hash, key)) in (0u32..).zip(event.hashes.iter().zip(keys)) {
-            if !gone.contains(&at) {
-                confirms |= self.add(slot, event, hash, key, applied);
+        let nothing_waits = |index: &Index| {
+            let endpoint = index.slots[usize::from(slot)].as_deref();
+            endpoint.is_none_or(|endpoint| endpoint.pending.blocks() == 0)
+        };
+        if nothing_waits(self) {
+            return false;
+        }
+        let mut known = blocks.to_vec();
+        while let Some(hash) = known.pop() {
+            if nothing_waits(self) {
+                break;
+            }
+            while let Some(Waiting { event, gone }) = self.change(slot, |e, _| e.pending.take(hash))
+            {
+                if self.parent(slot, &event).is_none() {
+                    applied.pending_dropped += event.hashes.len() as u64;
+                    continue;
+                }
+                let blocks = event.tokens.len() / event.block_size.max(1) as usize;
+                let mut placed = Applied::default();
+                confirms |= self.place(slot, &event, blocks, &gone, &mut placed);
+                applied.resolved += placed.stored + placed.duplicate;
+                let over = placed.skipped_for(SkipReason::OverBudget);
+                applied.skip(SkipReason::OverBudget, over as usize);
+                let here = |(at, hash): (u32, &EngineHash)| (!gone.contains(&at)).then_some(*hash);
+                known.extend((0..).zip(&event.hashes[..blocks]).filter_map(here));
             }
         }
         confirms
-    }
-
-    /// Adds one copy of a block; whether a speculation waited for it.
-    fn add(
-        &mut self,
-        slot: u16,
-        event: &BlockStored,
-        hash: EngineHash,
-        key: BlockKey,
-        applied: &mut Applied,
-    ) -> bool {
-        if !self.make_room(slot, 0, Class::Resident) {
-            applied.skip(SkipReason::OverBudget, 1);
-            return false;
-        }
-        let speculated =
-            self.speculations.len() > 0 && self.blocks.holder(key.0, slot).speculations > 0;
-        match self.change(slot, |endpoint, blocks| endpoint.add(blocks, hash, key, event.tier)) {
-            true => applied.stored += 1,
-            false => applied.duplicate += 1,
-        }
-        speculated
     }
 
     fn keep_pending(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
         let Some(parent) = event.parent else { return };
         let (blocks, limit) = (event.hashes.len(), self.limits.pending_blocks_per_endpoint_max);
         let bytes = pending::heap_bytes(event) + pending::ENTRY_BYTES_MAX;
-        if blocks > limit as usize || !self.make_room(slot, bytes, Class::Pending) {
+        if blocks > limit as usize || !self.make_room(slot, 0, bytes, Class::Pending) {
             applied.pending_dropped += blocks as u64;
             return;
         }
@@ -226,49 +323,24 @@ impl Index {
         });
     }
 
-    /// Places the events that waited for one of the blocks, and those that waited for them;
-    /// whether a speculation waited for one of their blocks.
-    fn resolve(&mut self, slot: u16, blocks: &[EngineHash], applied: &mut Applied) -> bool {
-        let mut confirms = false;
-        let mut known = blocks.to_vec();
-        while let Some(hash) = known.pop() {
-            if self.slots[usize::from(slot)].as_deref().is_none_or(|e| e.pending.blocks() == 0) {
-                break;
-            }
-            while let Some(Waiting { event, gone }) = self.change(slot, |e, _| e.pending.take(hash))
-            {
-                let Some(parent) = self.parent(slot, &event) else {
-                    applied.pending_dropped += event.hashes.len() as u64;
-                    continue;
-                };
-                let blocks = event.tokens.len() / event.block_size.max(1) as usize;
-                let mut placed = Applied::default();
-                confirms |= self.place(slot, &event, parent, blocks, &gone, &mut placed);
-                applied.resolved += placed.stored + placed.duplicate;
-                let over = placed.skipped_for(SkipReason::OverBudget);
-                applied.skip(SkipReason::OverBudget, over as usize);
-                let here = |(at, hash): (u32, &EngineHash)| (!gone.contains(&at)).then_some(*hash);
-                known.extend((0..).zip(&event.hashes[..blocks]).filter_map(here));
-            }
-        }
-        confirms
-    }
-
     /// Ends the speculations of an endpoint whose last block is resident by now.
     fn confirm(&mut self, slot: u16) {
         let Some(endpoint) = self.slots[usize::from(slot)].as_deref() else { return };
         let filled = |id: &&_| {
-            let speculation = self.speculations.get(**id);
-            let last = speculation.and_then(|speculation| speculation.keys.last());
-            last.is_some_and(|&key| self.blocks.holder(key, slot).is_resident())
+            let spans = self.speculations.get(**id).map(|speculation| &speculation.spans);
+            let last = spans.and_then(|spans| spans.last());
+            last.is_some_and(|last| {
+                let set = self.tree.set(last.place(last.len() - 1));
+                set.of(slot) & Plane::TIERS != 0
+            })
         };
         let filled: Vec<_> = endpoint.speculations.iter().filter(filled).copied().collect();
         filled.into_iter().for_each(|id| self.withdraw(id));
     }
 
     fn removed(&mut self, slot: u16, event: &BlockRemoved, applied: &mut Applied) {
-        self.change(slot, |endpoint, blocks| {
-            let route = endpoint.route(event.group, None);
+        self.change(slot, |endpoint, tree| {
+            let route = endpoint.route(tree, event.group, None);
             for &hash in &event.hashes {
                 let known = match route {
                     Route::Skip(reason) => {
@@ -278,7 +350,7 @@ impl Index {
                     Route::Unknown => false,
                     Route::Beside(at) => endpoint.remove_beside(at, hash, event.tier),
                     Route::Indexed => {
-                        endpoint.remove(blocks, hash, event.tier)
+                        endpoint.remove(tree, hash, event.tier)
                             || endpoint.pending.remove(hash, event.tier)
                     }
                 };
@@ -287,7 +359,94 @@ impl Index {
             }
             endpoint.trim(4);
         });
-        self.blocks.trim(4);
+        self.tree.sweep_if_due();
+    }
+}
+
+/// The blocks of an event, found or made.
+struct Placed<'a> {
+    parts: &'a [Part],
+    keys: &'a [BlockKey],
+    names: &'a [u64],
+    /// Blocks of the event that have left the cache again.
+    gone: &'a [u32],
+}
+
+impl Placed<'_> {
+    /// The stretches of a part that are still there, with the number of their first block.
+    fn stretches(&self, part: Part, first: usize) -> impl Iterator<Item = (Part, usize)> {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let is_gone = |at: usize| self.gone.contains(&((first + at) as u32));
+            let start = (from..part.span.len()).find(|&at| !is_gone(at))?;
+            let end = (start..part.span.len()).find(|&at| is_gone(at)).unwrap_or(part.span.len());
+            from = end;
+            Some((Part { span: part.span.part(start..end), ..part }, first + start))
+        })
+    }
+
+    /// All stretches, and with it the number of the first block of each.
+    fn all(&self) -> impl Iterator<Item = (Part, usize)> {
+        let mut next = 0;
+        self.parts.iter().flat_map(move |part| {
+            let first = next;
+            next += part.span.len();
+            self.stretches(*part, first)
+        })
+    }
+
+    /// Calls the blocks what the event calls them.
+    fn name(&self, tree: &mut super::Tree) -> Result<(), ()> {
+        if tree.naming() == Naming::Native {
+            return Ok(());
+        }
+        let mut stretches = self.all();
+        stretches.try_for_each(|(part, first)| tree.name(part, &self.names[first..]))
+    }
+
+    /// Notes that an endpoint holds the blocks; whether a speculation waited for one.
+    fn store(
+        &self,
+        endpoint: &mut super::Endpoint,
+        tree: &mut super::Tree,
+        tier: crate::event::Tier,
+        applied: &mut Applied,
+    ) -> bool {
+        let mut awaited = false;
+        for (part, first) in self.all() {
+            let names = &self.names[first..first + part.span.len()];
+            if !endpoint.has_own_names() {
+                let (stored, waits) = endpoint.add(tree, part, names, tier);
+                applied.stored += stored as u64;
+                applied.duplicate += (names.len() - stored) as u64;
+                awaited |= waits;
+                continue;
+            }
+            for (at, (&name, key)) in names.iter().zip(&self.keys[first..]).enumerate() {
+                let (hash, place) = (EngineHash(name), part.span.place(at));
+                let block = OwnBlock { hash, key: *key, place };
+                let (is_first, waits) = endpoint.add_own(tree, block, tier, part.is_new);
+                applied.stored += u64::from(is_first);
+                applied.duplicate += u64::from(!is_first);
+                awaited |= waits;
+            }
+        }
+        for part in self.parts.iter().filter(|part| part.is_new && !self.gone.is_empty()) {
+            self.leave_gone(endpoint.slot, tree, *part, tier);
+        }
+        awaited
+    }
+
+    /// Blocks that are made because others follow them are not held if they have left again.
+    fn leave_gone(&self, slot: u16, tree: &mut super::Tree, part: Part, tier: crate::event::Tier) {
+        let before = self.parts.iter().take_while(|other| other.span != part.span);
+        let first: usize = before.map(|other| other.span.len()).sum();
+        for at in 0..part.span.len() {
+            if self.gone.contains(&((first + at) as u32)) {
+                let span = part.span.part(at..at + 1);
+                tree.unhold(span, slot, 1 << Plane::tier(tier), |_, _| ());
+            }
+        }
     }
 }
 
@@ -298,13 +457,13 @@ impl Index {
         &self,
         id: EndpointId,
     ) -> std::collections::BTreeMap<(u64, u8), u32> {
-        self.endpoint(id).map(|endpoint| endpoint.copies_by_hash()).unwrap_or_default()
+        let endpoint = self.endpoint(id);
+        endpoint.map(|endpoint| endpoint.copies_by_hash(&self.tree)).unwrap_or_default()
     }
 
     /// Checks the running sums against a recount.
     pub(crate) fn check(&self) {
-        let (bytes, entries) = self.blocks.recount();
-        assert_eq!((self.blocks.bytes(), self.blocks.entries()), (bytes, entries));
+        self.tree.check();
         let endpoints: usize = self.slots.iter().flatten().map(|endpoint| endpoint.bytes()).sum();
         assert_eq!(self.endpoint_bytes, endpoints);
     }

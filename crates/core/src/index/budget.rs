@@ -7,7 +7,7 @@
 use serde::Serialize;
 
 use super::Index;
-use super::holders::Holder;
+use super::sets::Plane;
 
 /// What memory is needed for; may drive out its own kind and those above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,25 +31,39 @@ pub struct Evicted {
     pub resident: u64,
 }
 
-/// Resident blocks go in parts of the endpoint's blocks, so that sorting them by age is rare.
+/// Blocks go in parts of the whole, so that looking through them is rare.
 const EVICT_PART: usize = 16;
 
 impl Index {
-    /// Makes sure that one more block of an endpoint, and `extra` bytes, can be added within the
-    /// budget; whether that is so. Counts memory that growing tables need for a moment.
-    pub(super) fn make_room(&mut self, slot: u16, extra: usize, class: Class) -> bool {
+    /// Makes sure that so many more blocks of an endpoint, and `extra` bytes, can be added within
+    /// the budget; whether that is so. Counts memory that growing tables need for a moment.
+    pub(super) fn make_room(
+        &mut self,
+        slot: u16,
+        blocks: usize,
+        extra: usize,
+        class: Class,
+    ) -> bool {
+        let mut is_trimmed = true;
         loop {
             let growth = self.slots[usize::from(slot)].as_deref().map_or(0, |endpoint| {
-                let grows = endpoint.growth_bytes_max();
-                grows + if class == Class::History { endpoint.history.growth_bytes() } else { 0 }
+                let history = class == Class::History;
+                let pieces =
+                    if history { endpoint.history.growth_bytes(blocks / 16 + 4) } else { 0 };
+                endpoint.growth_bytes_max(blocks) + pieces
             });
-            let need = growth + extra + self.blocks.growth_bytes_max(self.slots.len());
+            let tree = self.tree.growth_bytes(blocks, self.slots.len());
+            // Lists of the blocks and of the runs they are in.
+            let need = growth + tree + extra + blocks * 64;
             if self.bytes() + need <= self.limits.bytes_max {
                 return true;
             }
-            if !self.evict(class) {
+            if !is_trimmed {
+                self.trim();
+            } else if !self.evict(class) {
                 return false;
             }
+            is_trimmed = !is_trimmed;
         }
     }
 
@@ -61,28 +75,34 @@ impl Index {
             || class >= Class::Resident && self.evict_resident()
     }
 
-    /// Drops the blocks that only the longest unused request of all used.
+    /// Drops the blocks that only the longest unused requests used: one request's at least.
     fn evict_history(&mut self) -> bool {
+        let total: usize = self.slots.iter().flatten().map(|e| e.history.len()).sum();
+        let mut out = 0;
+        while let Some((slot, stamp)) = self.oldest_history().filter(|_| out <= total / EVICT_PART)
+        {
+            self.change(slot, |endpoint, tree| {
+                while endpoint.history.oldest_stamp() == Some(stamp)
+                    && let Some(span) = endpoint.history.pop(usize::MAX)
+                {
+                    tree.unhold(span, slot, 1 << Plane::HISTORY, |_, _| ());
+                    out += span.len();
+                }
+                endpoint.history.trim();
+            });
+        }
+        self.evicted.history += out as u64;
+        out > 0
+    }
+
+    /// Slot and number of the request that used its blocks before all others.
+    fn oldest_history(&self) -> Option<(u16, u32)> {
         let age = |stamp: u32| self.stamp.wrapping_sub(stamp);
         let ages = self.slots.iter().flatten().filter_map(|endpoint| {
             endpoint.history.oldest_stamp().map(|stamp| (age(stamp), endpoint.slot, stamp))
         });
-        let Some((_, slot, stamp)) = ages.max_by_key(|&(age, slot, _)| (age, slot)) else {
-            return false;
-        };
-        let mut out = 0;
-        self.change(slot, |endpoint, blocks| {
-            while endpoint.history.oldest_stamp() == Some(stamp)
-                && let Some(key) = endpoint.history.pop()
-            {
-                blocks.unset(key, slot, Holder::HISTORY);
-                out += 1;
-            }
-            endpoint.history.trim();
-        });
-        self.blocks.trim(2);
-        self.evicted.history += out;
-        true
+        let oldest = ages.max_by_key(|&(age, slot, _)| (age, slot));
+        oldest.map(|(_, slot, stamp)| (slot, stamp))
     }
 
     pub(super) fn evict_speculation(&mut self) -> bool {
@@ -105,10 +125,9 @@ impl Index {
         let endpoints = self.slots.iter().flatten();
         let most = endpoints.map(|endpoint| (endpoint.resident(), endpoint.slot)).max();
         let Some((resident @ 1.., slot)) = most else { return false };
-        let out = self.change(slot, |endpoint, blocks| {
-            endpoint.evict_oldest(blocks, resident.div_ceil(EVICT_PART))
+        let out = self.change(slot, |endpoint, tree| {
+            endpoint.evict_oldest(tree, resident.div_ceil(EVICT_PART))
         });
-        self.blocks.trim(2);
         self.evicted.resident += out as u64;
         true
     }

@@ -1,33 +1,51 @@
 //! What the index knows about one endpoint: its engine's names for blocks and the copies of each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::history::History;
-use super::holders::{Blocks, Holder};
 use super::pending::Pending;
 use super::removals::Removals;
+use super::runs::{Place, Span};
+use super::sets::Plane;
 use super::speculations::SpeculationId;
 use super::table::{Cell, Table, btree_bytes};
+use super::tree::{Hold, Part, Tree};
 use super::{GroupState, SkipReason};
 use crate::blocks::BlockKey;
 use crate::event::{EngineHash, GroupKind, Tier};
 
-/// What one engine hash stands for.
+/// What one engine hash stands for, on an endpoint that has names of its own.
 #[derive(Clone, Copy, Debug)]
 struct Named {
-    key: u64,
-    /// Counts the stores of the endpoint: orders blocks by age.
-    stamp: u32,
-    /// Tiers that hold at least one copy, by [`Holder::tier`].
+    key: BlockKey,
+    place: Place,
+    /// Tiers that hold at least one copy under this name, as bits by `Tier::index()`.
     tiers: u8,
 }
 
 impl Cell for Named {
-    const EMPTY: Named = Named { key: 0, stamp: 0, tiers: 0 };
+    const EMPTY: Named = Named { key: BlockKey(0), place: Place { run: 0, at: 0 }, tiers: 0 };
 
     fn is_empty(&self) -> bool {
         self.tiers == 0
     }
+}
+
+/// A block, and what the endpoint alone calls it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OwnBlock {
+    pub hash: EngineHash,
+    pub key: BlockKey,
+    pub place: Place,
+}
+
+/// Names of an endpoint whose engine calls blocks otherwise than others do, or one block by several
+/// names.
+#[derive(Debug)]
+struct Own {
+    names: Table<Named>,
+    /// Names beyond the first of the same block, by block and tier.
+    aliases: BTreeMap<(Place, u8), u32>,
 }
 
 /// Copies of a block per tier, in a group that is not indexed by tokens.
@@ -88,12 +106,20 @@ pub(super) struct Endpoint {
     pub block_size: u32,
     indexed_group: Option<u32>,
     groups: Vec<Group>,
-    names: Table<Named>,
-    stamp: u32,
+    /// None: it shares names with others.
+    own: Option<Box<Own>>,
+    /// Runs that it holds blocks of or has held some of, by age; one may be there twice.
+    runs: Vec<u32>,
+    /// How many were left when those had been looked through.
+    runs_left: usize,
+    /// Blocks in any tier, or names where it has its own.
+    resident: usize,
     /// Copies beyond the first, by engine hash and tier.
     copies: BTreeMap<(u64, u8), u32>,
-    /// Engine hashes beyond the first with the same key, by key and tier.
-    aliases: BTreeMap<(u64, u8), u32>,
+    /// Blocks whose names were compared with their keys since it was empty.
+    pub compared: u32,
+    /// Events since then whose names were not all compared.
+    pub events: u32,
     /// Key to engine hash, once there is a group beside the indexed one.
     hashes: Table<HashOf>,
     pub by_tier: [u32; 4],
@@ -112,10 +138,13 @@ impl Endpoint {
             block_size: 0,
             indexed_group: None,
             groups: Vec::new(),
-            names: Table::new(),
-            stamp: 0,
+            own: None,
+            runs: Vec::new(),
+            runs_left: 0,
+            resident: 0,
             copies: BTreeMap::new(),
-            aliases: BTreeMap::new(),
+            compared: 0,
+            events: 0,
             hashes: Table::new(),
             by_tier: [0; 4],
             removals: Removals::new(removals_begin),
@@ -127,7 +156,12 @@ impl Endpoint {
 
     /// Engine hashes with at least one copy.
     pub fn resident(&self) -> usize {
-        self.names.len()
+        self.resident
+    }
+
+    /// Whether it has names of its own.
+    pub fn has_own_names(&self) -> bool {
+        self.own.is_some()
     }
 
     /// Copies beyond the first of their block and tier.
@@ -145,27 +179,35 @@ impl Endpoint {
         size_of::<Endpoint>()
             + self.groups.capacity() * size_of::<Group>()
             + groups
-            + self.names.bytes()
-            + btree_bytes(self.copies.len(), size_of::<((u64, u8), u32)>())
-            + btree_bytes(self.aliases.len(), size_of::<((u64, u8), u32)>())
+            + self.own.as_ref().map_or(0, |own| own.bytes())
+            + self.runs.capacity() * 4
+            + btree_bytes(self.copies.len(), COPIES_ENTRY_BYTES)
             + self.hashes.bytes()
             + self.pending.bytes()
             + self.history.bytes()
             + self.speculations.capacity() * size_of::<SpeculationId>()
     }
 
-    /// Most bytes that one more block in any group can allocate here.
-    pub fn growth_bytes_max(&self) -> usize {
+    /// Most bytes that `blocks` more in any group can allocate here.
+    pub fn growth_bytes_max(&self, blocks: usize) -> usize {
         let groups = self.groups.iter().map(|group| group.members.growth_bytes()).max();
         let speculations = match self.speculations.len() < self.speculations.capacity() {
             true => 0,
             false => (self.speculations.len() * 2).max(4) * size_of::<SpeculationId>(),
         };
-        self.names.growth_bytes()
-            + speculations
-            + self.hashes.growth_bytes()
+        let copies = btree_bytes(self.copies.len() + blocks, COPIES_ENTRY_BYTES)
+            - btree_bytes(self.copies.len(), COPIES_ENTRY_BYTES);
+        let own = self.own.as_ref().map_or(0, |own| own.growth_bytes_max(blocks));
+        // A table grows by half, more than once when many blocks come.
+        let beside = if self.groups.is_empty() { 0 } else { blocks * 96 };
+        let runs = if self.runs.len() < self.runs.capacity() { 0 } else { self.runs_next() };
+        self.hashes.growth_bytes()
             + groups.unwrap_or(0)
-            + 2 * btree_bytes(1, size_of::<((u64, u8), u32)>())
+            + beside
+            + speculations
+            + own
+            + copies
+            + (runs + blocks / 128 + 2) * 4
     }
 
     /// Whether a second group has been seen.
@@ -175,7 +217,7 @@ impl Endpoint {
 
     /// Where an event of this group belongs. `kind` is what an event with content says; one
     /// without content, or a removal, goes where its group went before.
-    pub fn route(&mut self, group: Option<u32>, kind: Option<GroupKind>) -> Route {
+    pub fn route(&mut self, tree: &Tree, group: Option<u32>, kind: Option<GroupKind>) -> Route {
         let Some(id) = group else {
             return match kind {
                 None | Some(GroupKind::Full) => Route::Indexed,
@@ -193,7 +235,7 @@ impl Endpoint {
             (None, Some(_)) if self.groups.len() == GROUPS_MAX => {
                 return Route::Skip(SkipReason::TooManyGroups);
             }
-            (None, Some(kind)) => self.learn(id, kind),
+            (None, Some(kind)) => self.learn(tree, id, kind),
         };
         match self.groups[at].kind {
             GroupKind::NotIndexable => Route::Skip(SkipReason::NotIndexable),
@@ -202,106 +244,260 @@ impl Endpoint {
         }
     }
 
-    fn learn(&mut self, id: u32, kind: GroupKind) -> usize {
+    fn learn(&mut self, tree: &Tree, id: u32, kind: GroupKind) -> usize {
         self.groups.push(Group { id, kind, members: Table::new() });
         if kind == GroupKind::Full && self.indexed_group.is_none() {
             self.indexed_group = Some(id);
         }
         if self.groups.len() == 2 {
-            for (hash, named) in self.names.iter() {
-                self.hashes.insert(named.key, HashOf { hash, known: true });
+            for (hash, _) in self.names(tree) {
+                let Some((_, key)) = self.place_of(tree, EngineHash(hash)) else { continue };
+                self.hashes.insert(key.0, HashOf { hash, known: true });
             }
         }
         self.groups.len() - 1
     }
 
-    pub fn key_of(&self, hash: EngineHash) -> Option<BlockKey> {
-        self.names.get(hash.0).map(|named| BlockKey(named.key))
-    }
-
-    pub fn has(&self, hash: EngineHash, tier: Tier) -> bool {
-        self.names.get(hash.0).is_some_and(|named| named.tiers & Holder::tier(tier) != 0)
-    }
-
-    /// One more copy of a block; whether it is the first of this engine hash in this tier.
-    pub fn add(
-        &mut self,
-        blocks: &mut Blocks,
-        hash: EngineHash,
-        key: BlockKey,
-        tier: Tier,
-    ) -> bool {
-        let bit = Holder::tier(tier);
-        let mut named = match self.names.get(hash.0) {
-            Some(named) if named.key == key.0 => *named,
-            Some(_) => {
-                // The engine gave the name to other content: what it named before is gone.
-                self.forget(blocks, hash);
-                Named { key: key.0, ..Named::EMPTY }
+    /// The block of an engine hash and its key, if the endpoint holds it.
+    pub fn place_of(&self, tree: &Tree, hash: EngineHash) -> Option<(Place, BlockKey)> {
+        match &self.own {
+            Some(own) => own.names.get(hash.0).map(|named| (named.place, named.key)),
+            None => {
+                let place = tree.place_of(hash.0)?;
+                let is_held = tree.set(place).of(self.slot) & Plane::TIERS != 0;
+                is_held.then(|| (place, tree.key_of(place, hash.0)))
             }
-            None => Named { key: key.0, ..Named::EMPTY },
-        };
+        }
+    }
+
+    pub fn has(&self, tree: &Tree, hash: EngineHash, tier: Tier) -> bool {
+        let bit = 1 << Plane::tier(tier);
+        match &self.own {
+            Some(own) => own.names.get(hash.0).is_some_and(|named| named.tiers & bit != 0),
+            None => {
+                let place = tree.place_of(hash.0);
+                place.is_some_and(|place| tree.set(place).of(self.slot) & bit != 0)
+            }
+        }
+    }
+
+    fn hold(&self, tier: Tier) -> Hold {
+        Hold { slot: self.slot, plane: Plane::tier(tier) }
+    }
+
+    /// One more copy of each block of a part, whose names are known to all; how many were the
+    /// first of their tier here, and whether a request was expected to fill one.
+    pub fn add(&mut self, tree: &mut Tree, part: Part, names: &[u64], tier: Tier) -> (usize, bool) {
+        let mut first = part.span.len();
+        let mut awaited = false;
+        let bit = 1 << Plane::tier(tier);
+        if part.is_new {
+            self.resident += first;
+        } else {
+            let Endpoint { copies, resident, .. } = self;
+            let from = part.span.from;
+            let hold = Hold { slot: self.slot, plane: Plane::tier(tier) };
+            tree.add(part.span, hold, |range, planes| {
+                awaited |= planes & 1 << Plane::SPECULATIVE != 0;
+                *resident += if planes & Plane::TIERS == 0 { range.len() } else { 0 };
+                if planes & bit != 0 {
+                    first -= range.len();
+                    for at in range {
+                        let name = names[usize::from(at - from)];
+                        *copies.entry((name, bit)).or_insert(0) += 1;
+                    }
+                }
+            });
+        }
+        self.by_tier[tier.index()] += first as u32;
+        self.enter(tree, part.span.run);
+        self.note_hashes(tree, part.span, names);
+        (first, awaited)
+    }
+
+    /// One more copy of a block under a name of its own; whether it is the first of this name in
+    /// this tier. `is_new`: nobody held the block before.
+    pub fn add_own(
+        &mut self,
+        tree: &mut Tree,
+        block: OwnBlock,
+        tier: Tier,
+        is_new: bool,
+    ) -> (bool, bool) {
+        let OwnBlock { hash, key, place } = block;
+        let bit = 1 << Plane::tier(tier);
+        let known = self.own.as_ref().and_then(|own| own.names.get(hash.0)).copied();
+        if known.is_some_and(|known| known.place != place) {
+            // The engine gave the name to other content: what it named before is gone.
+            self.forget(tree, hash);
+        }
+        let mut named = known.filter(|known| known.place == place).unwrap_or(Named::EMPTY);
         if named.tiers & bit != 0 {
             *self.copies.entry((hash.0, bit)).or_insert(0) += 1;
-            return false;
+            let planes = tree.set(place).of(self.slot);
+            return (false, planes & 1 << Plane::SPECULATIVE != 0);
         }
-        self.stamp = self.stamp.wrapping_add(1);
-        named.stamp = self.stamp;
-        named.tiers |= bit;
-        self.names.insert(hash.0, named);
+        let (mut is_alias, mut awaited) = (false, false);
+        if !is_new {
+            tree.add(Span::of(place), self.hold(tier), |_, planes| {
+                is_alias = planes & bit != 0;
+                awaited = planes & 1 << Plane::SPECULATIVE != 0;
+            });
+        }
+        self.resident += usize::from(named.tiers == 0);
         self.by_tier[tier.index()] += 1;
-        if !blocks.set(key.0, self.slot, bit) {
-            *self.aliases.entry((key.0, bit)).or_insert(0) += 1;
+        named = Named { key, place, tiers: named.tiers | bit };
+        if let Some(own) = &mut self.own {
+            own.names.insert(hash.0, named);
+            if is_alias {
+                *own.aliases.entry((place, bit)).or_insert(0) += 1;
+            }
         }
+        self.enter(tree, place.run);
         if self.is_hybrid() {
             self.hashes.insert(key.0, HashOf { hash: hash.0, known: true });
         }
-        true
+        (true, awaited)
+    }
+
+    fn note_hashes(&mut self, tree: &Tree, span: Span, names: &[u64]) {
+        if self.is_hybrid() {
+            for (at, &hash) in names.iter().enumerate() {
+                let key = tree.key_of(span.place(at), hash);
+                self.hashes.insert(key.0, HashOf { hash, known: true });
+            }
+        }
+    }
+
+    /// It holds something of a run from now on.
+    fn enter(&mut self, tree: &Tree, run: u32) {
+        if self.runs.last() == Some(&run) {
+            return;
+        }
+        if self.runs.len() == self.runs.capacity() {
+            if self.runs.len() > 2 * self.runs_left + 64 {
+                self.look_through_runs(tree);
+            }
+            let more = self.runs_next() - self.runs.len();
+            self.runs.reserve_exact(more);
+        }
+        self.runs.push(run);
+    }
+
+    fn runs_next(&self) -> usize {
+        self.runs.len() + self.runs.len() / 4 + 8
+    }
+
+    /// Leaves each run once, and of those only the ones that it holds something of.
+    fn look_through_runs(&mut self, tree: &Tree) {
+        let slot = self.slot;
+        let mut seen = BTreeSet::new();
+        let holds = |run: u32| {
+            let steps = tree.runs.span(run).to;
+            let mut steps = (steps > 0).then(|| tree.runs.get(run).steps()).into_iter().flatten();
+            steps.any(|step| tree.sets.get(step.set).of(slot) & Plane::TIERS != 0)
+        };
+        self.runs.retain(|&run| holds(run) && seen.insert(run));
+        self.runs.shrink_to(self.runs.len() + 8);
+        self.runs_left = self.runs.len();
     }
 
     /// One copy less; whether there was one.
-    pub fn remove(&mut self, blocks: &mut Blocks, hash: EngineHash, tier: Tier) -> bool {
-        let bit = Holder::tier(tier);
-        if !self.has(hash, tier) {
-            return false;
-        }
-        if take_one(&mut self.copies, (hash.0, bit)) {
+    pub fn remove(&mut self, tree: &mut Tree, hash: EngineHash, tier: Tier) -> bool {
+        let bit = 1 << Plane::tier(tier);
+        if self.own.is_some() {
+            if !self.has(tree, hash, tier) {
+                return false;
+            }
+            if !take_one(&mut self.copies, (hash.0, bit)) {
+                self.drop_tier(tree, hash.0, bit);
+            }
             return true;
         }
-        self.drop_tier(blocks, hash.0, bit);
+        let Some(place) = tree.names.get(hash.0) else { return false };
+        let planes = tree.set(place).of(self.slot);
+        if planes & bit == 0 {
+            return false;
+        }
+        if !self.copies.is_empty() && take_one(&mut self.copies, (hash.0, bit)) {
+            return true;
+        }
+        self.by_tier[tier.index()] -= 1;
+        if planes & Plane::TIERS == bit {
+            self.resident -= 1;
+            let key = tree.key_of(place, hash.0);
+            self.removals.note(key.0);
+            self.forget_hash(key.0, hash.0);
+        }
+        tree.unhold_named(hash.0, place, self.hold(tier));
         true
     }
 
-    /// All copies of an engine hash in one tier are gone.
-    fn drop_tier(&mut self, blocks: &mut Blocks, hash: u64, bit: u8) {
-        let Some(named) = self.names.get_mut(hash) else { return };
-        let key = named.key;
-        if named.tiers == bit {
-            self.removals.note(key);
-            self.names.remove(hash);
-            if self.hashes.get(key).is_some_and(|of| of.hash == hash) {
-                self.hashes.remove(key);
-            }
-        } else {
-            named.tiers &= !bit;
-        }
-        self.by_tier[bit.trailing_zeros() as usize] -= 1;
-        if !take_one(&mut self.aliases, (key, bit)) {
-            blocks.unset(key, self.slot, bit);
+    fn forget_hash(&mut self, key: u64, hash: u64) {
+        if self.hashes.get(key).is_some_and(|of| of.hash == hash) {
+            self.hashes.remove(key);
         }
     }
 
-    /// Drops an engine hash from all tiers and groups.
-    pub fn forget(&mut self, blocks: &mut Blocks, hash: EngineHash) {
-        let tiers = self.names.get(hash.0).map_or(0, |named| named.tiers);
-        for bit in Tier::ALL.map(Holder::tier) {
-            if tiers & bit != 0 {
-                self.copies.remove(&(hash.0, bit));
-                self.drop_tier(blocks, hash.0, bit);
-            }
+    /// All copies under a name of its own are gone from one tier.
+    fn drop_tier(&mut self, tree: &mut Tree, hash: u64, bit: u8) {
+        let Some(own) = &mut self.own else { return };
+        let Some(named) = own.names.get_mut(hash) else { return };
+        let Named { key, place, tiers } = *named;
+        let is_last = tiers == bit;
+        match is_last {
+            true => drop(own.names.remove(hash)),
+            false => named.tiers &= !bit,
+        }
+        let is_alias = take_one(&mut own.aliases, (place, bit));
+        self.by_tier[bit.trailing_zeros() as usize] -= 1;
+        if is_last {
+            self.resident -= 1;
+            self.removals.note(key.0);
+            self.forget_hash(key.0, hash);
+        }
+        if !is_alias {
+            tree.unhold(Span::of(place), self.slot, bit, |_, _| ());
+        }
+    }
+
+    /// Drops a name of its own from all tiers and groups.
+    fn forget(&mut self, tree: &mut Tree, hash: EngineHash) {
+        let named = self.own.as_ref().and_then(|own| own.names.get(hash.0));
+        let tiers = named.map_or(0, |named| named.tiers);
+        for bit in (0..4).map(|tier| 1 << tier).filter(|bit| tiers & bit != 0) {
+            self.copies.remove(&(hash.0, bit));
+            self.drop_tier(tree, hash.0, bit);
         }
         for group in &mut self.groups {
             group.members.remove(hash.0);
+        }
+    }
+
+    /// From now on it has names of its own, but those of new blocks are still to come. Cost: all
+    /// names.
+    pub fn own_names(&mut self, tree: &mut Tree, new: &[Part]) {
+        let mut names = Table::new();
+        let is_new = |place: Place| new.iter().any(|part| part.is_new && part.span.has(place));
+        for (hash, place) in self.names(tree).into_iter().filter(|(_, place)| !is_new(*place)) {
+            let tiers = tree.set(place).of(self.slot) & Plane::TIERS;
+            names.insert(hash, Named { key: tree.key_of(place, hash), place, tiers });
+        }
+        self.resident = names.len();
+        self.own = Some(Box::new(Own { names, aliases: BTreeMap::new() }));
+        tree.share(self.slot, false);
+        tree.sweep(|_, _| true);
+    }
+
+    /// Names and places of the blocks that it holds, in no order that means anything. Cost: all
+    /// names of all endpoints that share them.
+    fn names(&self, tree: &Tree) -> Vec<(u64, Place)> {
+        match &self.own {
+            Some(own) => own.names.iter().map(|(hash, named)| (hash, named.place)).collect(),
+            None => {
+                let holds = |place| tree.set(place).of(self.slot) & Plane::TIERS != 0;
+                tree.names.iter().filter(|(_, place)| holds(*place)).collect()
+            }
         }
     }
 
@@ -337,42 +533,113 @@ impl Endpoint {
         self.groups[at].members = Table::new();
     }
 
-    /// Forgets what the engine reported, groups included: a restarted engine may have others.
-    pub fn clear(&mut self, blocks: &mut Blocks) {
-        for (_, named) in std::mem::replace(&mut self.names, Table::new()).iter() {
-            blocks.unset(named.key, self.slot, named.tiers);
+    /// Blocks of a kept state are held, called by their keys.
+    pub fn restored(&mut self, tree: &mut Tree, part: Part, tier: Tier, had: u8, key: BlockKey) {
+        if had & 1 << Plane::tier(tier) == 0 {
+            self.by_tier[tier.index()] += 1;
+            self.resident += usize::from(had & Plane::TIERS == 0);
         }
-        self.removals.note_all();
-        self.copies.clear();
-        self.aliases.clear();
-        self.hashes = Table::new();
+        self.enter(tree, part.span.run);
+        if self.is_hybrid() {
+            self.hashes.insert(key.0, HashOf { hash: key.0, known: true });
+        }
+    }
+
+    /// Forgets what the engine reported, groups included: a restarted engine may have others.
+    pub fn clear(&mut self, tree: &mut Tree) {
+        self.forget_blocks(tree);
         self.groups = Vec::new();
         self.indexed_group = None;
-        self.by_tier = [0; 4];
         self.pending.clear();
     }
 
-    /// Forgets about `count` of the blocks that were stored first; how many it were.
-    pub fn evict_oldest(&mut self, blocks: &mut Blocks, count: usize) -> usize {
-        let mut ages: Vec<u32> =
-            self.names.iter().map(|(_, named)| self.stamp.wrapping_sub(named.stamp)).collect();
-        if ages.is_empty() {
-            return 0;
+    /// Forgets the blocks of the indexed group.
+    pub fn forget_blocks(&mut self, tree: &mut Tree) {
+        for run in std::mem::take(&mut self.runs) {
+            tree.unhold(tree.runs.span(run), self.slot, Plane::TIERS, |_, _| ());
         }
-        let youngest_out = ages.len() - count.clamp(1, ages.len());
-        let (_, &mut age_min, _) = ages.select_nth_unstable(youngest_out);
-        drop(ages);
-        let old = |named: &Named| self.stamp.wrapping_sub(named.stamp) >= age_min;
-        let out: Vec<u64> =
-            self.names.iter().filter(|(_, named)| old(named)).map(|(hash, _)| hash).collect();
-        out.iter().for_each(|&hash| self.forget(blocks, EngineHash(hash)));
+        self.runs_left = 0;
+        self.resident = 0;
+        self.own = None;
+        tree.share(self.slot, true);
+        self.removals.note_all();
+        self.copies.clear();
+        self.hashes = Table::new();
+        self.by_tier = [0; 4];
+        self.compared = 0;
+    }
+
+    /// Forgets at least `count` of the blocks whose runs it holds longest, whole runs; how many it
+    /// were.
+    pub fn evict_oldest(&mut self, tree: &mut Tree, count: usize) -> usize {
+        self.look_through_runs(tree);
+        let mut out = 0;
+        let mut gone = BTreeSet::new();
+        let mut named = Vec::new();
+        if self.own.is_some() || self.is_hybrid() || !self.copies.is_empty() {
+            named = self.names(tree);
+        }
+        let mut runs = self.runs.iter().copied();
+        while out < count
+            && let Some(run) = runs.next()
+        {
+            let by_tier = &mut self.by_tier;
+            tree.unhold(tree.runs.span(run), self.slot, Plane::TIERS, |range, planes| {
+                out += range.len();
+                for (tier, blocks) in by_tier.iter_mut().enumerate() {
+                    *blocks -= if planes & 1 << tier != 0 { range.len() as u32 } else { 0 };
+                }
+            });
+            gone.insert(run);
+        }
+        let left = runs.len();
+        self.runs.drain(..self.runs.len() - left);
+        self.runs_left = left;
+        self.removals.note_all();
+        named.retain(|(_, place)| gone.contains(&place.run));
+        self.forget_evicted(&named, out);
         self.trim(2);
-        out.len()
+        out
+    }
+
+    /// What else is known of blocks that were evicted.
+    fn forget_evicted(&mut self, named: &[(u64, Place)], blocks: usize) {
+        let mut names_gone = blocks;
+        if let Some(own) = &mut self.own {
+            names_gone = named.len();
+            for (hash, place) in named {
+                let tiers = own.names.remove(*hash).map_or(0, |named| named.tiers);
+                for bit in (0..4).map(|tier| 1 << tier).filter(|bit| tiers & bit != 0) {
+                    // Counted by block before, each name of it counts.
+                    if own.aliases.contains_key(&(*place, bit)) {
+                        take_one(&mut own.aliases, (*place, bit));
+                        self.by_tier[bit.trailing_zeros() as usize] -= 1;
+                    }
+                }
+            }
+        }
+        self.resident -= names_gone;
+        for (hash, _) in named {
+            for bit in (0..4).map(|tier| 1u8 << tier) {
+                self.copies.remove(&(*hash, bit));
+            }
+            for group in &mut self.groups {
+                group.members.remove(*hash);
+            }
+        }
+        let gone: BTreeSet<u64> = named.iter().map(|(hash, _)| *hash).collect();
+        let keys = self.hashes.iter().filter(|(_, of)| gone.contains(&of.hash));
+        let keys: Vec<u64> = keys.map(|(key, _)| key).collect();
+        for key in keys {
+            self.hashes.remove(key);
+        }
     }
 
     /// Gives memory back when less than `1 / part` is used.
     pub fn trim(&mut self, part: usize) {
-        self.names.trim(part);
+        if let Some(own) = &mut self.own {
+            own.names.trim(part);
+        }
         self.hashes.trim(part);
         self.groups.iter_mut().for_each(|group| group.members.trim(part));
     }
@@ -382,21 +649,20 @@ impl Endpoint {
     ///
     /// A sliding window of `w` tokens needs the last `ceil((w - 1) / block_size)` blocks before
     /// the boundary, a state space group the last one, a second full group all of them.
-    pub fn boundary(&self, keys: &[BlockKey], assumed: impl Fn(BlockKey) -> bool) -> usize {
-        let present = |group: &Group, key: &BlockKey| {
-            let hash = self.hashes.get(key.0);
-            hash.is_some_and(|of| group.members.get(of.hash).is_some()) || assumed(*key)
+    pub fn boundary(&self, keys: &[BlockKey], assumed: impl Fn(usize) -> bool) -> usize {
+        let present = |group: &Group, at: usize| {
+            let hash = self.hashes.get(keys[at].0);
+            hash.is_some_and(|of| group.members.get(of.hash).is_some()) || assumed(at)
         };
         let mut boundary = keys.len();
         for group in self.others().filter(|group| group.kind == GroupKind::Full) {
-            let missing = keys[..boundary].iter().position(|key| !present(group, key));
+            let missing = (0..boundary).find(|&at| !present(group, at));
             boundary = missing.unwrap_or(boundary);
         }
         while boundary > 0 {
             let missing = self.others().filter_map(|group| {
                 let from = boundary - self.needed(group.kind).min(boundary);
-                let missing = keys[from..boundary].iter().rposition(|key| !present(group, key));
-                missing.map(|i| from + i)
+                (from..boundary).rfind(|&at| !present(group, at))
             });
             match missing.min() {
                 // Every boundary between the missing block and this one needs it as well.
@@ -423,9 +689,21 @@ impl Endpoint {
         }
     }
 
-    /// Key and tiers of every engine hash, in no order that means anything.
-    pub fn names(&self) -> impl Iterator<Item = (u64, u8)> + Clone + '_ {
-        self.names.iter().map(|(_, named)| (named.key, named.tiers))
+    /// Key and tiers of every block, in the order of runs. Cost: its blocks; all names where these
+    /// are the keys.
+    pub fn blocks(&self, tree: &Tree) -> Vec<(u64, u8)> {
+        let mut blocks = BTreeMap::new();
+        let tiers = |place| tree.set(place).of(self.slot) & Plane::TIERS;
+        for &run in self.runs.iter().filter(|run| tree.runs.span(**run).to > 0) {
+            for (at, key) in tree.keys(run).iter().enumerate() {
+                let place = Place { run, at: at as u8 };
+                blocks.insert(place, (key.0, tiers(place)));
+            }
+        }
+        if blocks.is_empty() {
+            blocks.extend(tree.names.iter().map(|(key, place)| (place, (key, tiers(place)))));
+        }
+        blocks.into_values().filter(|(_, tiers)| *tiers != 0).collect()
     }
 
     /// Whether one of the groups is the indexed one.
@@ -460,21 +738,37 @@ impl Endpoint {
     }
 
     /// Engine hashes with their copies per tier, sorted.
-    pub fn copies_by_hash(&self) -> BTreeMap<(u64, u8), u32> {
+    pub fn copies_by_hash(&self, tree: &Tree) -> BTreeMap<(u64, u8), u32> {
         let mut all = BTreeMap::new();
-        for (hash, named) in self.names.iter() {
-            for bit in Tier::ALL.map(Holder::tier) {
-                if named.tiers & bit != 0 {
-                    let extra = self.copies.get(&(hash, bit)).copied().unwrap_or(0);
-                    all.insert((hash, bit), 1 + extra);
-                }
+        for (hash, place) in self.names(tree) {
+            let tiers = match &self.own {
+                Some(own) => own.names.get(hash).map_or(0, |named| named.tiers),
+                None => tree.set(place).of(self.slot) & Plane::TIERS,
+            };
+            for bit in (0..4).map(|tier| 1 << tier).filter(|bit| tiers & bit != 0) {
+                let extra = self.copies.get(&(hash, bit)).copied().unwrap_or(0);
+                all.insert((hash, bit), 1 + extra);
             }
         }
         all
     }
 }
 
-fn take_one(counts: &mut BTreeMap<(u64, u8), u32>, of: (u64, u8)) -> bool {
+impl Own {
+    fn bytes(&self) -> usize {
+        size_of::<Own>()
+            + self.names.bytes()
+            + btree_bytes(self.aliases.len(), size_of::<((Place, u8), u32)>())
+    }
+
+    fn growth_bytes_max(&self, blocks: usize) -> usize {
+        self.names.growth_bytes() + blocks * (48 + 2 * size_of::<((Place, u8), u32)>() + 32) + 512
+    }
+}
+
+const COPIES_ENTRY_BYTES: usize = size_of::<((u64, u8), u32)>();
+
+fn take_one<K: Ord>(counts: &mut BTreeMap<K, u32>, of: K) -> bool {
     let Some(count) = counts.get_mut(&of) else { return false };
     *count -= 1;
     if *count == 0 {

@@ -2,7 +2,7 @@
 
 use super::Index;
 use super::endpoint::Endpoint;
-use super::holders::Holder;
+use super::sets::{EMPTY, Plane, Set, SetId};
 use crate::EndpointId;
 use crate::blocks::{BlockKey, Chain};
 
@@ -52,138 +52,316 @@ pub struct Hit {
     pub any: u32,
 }
 
+/// How far a chain reaches on one endpoint, each way of holding for itself.
 #[derive(Clone, Copy, Debug, Default)]
 struct Row {
+    /// Number of the lookup that it is of.
+    serial: u32,
     generation: u32,
-    touched: bool,
-    hit: Hit,
+    reach: [u32; WAYS.len()],
 }
 
-/// The hits of one lookup, dense by slot. Reuse it: it allocates only when a larger slot than ever
-/// before is hit.
+/// Ways to hold a block that reach for themselves, as planes: resident, expected, recorded, any.
+const WAYS: [u8; 4] = [
+    Plane::TIERS,
+    Plane::TIERS | 1 << Plane::SPECULATIVE,
+    1 << Plane::HISTORY,
+    Plane::TIERS | 1 << Plane::SPECULATIVE | 1 << Plane::HISTORY,
+];
+
+/// What tiers a hit is in, where that is not all in the first.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tiers {
+    by_tier: [u32; 4],
+    resident_weighted: f64,
+    expected_weighted: f64,
+}
+
+/// Blocks of the chain up to `end` are held by `set`.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    end: u32,
+    set: SetId,
+}
+
+/// The hits of one lookup, dense by slot. Reuse it: it allocates only when a larger slot, or a path
+/// through more runs, than ever before is hit.
 #[derive(Clone, Debug, Default)]
 pub struct Hits {
+    serial: u32,
     rows: Vec<Row>,
-    touched: Vec<u16>,
+    /// By slot, if the first tier is not the only one.
+    tiers: Vec<Tiers>,
+    /// Hits that more than their own blocks decide.
+    narrowed: Vec<(EndpointId, Hit)>,
+    path: Vec<Stretch>,
+    /// Weight of a block in the first tier.
+    weight: f64,
+    in_tiers: bool,
 }
 
 impl Hits {
     /// No hits.
     pub fn new() -> Hits {
-        Hits::default()
+        Hits { serial: 1, ..Hits::default() }
     }
 
     /// The hit of an endpoint; all zero when its first block is not there.
     pub fn get(&self, id: EndpointId) -> Hit {
-        match self.rows.get(usize::from(id.slot)) {
-            Some(row) if row.touched && row.generation == id.generation => row.hit,
-            _ => Hit::default(),
+        let slot = usize::from(id.slot);
+        let Some(row) = self.rows.get(slot) else { return Hit::default() };
+        if row.serial != self.serial || row.generation != id.generation {
+            return Hit::default();
         }
+        if let Some((_, hit)) = self.narrowed.iter().find(|(narrowed, _)| *narrowed == id) {
+            return *hit;
+        }
+        let [resident, expected, history, any] = row.reach;
+        let tiers = match self.tiers.get(slot).filter(|_| self.in_tiers) {
+            Some(tiers) => *tiers,
+            None => Tiers {
+                by_tier: [resident, 0, 0, 0],
+                resident_weighted: f64::from(resident) * self.weight,
+                expected_weighted: f64::from(resident) * self.weight
+                    + f64::from(expected - resident),
+            },
+        };
+        let Tiers { by_tier, resident_weighted, expected_weighted } = tiers;
+        Hit { resident, resident_weighted, by_tier, expected, expected_weighted, history, any }
     }
 
     /// Forgets all hits, keeps the memory. A lookup begins with it.
     pub fn reset(&mut self) {
-        for slot in self.touched.drain(..) {
-            self.rows[usize::from(slot)] = Row::default();
+        self.serial = self.serial.wrapping_add(1);
+        if self.serial == 0 {
+            self.rows.clear();
+            self.serial = 1;
         }
-    }
-
-    fn touch(&mut self, slot: u16, generation: u32) {
-        if self.rows.len() <= usize::from(slot) {
-            self.rows.resize(usize::from(slot) + 1, Row::default());
-        }
-        let row = &mut self.rows[usize::from(slot)];
-        *row = Row { generation, touched: true, hit: Hit::default() };
-        self.touched.push(slot);
-    }
-}
-
-impl Hit {
-    /// Takes block `at` of the chain into account; whether any count went on.
-    fn advance(&mut self, at: u32, holder: Holder, weights: &[f64; 16]) -> bool {
-        if self.any != at {
-            return false;
-        }
-        self.any = at + 1;
-        let tiers = holder.bits & Holder::TIERS;
-        let weight = weights[usize::from(tiers)];
-        for (tier, count) in self.by_tier.iter_mut().enumerate() {
-            *count += u32::from(tiers & 1 << tier != 0 && *count == at);
-        }
-        if tiers != 0 && self.resident == at {
-            self.resident = at + 1;
-            self.resident_weighted += weight;
-        }
-        if (tiers != 0 || holder.speculations > 0) && self.expected == at {
-            self.expected = at + 1;
-            self.expected_weighted += if tiers != 0 { weight } else { 1.0 };
-        }
-        self.history += u32::from(holder.bits & Holder::HISTORY != 0 && self.history == at);
-        true
+        self.narrowed.clear();
+        self.path.clear();
+        self.in_tiers = false;
     }
 }
 
 impl Index {
-    /// Finds how far a chain reaches on every endpoint. Cost: blocks of the longest hit times
-    /// holders of each; nothing is allocated per endpoint or per call. What `hits` held before is
-    /// forgotten.
+    /// Finds how far a chain reaches on every endpoint. Cost: runs that the chain goes through,
+    /// and holders of its first block; nothing is allocated per endpoint or per call. What `hits`
+    /// held before is forgotten.
     pub fn lookup(&self, chain: &Chain, weights: &TierWeights, hits: &mut Hits) {
+        self.lookup_keys(&chain.keys, weights, hits);
+        if self.hybrids > 0 {
+            let weights = weights.by_set();
+            for endpoint in self.slots.iter().flatten().filter(|endpoint| endpoint.is_hybrid()) {
+                let id = EndpointId { slot: endpoint.slot, generation: endpoint.generation };
+                let hit = hits.get(id);
+                if hit.any > 0 {
+                    let hit = self.narrow(endpoint, chain, &weights, hit, &hits.path);
+                    hits.narrowed.push((id, hit));
+                }
+            }
+        }
+    }
+
+    /// The same for keys alone, as if every endpoint had one KV cache group.
+    pub fn lookup_keys(&self, keys: &[BlockKey], weights: &TierWeights, hits: &mut Hits) {
         hits.reset();
-        let weights = weights.by_set();
-        for (at, key) in (0u32..).zip(&chain.keys) {
-            let holders = self.blocks.holders(key.0);
-            if at == 0 {
-                for holder in holders {
-                    hits.touch(holder.slot, self.generation(holder.slot));
+        self.walk(keys, &mut hits.path);
+        let Some(first) = hits.path.first() else { return };
+        let planes = hits.path.iter().fold(0, |all, s| all | self.tree.sets.get(s.set).planes);
+        let [gpu, ..] = weights.0;
+        hits.weight = gpu;
+        hits.in_tiers = planes & Plane::TIERS & !1 != 0;
+        let slots = self.tree.sets.get(first.set).width() * 64;
+        if hits.rows.len() < slots {
+            hits.rows.resize(slots, Row::default());
+        }
+        self.touch(hits, first.set);
+        let [tiers, expected, history, any] = WAYS;
+        self.measure(hits, tiers, 0);
+        // A way that adds nothing to another reaches as far.
+        let is_more = |way: u8| planes & way & !Plane::TIERS != 0;
+        if is_more(expected) {
+            self.measure(hits, expected, 1);
+        }
+        if is_more(history) {
+            self.measure(hits, history, 2);
+        }
+        if is_more(history) {
+            self.measure(hits, any, 3);
+        }
+        let has = [true, is_more(expected), is_more(history), is_more(history)];
+        self.copy_reach(hits, has);
+        if hits.in_tiers {
+            self.weigh(hits, &weights.by_set());
+        }
+    }
+
+    /// The sets that hold the chain, as far as anybody does.
+    fn walk(&self, keys: &[BlockKey], path: &mut Vec<Stretch>) {
+        let tree = &self.tree;
+        let mut done = 0;
+        while let Some(&key) = keys.get(done) {
+            let Some(place) = tree.start(key) else { return };
+            let reach = tree.reach(place, &keys[done..]).max(1);
+            let before = done;
+            let end = u16::from(place.at) + reach as u16;
+            for step in tree.runs.get(place.run).steps() {
+                if step.end <= u16::from(place.at) {
+                    continue;
+                }
+                if step.set == EMPTY {
+                    break;
+                }
+                done = before + usize::from(step.end.min(end) - u16::from(place.at));
+                let end = done as u32;
+                match path.last_mut() {
+                    Some(last) if last.set == step.set => last.end = end,
+                    _ => path.push(Stretch { end, set: step.set }),
+                }
+                if done == before + reach {
+                    break;
                 }
             }
-            let mut goes_on = false;
-            for &holder in holders {
-                if let Some(row) = hits.rows.get_mut(usize::from(holder.slot)) {
-                    goes_on |= row.touched && row.hit.advance(at, holder, &weights);
+            // A block that nobody holds ends the walk, unless it lies elsewhere by now.
+            if done == before {
+                return;
+            }
+        }
+    }
+
+    /// Opens the rows of those that hold the first block.
+    fn touch(&self, hits: &mut Hits, first: SetId) {
+        let Hits { rows, serial, .. } = hits;
+        for slot in self.tree.sets.get(first).slots(u8::MAX) {
+            let row = &mut rows[usize::from(slot)];
+            *row = Row { serial: *serial, generation: self.generation(slot), reach: [0; 4] };
+        }
+    }
+
+    /// How far each endpoint that holds the first block in one of these ways holds all.
+    fn measure(&self, hits: &mut Hits, planes: u8, way: usize) {
+        let Hits { rows, path, .. } = hits;
+        let set = |stretch: &Stretch| self.tree.sets.get(stretch.set);
+        let Some(first) = path.first() else { return };
+        let mut write = |word: usize, mut slots: u64, reach: u32| {
+            while slots != 0 {
+                rows[word * 64 + slots.trailing_zeros() as usize].reach[way] = reach;
+                slots &= slots - 1;
+            }
+        };
+        for word in 0..set(first).width() {
+            let mut slots = set(first).union(planes, word);
+            let mut reach = first.end;
+            for stretch in &path[1..] {
+                if slots == 0 {
+                    break;
                 }
+                let stay = slots & set(stretch).union(planes, word);
+                write(word, slots & !stay, reach);
+                slots = stay;
+                reach = stretch.end;
             }
-            if !goes_on {
-                break;
+            write(word, slots, reach);
+        }
+    }
+
+    /// Fills in the ways that were not measured.
+    fn copy_reach(&self, hits: &mut Hits, has: [bool; 4]) {
+        if has == [true; 4] {
+            return;
+        }
+        let Some(first) = hits.path.first() else { return };
+        for slot in self.tree.sets.get(first.set).slots(u8::MAX) {
+            let [resident, expected, _, any] = &mut hits.rows[usize::from(slot)].reach;
+            if !has[1] {
+                *expected = *resident;
+            }
+            if !has[3] {
+                *any = *expected;
             }
         }
-        for &slot in &hits.touched {
-            if let Some(endpoint) = self.slots[usize::from(slot)].as_deref()
-                && endpoint.is_hybrid()
-            {
-                let hit = &mut hits.rows[usize::from(slot)].hit;
-                self.narrow(endpoint, chain, &weights, hit);
-            }
+    }
+
+    /// In which tiers the hits are.
+    fn weigh(&self, hits: &mut Hits, weights: &[f64; 16]) {
+        let Hits { rows, tiers, path, .. } = hits;
+        let Some(first) = path.first() else { return };
+        tiers.resize(rows.len().max(tiers.len()), Tiers::default());
+        for slot in self.tree.sets.get(first.set).slots(u8::MAX) {
+            let [resident, expected, ..] = rows[usize::from(slot)].reach;
+            tiers[usize::from(slot)] = Tiers {
+                by_tier: std::array::from_fn(|tier| {
+                    let holds = |set: &Set| set.of(slot) & 1 << tier != 0;
+                    let left = path.iter().find(|s| !holds(self.tree.sets.get(s.set)));
+                    let end = left.map_or(path.last(), |left| {
+                        path.iter().take_while(|s| s.end < left.end).last()
+                    });
+                    end.map_or(0, |end| end.end)
+                }),
+                resident_weighted: self.sum(path, slot, resident, weights),
+                expected_weighted: self.sum(path, slot, expected, weights),
+            };
         }
+    }
+
+    /// Weight of the first blocks on an endpoint; one that is not resident weighs 1.
+    fn sum(&self, path: &[Stretch], slot: u16, blocks: u32, weights: &[f64; 16]) -> f64 {
+        let (mut start, mut sum) = (0, 0.0);
+        for stretch in path.iter().take_while(|_| blocks > 0) {
+            let weight = match self.tree.sets.get(stretch.set).of(slot) & Plane::TIERS {
+                0 => 1.0,
+                tiers => weights[usize::from(tiers)],
+            };
+            sum += weight * f64::from(stretch.end.min(blocks).saturating_sub(start));
+            start = stretch.end;
+        }
+        sum
     }
 
     fn generation(&self, slot: u16) -> u32 {
-        self.slots[usize::from(slot)].as_deref().map_or(0, |endpoint| endpoint.generation)
+        let endpoint = self.slots.get(usize::from(slot)).and_then(Option::as_deref);
+        endpoint.map_or(0, |endpoint| endpoint.generation)
     }
 
     /// Shortens a hit to where an engine with several groups can go on.
-    fn narrow(&self, endpoint: &Endpoint, chain: &Chain, weights: &[f64; 16], hit: &mut Hit) {
-        let Some(before_last) = chain.tokens.checked_sub(1) else { return };
+    fn narrow(
+        &self,
+        endpoint: &Endpoint,
+        chain: &Chain,
+        weights: &[f64; 16],
+        mut hit: Hit,
+        path: &[Stretch],
+    ) -> Hit {
+        let Some(before_last) = chain.tokens.checked_sub(1) else { return hit };
         let reusable = before_last / chain.spec.block_size.max(1);
         let slot = endpoint.slot;
-        let holder = |key: &BlockKey| self.blocks.holder(key.0, slot);
-        let weigh = |holder: Holder| match holder.bits & Holder::TIERS {
-            0 => 1.0,
-            tiers => weights[usize::from(tiers)],
-        };
-        let sum = |keys: &[BlockKey]| keys.iter().map(|key| weigh(holder(key))).sum();
 
         let resident = &chain.keys[..hit.resident.min(reusable) as usize];
-        let resident = &resident[..endpoint.boundary(resident, |_| false)];
-        hit.resident = resident.len() as u32;
-        hit.resident_weighted = sum(resident);
+        hit.resident = endpoint.boundary(resident, |_| false) as u32;
+        hit.resident_weighted = self.sum(path, slot, hit.resident, weights);
         hit.by_tier.iter_mut().for_each(|count| *count = (*count).min(hit.resident));
 
         // A request on its way will leave the other groups' blocks as well.
         let expected = &chain.keys[..hit.expected.min(reusable) as usize];
-        let speculated = |key: BlockKey| holder(&key).speculations > 0;
-        let expected = &expected[..endpoint.boundary(expected, speculated)];
-        hit.expected = expected.len() as u32;
-        hit.expected_weighted = sum(expected);
+        let speculated = |at: usize| {
+            let stretch = path.iter().find(|stretch| at < stretch.end as usize);
+            let planes = stretch.map_or(0, |s| self.tree.sets.get(s.set).of(slot));
+            planes & 1 << Plane::SPECULATIVE != 0
+        };
+        hit.expected = endpoint.boundary(expected, speculated) as u32;
+        hit.expected_weighted = self.sum(path, slot, hit.expected, weights);
+        hit
+    }
+
+    /// Tells of each block of a chain who holds it, as far as anybody does.
+    pub(super) fn find(&self, keys: &[BlockKey], each: &mut dyn FnMut(BlockKey, &Set)) {
+        let mut path = Vec::new();
+        self.walk(keys, &mut path);
+        let mut start = 0;
+        for stretch in path {
+            let set = self.tree.sets.get(stretch.set);
+            keys[start..stretch.end as usize].iter().for_each(|key| each(*key, set));
+            start = stretch.end as usize;
+        }
     }
 }

@@ -3,12 +3,16 @@
 //! Lookups ask by key only, so an engine's own names are left out: a restored endpoint calls each
 //! block by its key. What only later events need (copies, ages, waiting blocks) is left out too.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::Index;
 use super::endpoint::Endpoint;
-use super::holders::{Blocks, Holder};
+use super::runs::{Place, Span};
+use super::sets::Plane;
 use super::speculations::Speculation;
+use super::tree::{Hold, Naming, Part, Tree};
 use crate::blocks::BlockKey;
 use crate::event::{GroupKind, Tier};
 use crate::{EndpointId, Time};
@@ -71,12 +75,13 @@ struct ByTiers([Vec<BlockKey>; 16]);
 
 impl ByTiers {
     fn push(&mut self, tiers: u8, key: u64) {
-        self.0[usize::from(tiers & Holder::TIERS)].push(BlockKey(key));
+        self.0[usize::from(tiers & Plane::TIERS)].push(BlockKey(key));
     }
 
     fn into_states(self) -> Vec<ResidentState> {
         let lists = (0u8..).zip(self.0).filter(|(tiers, keys)| *tiers > 0 && !keys.is_empty());
-        let tiers_of = |set: u8| Tier::ALL.into_iter().filter(move |t| set & Holder::tier(*t) != 0);
+        let tiers_of =
+            |set: u8| Tier::ALL.into_iter().filter(move |t| set & 1 << Plane::tier(*t) != 0);
         lists.map(|(set, keys)| ResidentState { tiers: tiers_of(set).collect(), keys }).collect()
     }
 }
@@ -96,16 +101,19 @@ impl Index {
     pub(crate) fn state(&self, id: EndpointId) -> BlocksState {
         let Some(endpoint) = self.endpoint(id) else { return BlocksState::default() };
         let mut resident = ByTiers::default();
-        endpoint.names().for_each(|(key, tiers)| resident.push(tiers, key));
+        let blocks = endpoint.blocks(&self.tree);
+        blocks.iter().for_each(|(key, tiers)| resident.push(*tiers, *key));
+        let keys = self.keys();
         let speculations = endpoint.speculations.iter();
         let expected = speculations.filter_map(|id| self.speculations.get(*id)).map(|made| {
-            ExpectedState { until: made.until, keys: keys_of(made.keys.iter().copied()) }
+            let spans = made.spans.iter().flat_map(|span| keys.of(*span));
+            ExpectedState { until: made.until, keys: spans.collect() }
         });
         BlocksState {
             resident: resident.into_states(),
-            groups: endpoint.group_states(endpoint.names().map(|(key, _)| key)),
+            groups: endpoint.group_states(blocks.iter().map(|(key, _)| *key)),
             expected: expected.collect(),
-            history: keys_of(endpoint.history.oldest_first()),
+            history: endpoint.history.oldest_first().flat_map(|s| keys.of(s).rev()).collect(),
             ..shape_of(endpoint)
         }
     }
@@ -124,23 +132,22 @@ impl Index {
             place_of[usize::from(id.slot)] = Some(at);
         }
         for chain in chains {
-            for key in *chain {
-                let holders = self.blocks.holders(key.0);
-                if holders.is_empty() {
-                    break;
-                }
-                for holder in holders {
-                    let place = place_of.get(usize::from(holder.slot)).copied().flatten();
+            self.find(chain, &mut |key, set| {
+                for slot in set.slots(u8::MAX) {
+                    let place = place_of.get(usize::from(slot)).copied().flatten();
                     let Some(at) = place else { continue };
-                    resident[at].push(holder.bits, key.0);
-                    if holder.bits & Holder::HISTORY != 0 {
-                        states[at].history.push(*key);
+                    let planes = set.of(slot);
+                    if planes & Plane::TIERS != 0 {
+                        resident[at].push(planes, key.0);
                     }
-                    if holder.speculations > 0 {
-                        expected[at].push(*key);
+                    if planes & 1 << Plane::HISTORY != 0 {
+                        states[at].history.push(key);
+                    }
+                    if planes & 1 << Plane::SPECULATIVE != 0 {
+                        expected[at].push(key);
                     }
                 }
-            }
+            });
         }
         for (at, (resident, keys)) in resident.into_iter().zip(expected).enumerate() {
             let state = &mut states[at];
@@ -159,23 +166,42 @@ impl Index {
     /// Gives an endpoint that holds nothing what [`Index::state`] told.
     pub(crate) fn restore(&mut self, id: EndpointId, state: &BlocksState) {
         self.add_endpoint(id);
-        self.change(id.slot, |endpoint, blocks| endpoint.restore(blocks, state));
+        let slot = id.slot;
+        self.change(slot, |endpoint, tree| endpoint.restore(tree, state));
         for part in &state.expected {
-            part.keys.iter().for_each(|key| self.blocks.speculate(key.0, id.slot));
-            let keys = part.keys.iter().map(|key| key.0).collect();
-            let made =
-                self.speculations.push(Speculation { slot: id.slot, until: part.until, keys });
-            self.change(id.slot, |endpoint, _| endpoint.speculations.push(made));
+            let hold = Hold { slot, plane: Plane::SPECULATIVE };
+            let spans = part.keys.iter().map(|key| self.tree.restore(*key, hold).0.span).collect();
+            let made = self.speculations.push(Speculation { slot, until: part.until, spans });
+            self.change(slot, |endpoint, _| endpoint.speculations.push(made));
         }
-        // One at a time, because the last of a call becomes the oldest of it.
+        let hold = Hold { slot, plane: Plane::HISTORY };
         for key in &state.history {
-            self.record(id, std::slice::from_ref(key));
+            self.stamp = self.stamp.wrapping_add(1);
+            let (span, stamp) = (self.tree.restore(*key, hold).0.span, self.stamp);
+            self.change(slot, |endpoint, _| endpoint.history.touch(span, stamp));
         }
+    }
+
+    fn keys(&self) -> Keys<'_> {
+        let mut names = BTreeMap::new();
+        if self.tree.naming() == Naming::Native {
+            names.extend(self.tree.names.iter().map(|(key, place)| (place, BlockKey(key))));
+        }
+        Keys { tree: &self.tree, names }
     }
 }
 
-fn keys_of(keys: impl Iterator<Item = u64>) -> Vec<BlockKey> {
-    keys.map(BlockKey).collect()
+/// Keys of blocks by where they lie.
+struct Keys<'a> {
+    tree: &'a Tree,
+    names: BTreeMap<Place, BlockKey>,
+}
+
+impl Keys<'_> {
+    fn of(&self, span: Span) -> impl DoubleEndedIterator<Item = BlockKey> {
+        let places = (0..span.len()).map(move |at| span.place(at));
+        places.filter_map(|place| self.tree.key(place).or(self.names.get(&place).copied()))
+    }
 }
 
 /// What does not grow with the blocks.
@@ -187,15 +213,32 @@ fn shape_of(endpoint: &Endpoint) -> BlocksState {
     }
 }
 
+impl Tree {
+    /// Holds a block of which nothing is known but its key: a run of its own, unless it is there.
+    /// Also in which ways the endpoint held it before.
+    fn restore(&mut self, key: BlockKey, hold: Hold) -> (Part, u8) {
+        let mut parts = Vec::new();
+        self.path(None, &[key], hold, &mut parts);
+        let mut had = 0;
+        if !parts[0].is_new {
+            self.add(parts[0].span, hold, |_, planes| had = planes);
+        }
+        (parts[0], had)
+    }
+}
+
 impl Endpoint {
-    fn restore(&mut self, blocks: &mut Blocks, state: &BlocksState) {
+    /// What the engine calls the blocks is not known, nor asked for any more.
+    fn restore(&mut self, tree: &mut Tree, state: &BlocksState) {
         self.block_size = state.block_size;
         self.restore_groups(state.has_indexed_group, &state.groups);
         for part in &state.resident {
             for (key, tier) in
-                part.keys.iter().flat_map(|key| part.tiers.iter().map(move |t| (key, t)))
+                part.keys.iter().flat_map(|key| part.tiers.iter().map(move |t| (*key, *t)))
             {
-                self.add(blocks, crate::event::EngineHash(key.0), *key, *tier);
+                let hold = Hold { slot: self.slot, plane: Plane::tier(tier) };
+                let (part, had) = tree.restore(key, hold);
+                self.restored(tree, part, tier, had, key);
             }
         }
     }
