@@ -203,7 +203,7 @@ impl Tree {
             let (place, is_new, count) = match (onward, next) {
                 (1.., Some(next)) => (next, false, onward),
                 _ => match self.start(rest[0]) {
-                    Some(start) => (start, false, self.reach(start, rest).max(1)),
+                    Some(start) => (start, false, self.onward(start, rest).max(1)),
                     None => {
                         let (place, count) = self.make(last, rest, hold);
                         (place, true, count)
@@ -227,16 +227,19 @@ impl Tree {
         }
     }
 
-    /// How many keys go on at this place. Where names are keys, a block that nobody holds has none:
-    /// it may be elsewhere by now.
-    fn onward(&self, next: Place, keys: &[BlockKey]) -> usize {
+    /// How many of these keys are there, from a place on, as blocks that may be held by more. Where
+    /// names are keys, a block that nobody holds has none: it may be elsewhere by now.
+    fn onward(&self, place: Place, keys: &[BlockKey]) -> usize {
         match self.naming {
-            Naming::Portable => self.reach(next, keys),
-            Naming::Native if self.names.get(keys[0].0) == Some(next) => {
-                let alive = self.runs.set(next) != EMPTY;
-                if alive { self.reach(next, keys) } else { 0 }
+            Naming::Portable => self.reach(place, keys),
+            Naming::Native if self.names.get(keys[0].0) != Some(place) => 0,
+            Naming::Native => {
+                let (run, at) = (self.runs.get(place.run), u16::from(place.at));
+                let steps = run.steps().skip_while(|step| step.end <= at);
+                let solid = steps.take_while(|step| step.set != EMPTY).last();
+                let solid = solid.map_or(0, |step| usize::from(step.end - at));
+                self.reach(place, &keys[..solid.min(keys.len())])
             }
-            Naming::Native => 0,
         }
     }
 
@@ -495,5 +498,8 @@ impl Tree {
         assert_eq!(self.sets.users(), users);
         let dead = self.names.iter().filter(|(_, p)| !self.is_named(self.set(*p))).count();
         assert!(dead <= self.dead, "{dead} dead names, {} counted", self.dead);
+        if self.naming == Naming::Native {
+            assert_eq!(self.names.len() - dead, blocks, "each block has its key for a name");
+        }
     }
 }
