@@ -54,6 +54,7 @@ use crate::event::{EngineHash, Tier};
 use crate::{EndpointId, Time};
 use budget::Class;
 use endpoint::Endpoint;
+use names::Found;
 use runs::Span;
 use sets::Plane;
 use speculations::{Speculation, Speculations};
@@ -162,12 +163,14 @@ struct Scratch {
     parts: Vec<Part>,
     keys: Vec<BlockKey>,
     names: Vec<u64>,
+    found: Vec<Found>,
 }
 
 impl Scratch {
     fn bytes(&self) -> usize {
         self.parts.capacity() * size_of::<Part>()
             + (self.keys.capacity() + self.names.capacity()) * 8
+            + self.found.capacity() * size_of::<Found>()
     }
 }
 

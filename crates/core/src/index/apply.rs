@@ -339,26 +339,27 @@ impl Index {
     }
 
     fn removed(&mut self, slot: u16, event: &BlockRemoved, applied: &mut Applied) {
+        let mut found = std::mem::take(&mut self.scratch.found);
+        let blocks = event.hashes.len();
         self.change(slot, |endpoint, tree| {
-            let route = endpoint.route(tree, event.group, None);
-            for &hash in &event.hashes {
-                let known = match route {
-                    Route::Skip(reason) => {
-                        applied.skip(reason, 1);
-                        continue;
-                    }
-                    Route::Unknown => false,
-                    Route::Beside(at) => endpoint.remove_beside(at, hash, event.tier),
-                    Route::Indexed => {
-                        endpoint.remove(tree, hash, event.tier)
-                            || endpoint.pending.remove(hash, event.tier)
-                    }
-                };
-                applied.removed += u64::from(known);
-                applied.unknown += u64::from(!known);
-            }
+            let missing = match endpoint.route(tree, event.group, None) {
+                Route::Skip(reason) => {
+                    applied.skip(reason, blocks);
+                    return;
+                }
+                Route::Unknown => blocks,
+                Route::Beside(at) => {
+                    let mut hashes = event.hashes.iter();
+                    let missing = hashes.by_ref();
+                    missing.filter(|&&h| !endpoint.remove_beside(at, h, event.tier)).count()
+                }
+                Route::Indexed => endpoint.remove(tree, &event.hashes, event.tier, &mut found),
+            };
+            applied.removed += (blocks - missing) as u64;
+            applied.unknown += missing as u64;
             endpoint.trim(4);
         });
+        self.scratch.found = found;
         self.tree.sweep_if_due();
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::history::History;
+use super::names::Found;
 use super::pending::Pending;
 use super::removals::Removals;
 use super::runs::{Place, Span};
@@ -402,35 +403,106 @@ impl Endpoint {
         self.runs_left = self.runs.len();
     }
 
-    /// One copy less; whether there was one.
-    pub fn remove(&mut self, tree: &mut Tree, hash: EngineHash, tier: Tier) -> bool {
+    /// One copy less; whether there was one. For names of its own.
+    fn remove_own(&mut self, tree: &mut Tree, hash: EngineHash, tier: Tier) -> bool {
         let bit = 1 << Plane::tier(tier);
-        if self.own.is_some() {
-            if !self.has(tree, hash, tier) {
-                return false;
-            }
-            if !take_one(&mut self.copies, (hash.0, bit)) {
-                self.drop_tier(tree, hash.0, bit);
-            }
-            return true;
-        }
-        let Some(place) = tree.names.get(hash.0) else { return false };
-        let planes = tree.set(place).of(self.slot);
-        if planes & bit == 0 {
+        if !self.has(tree, hash, tier) {
             return false;
         }
-        if !self.copies.is_empty() && take_one(&mut self.copies, (hash.0, bit)) {
-            return true;
+        if !take_one(&mut self.copies, (hash.0, bit)) {
+            self.drop_tier(tree, hash.0, bit);
         }
-        self.by_tier[tier.index()] -= 1;
-        if planes & Plane::TIERS == bit {
-            self.resident -= 1;
-            let key = tree.key_of(place, hash.0);
-            self.removals.note(key.0);
-            self.forget_hash(key.0, hash.0);
-        }
-        tree.unhold_named(hash.0, place, self.hold(tier));
         true
+    }
+
+    /// One copy less of each block; how many there were of which was none.
+    pub fn remove(
+        &mut self,
+        tree: &mut Tree,
+        hashes: &[EngineHash],
+        tier: Tier,
+        found: &mut Vec<Found>,
+    ) -> usize {
+        if self.own.is_some() {
+            let mut missing = 0;
+            for &hash in hashes {
+                let known = self.remove_own(tree, hash, tier) || self.pending.remove(hash, tier);
+                missing += usize::from(!known);
+            }
+            return missing;
+        }
+        let mut missing = 0;
+        found.clear();
+        for &hash in hashes {
+            if found.len() == FOUND_MAX {
+                self.remove_found(tree, found, tier);
+                found.clear();
+            }
+            // A name that comes twice is a block's second copy, or means nothing any more.
+            let known = tree.names.find(hash.0).filter(|known| {
+                let planes = tree.set(known.place).of(self.slot);
+                planes & 1 << Plane::tier(tier) != 0
+            });
+            match known {
+                Some(known) if found.iter().all(|other| other.place != known.place) => {
+                    found.push(known);
+                }
+                Some(_) => {
+                    self.remove_found(tree, found, tier);
+                    found.clear();
+                    missing += self.remove(tree, &[hash], tier, found);
+                    found.clear();
+                }
+                None => missing += usize::from(!self.pending.remove(hash, tier)),
+            }
+        }
+        self.remove_found(tree, found, tier);
+        tree.names.settle();
+        missing
+    }
+
+    /// One copy less of each of some different blocks, all of which it holds.
+    fn remove_found(&mut self, tree: &mut Tree, mut found: &[Found], tier: Tier) {
+        while let Some((first, others)) = found.split_first() {
+            let mut span = Span::of(first.place);
+            let mut count = 1;
+            for Found { place, .. } in others {
+                match u16::from(place.at) {
+                    _ if place.run != span.run => break,
+                    at if at == span.to => span.to += 1,
+                    at if at + 1 == span.from => span.from -= 1,
+                    _ => break,
+                }
+                count += 1;
+            }
+            let (these, rest) = found.split_at(count);
+            match self.copies.is_empty() {
+                true => self.drop_span(tree, span, these, tier),
+                false => {
+                    for one in these {
+                        if !take_one(&mut self.copies, (one.name, 1 << Plane::tier(tier))) {
+                            self.drop_span(tree, Span::of(one.place), &[*one], tier);
+                        }
+                    }
+                }
+            }
+            found = rest;
+        }
+    }
+
+    /// All copies of neighbours are gone from one tier.
+    fn drop_span(&mut self, tree: &mut Tree, span: Span, found: &[Found], tier: Tier) {
+        let bit = 1 << Plane::tier(tier);
+        self.by_tier[tier.index()] -= found.len() as u32;
+        for one in found {
+            if tree.set(one.place).of(self.slot) & Plane::TIERS == bit {
+                self.resident -= 1;
+                let key = tree.key_of(one.place, one.name);
+                self.removals.note(key.0);
+                self.forget_hash(key.0, one.name);
+            }
+        }
+        tree.unhold_named(span, self.hold(tier), found);
     }
 
     fn forget_hash(&mut self, key: u64, hash: u64) {
@@ -765,6 +837,9 @@ impl Own {
         self.names.growth_bytes() + blocks * (48 + 2 * size_of::<((Place, u8), u32)>() + 32) + 512
     }
 }
+
+/// Blocks that are removed together.
+const FOUND_MAX: usize = 32;
 
 const COPIES_ENTRY_BYTES: usize = size_of::<((u64, u8), u32)>();
 

@@ -11,116 +11,78 @@ use super::runs::Place;
 const BITS_MIN: u32 = 8;
 /// And at most, so that names which are no hashes cannot make the directory grow without end.
 const BITS_MAX: u32 = 26;
-/// Names of a segment before it splits.
-const SEGMENT_NAMES_MAX: usize = 256;
+/// Names of a segment before it splits, if its names can be told apart by their bits.
+const SEGMENT_NAMES_MAX: usize = 128;
 /// Names that a full segment makes room for: what lies idle is half of it on average.
-const STEP: usize = 16;
+const STEP: usize = 8;
+/// Run of a name that is gone. Its room is taken back when there is reason to.
+const GONE: u32 = u32::MAX;
+const GONE_SHORT: u16 = u16::MAX;
 
-/// Numbers of runs, as short as they allow.
-#[derive(Debug)]
-enum Numbers {
-    Short(Vec<u16>),
-    Long(Vec<u32>),
-}
-
-impl Numbers {
-    fn get(&self, at: usize) -> u32 {
-        match self {
-            Numbers::Short(list) => u32::from(list[at]),
-            Numbers::Long(list) => list[at],
-        }
-    }
-
-    fn fit(&mut self, run: u32) {
-        if let Numbers::Short(list) = self
-            && run > u32::from(u16::MAX)
-        {
-            let mut long = Vec::with_capacity(list.capacity());
-            long.extend(list.iter().map(|&run| u32::from(run)));
-            *self = Numbers::Long(long);
-        }
-    }
-
-    fn set(&mut self, at: usize, run: u32) {
-        self.fit(run);
-        match self {
-            Numbers::Short(list) => list[at] = run as u16,
-            Numbers::Long(list) => list[at] = run,
-        }
-    }
-
-    fn insert(&mut self, at: usize, run: u32) {
-        self.fit(run);
-        match self {
-            Numbers::Short(list) => list.insert(at, run as u16),
-            Numbers::Long(list) => list.insert(at, run),
-        }
-    }
-
-    fn remove(&mut self, at: usize) {
-        match self {
-            Numbers::Short(list) => drop(list.remove(at)),
-            Numbers::Long(list) => drop(list.remove(at)),
-        }
-    }
-
-    fn split_off(&mut self, at: usize) -> Numbers {
-        match self {
-            Numbers::Short(list) => Numbers::Short(list.split_off(at)),
-            Numbers::Long(list) => Numbers::Long(list.split_off(at)),
-        }
-    }
-
-    fn truncate(&mut self, len: usize) {
-        match self {
-            Numbers::Short(list) => list.truncate(len),
-            Numbers::Long(list) => list.truncate(len),
-        }
-    }
-
-    fn reserve_exact(&mut self, more: usize) {
-        match self {
-            Numbers::Short(list) => list.reserve_exact(more),
-            Numbers::Long(list) => list.reserve_exact(more),
-        }
-    }
-
-    fn shrink_to(&mut self, capacity: usize) {
-        match self {
-            Numbers::Short(list) => list.shrink_to(capacity),
-            Numbers::Long(list) => list.shrink_to(capacity),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Numbers::Short(list) => list.capacity() * size_of::<u16>(),
-            Numbers::Long(list) => list.capacity() * size_of::<u32>(),
-        }
-    }
-}
-
+/// Names in order, then the runs they lie in: two bytes each where that is enough, or four.
 #[derive(Debug)]
 struct Segment {
-    /// Mixed names without their first byte, then the place in the run.
-    words: Vec<u64>,
-    runs: Numbers,
+    /// For each name a word: the mixed name without its first byte, then the place in the run.
+    data: Box<[u64]>,
+    len: u16,
+    gone: u16,
     /// First bits that all its names share.
-    bits: u32,
+    bits: u8,
+    is_wide: bool,
+}
+
+/// Words that so many names take.
+const fn words_for(names: usize, is_wide: bool) -> usize {
+    names + names / if is_wide { 2 } else { 4 }
 }
 
 impl Segment {
     fn new(bits: u32) -> Segment {
-        Segment { words: Vec::new(), runs: Numbers::Short(Vec::new()), bits }
+        Segment { data: Box::default(), len: 0, gone: 0, bits: bits as u8, is_wide: false }
     }
 
     fn bytes(&self) -> usize {
-        self.words.capacity() * size_of::<u64>() + self.runs.bytes()
+        self.data.len() * size_of::<u64>()
+    }
+
+    fn room(&self) -> usize {
+        if self.is_wide { self.data.len() / 3 * 2 } else { self.data.len() / 5 * 4 }
+    }
+
+    fn words(&self) -> &[u64] {
+        &self.data[..usize::from(self.len)]
+    }
+
+    fn run(&self, at: usize) -> u32 {
+        let runs = &self.data[self.room()..];
+        if self.is_wide {
+            return bytemuck::cast_slice::<u64, u32>(runs)[at];
+        }
+        match bytemuck::cast_slice::<u64, u16>(runs)[at] {
+            GONE_SHORT => GONE,
+            run => u32::from(run),
+        }
+    }
+
+    fn set_run(&mut self, at: usize, run: u32) {
+        let room = self.room();
+        let runs = &mut self.data[room..];
+        match self.is_wide {
+            true => bytemuck::cast_slice_mut::<u64, u32>(runs)[at] = run,
+            false => {
+                let short = if run == GONE { GONE_SHORT } else { run as u16 };
+                bytemuck::cast_slice_mut::<u64, u16>(runs)[at] = short;
+            }
+        }
+    }
+
+    fn fits(&self, run: u32) -> bool {
+        self.is_wide || run < u32::from(GONE_SHORT) || run == GONE
     }
 
     /// The first place whose word is not below that of a mixed name.
     fn lower_bound(&self, mixed: u64) -> usize {
-        let (words, word) = (&self.words[..], mixed << 8);
+        let (words, word) = (self.words(), mixed << 8);
         // The bits after those that all share say which part of the names comes before.
         let fraction = (mixed << self.bits) >> 32;
         let mut at = ((fraction * words.len() as u64) >> 32) as usize;
@@ -133,37 +95,87 @@ impl Segment {
         at
     }
 
-    fn place(&self, at: usize) -> Place {
-        Place { run: self.runs.get(at), at: self.words[at] as u8 }
+    fn place(&self, at: usize) -> Option<Place> {
+        let run = self.run(at);
+        (run != GONE).then(|| Place { run, at: self.data[at] as u8 })
     }
 
     fn is(&self, at: usize, mixed: u64) -> bool {
-        self.words.get(at).is_some_and(|word| (word ^ (mixed << 8)) >> 8 == 0)
+        self.words().get(at).is_some_and(|word| (word ^ (mixed << 8)) >> 8 == 0)
+    }
+
+    fn set(&mut self, at: usize, mixed: u64, place: Place) {
+        if !self.fits(place.run) {
+            self.resize(self.room(), true);
+        }
+        self.data[at] = mixed << 8 | u64::from(place.at);
+        self.set_run(at, place.run);
     }
 
     fn insert(&mut self, at: usize, mixed: u64, place: Place) {
-        if self.words.len() == self.words.capacity() {
-            self.words.reserve_exact(STEP);
-            self.runs.reserve_exact(STEP);
+        let len = usize::from(self.len);
+        if len == self.room() || !self.fits(place.run) {
+            self.resize(len + STEP, !self.fits(place.run) || self.is_wide);
         }
-        self.words.insert(at, mixed << 8 | u64::from(place.at));
-        self.runs.insert(at, place.run);
+        let room = self.room();
+        let (words, runs) = self.data.split_at_mut(room);
+        words.copy_within(at..len, at + 1);
+        match self.is_wide {
+            true => bytemuck::cast_slice_mut::<u64, u32>(runs).copy_within(at..len, at + 1),
+            false => bytemuck::cast_slice_mut::<u64, u16>(runs).copy_within(at..len, at + 1),
+        }
+        self.len += 1;
+        self.set(at, mixed, place);
     }
 
-    fn remove(&mut self, at: usize) {
-        self.words.remove(at);
-        self.runs.remove(at);
-        if self.words.len() + 3 * STEP < self.words.capacity() {
-            self.trim();
+    /// The same names in room for this many.
+    fn resize(&mut self, names: usize, is_wide: bool) {
+        let names = names.max(usize::from(self.len)).next_multiple_of(STEP);
+        let mut new = Segment {
+            data: vec![0; words_for(names, is_wide)].into(),
+            len: self.len,
+            gone: self.gone,
+            bits: self.bits,
+            is_wide,
+        };
+        let len = usize::from(self.len);
+        new.data[..len].copy_from_slice(self.words());
+        if is_wide == self.is_wide {
+            let (from, to) = (&self.data[self.room()..], new.room());
+            let runs = from.len().min(new.data.len() - to);
+            new.data[to..to + runs].copy_from_slice(&from[..runs]);
+        } else {
+            (0..len).for_each(|at| new.set_run(at, self.run(at)));
         }
+        *self = new;
     }
 
-    /// Room for what is there, in whole steps.
-    fn trim(&mut self) {
-        let capacity = self.words.len().next_multiple_of(STEP);
-        self.words.shrink_to(capacity);
-        self.runs.shrink_to(capacity);
+    /// Keeps the names of which that is said, and only the room that they need.
+    fn retain(&mut self, mut keep: impl FnMut(u64, Place) -> bool) {
+        let mut kept = 0;
+        for at in 0..usize::from(self.len) {
+            if let Some(place) = self.place(at).filter(|place| keep(self.data[at], *place)) {
+                self.data[kept] = self.data[at];
+                self.set_run(kept, place.run);
+                kept += 1;
+            }
+        }
+        self.len = kept as u16;
+        self.gone = 0;
+        if self.room() >= kept + STEP {
+            let is_wide = self.is_wide && (0..kept).any(|at| self.run(at) >= GONE_SHORT.into());
+            self.resize(kept, is_wide);
+        }
     }
+}
+
+/// A name that was found: until names change.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    pub name: u64,
+    segment: u32,
+    at: u16,
+    pub place: Place,
 }
 
 /// The names of all blocks that have one.
@@ -176,6 +188,8 @@ pub(super) struct Names {
     len: usize,
     /// Bytes of all segments' contents.
     heap: usize,
+    /// Segments in which many names are gone.
+    sparse: Vec<u32>,
 }
 
 const MULTIPLY: [u64; 2] = [0xD6E8_FEB8_6659_FD93, 0x9E37_79B9_7F4A_7C15];
@@ -206,7 +220,14 @@ fn unmix(mixed: u64) -> u64 {
 
 impl Names {
     pub const fn new() -> Names {
-        Names { directory: Vec::new(), bits: 0, segments: Vec::new(), len: 0, heap: 0 }
+        Names {
+            directory: Vec::new(),
+            bits: 1,
+            segments: Vec::new(),
+            len: 0,
+            heap: 0,
+            sparse: Vec::new(),
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -215,36 +236,40 @@ impl Names {
 
     /// Bytes on the heap.
     pub fn bytes(&self) -> usize {
-        self.directory.capacity() * size_of::<u32>()
+        (self.directory.capacity() + self.sparse.capacity()) * size_of::<u32>()
             + self.segments.capacity() * size_of::<Segment>()
             + self.heap
     }
 
     /// Most bytes that `names` more can allocate, with what is copied while the old is there.
     pub fn growth_bytes(&self, names: usize) -> usize {
-        let split = 2 * SEGMENT_NAMES_MAX * (size_of::<u64>() + size_of::<u32>());
-        let step = STEP * (size_of::<u64>() + size_of::<u32>());
+        let word = size_of::<u64>() + size_of::<u32>();
         let segments = match self.segments.is_empty() {
             true => 1 << BITS_MIN,
             false => segments_next(self.segments.len()),
         };
-        names * 14
-            + names.min(self.segments.len().max(1 << BITS_MIN)) * step
-            + split
+        names * word
+            + names.min(segments) * STEP * word
+            + 2 * (SEGMENT_NAMES_MAX + STEP) * word
             + segments * size_of::<Segment>()
             + self.directory.len().max(1 << BITS_MIN) * 2 * size_of::<u32>()
     }
 
-    fn segment(&self, mixed: u64) -> Option<&Segment> {
-        let at = *self.directory.get((mixed >> (64 - self.bits.max(1))) as usize)?;
-        self.segments.get(at as usize)
+    fn number(&self, mixed: u64) -> Option<u32> {
+        self.directory.get((mixed >> (64 - self.bits)) as usize).copied()
+    }
+
+    pub fn find(&self, name: u64) -> Option<Found> {
+        let mixed = mix(name);
+        let number = self.number(mixed)?;
+        let segment = &self.segments[number as usize];
+        let at = segment.lower_bound(mixed);
+        let place = segment.is(at, mixed).then(|| segment.place(at)).flatten()?;
+        Some(Found { name, segment: number, at: at as u16, place })
     }
 
     pub fn get(&self, name: u64) -> Option<Place> {
-        let mixed = mix(name);
-        let segment = self.segment(mixed)?;
-        let at = segment.lower_bound(mixed);
-        segment.is(at, mixed).then(|| segment.place(at))
+        self.find(name).map(|found| found.place)
     }
 
     /// What the name means already, or nothing and from now on this place.
@@ -257,16 +282,27 @@ impl Names {
             let number = self.directory[(mixed >> (64 - self.bits)) as usize] as usize;
             let segment = &mut self.segments[number];
             let at = segment.lower_bound(mixed);
+            let before = segment.bytes();
             if segment.is(at, mixed) {
-                return Some(segment.place(at));
-            }
-            if segment.words.len() >= SEGMENT_NAMES_MAX && segment.bits < BITS_MAX {
+                if let Some(known) = segment.place(at) {
+                    return Some(known);
+                }
+                segment.gone -= 1;
+                segment.set(at, mixed, place);
+            } else if usize::from(segment.len) < SEGMENT_NAMES_MAX
+                || usize::from(segment.len) < usize::from(u16::MAX)
+                    && u32::from(segment.bits) >= BITS_MAX
+            {
+                segment.insert(at, mixed, place);
+            } else if segment.gone > 0 {
+                segment.retain(|_, _| true);
+                self.heap = self.heap + segment.bytes() - before;
+                continue;
+            } else {
                 self.split(number, mixed);
                 continue;
             }
-            let before = segment.bytes();
-            segment.insert(at, mixed, place);
-            self.heap = self.heap + segment.bytes() - before;
+            self.heap = self.heap + self.segments[number].bytes() - before;
             self.len += 1;
             return None;
         }
@@ -274,82 +310,87 @@ impl Names {
 
     /// Gives a name that is there another place.
     pub fn set(&mut self, name: u64, place: Place) {
-        let mixed = mix(name);
-        let Some(&number) = self.directory.get((mixed >> (64 - self.bits.max(1))) as usize) else {
-            return;
-        };
-        let segment = &mut self.segments[number as usize];
-        let at = segment.lower_bound(mixed);
-        if segment.is(at, mixed) {
+        if let Some(Found { segment, at, .. }) = self.find(name) {
+            let segment = &mut self.segments[segment as usize];
             let before = segment.bytes();
-            segment.words[at] = mixed << 8 | u64::from(place.at);
-            segment.runs.set(at, place.run);
+            segment.set(usize::from(at), mix(name), place);
             self.heap = self.heap + segment.bytes() - before;
         }
     }
 
-    /// Whether the name was there.
-    pub fn remove(&mut self, name: u64) -> bool {
-        let mixed = mix(name);
-        let Some(&number) = self.directory.get((mixed >> (64 - self.bits.max(1))) as usize) else {
-            return false;
-        };
-        let segment = &mut self.segments[number as usize];
-        let at = segment.lower_bound(mixed);
-        let found = segment.is(at, mixed);
-        if found {
-            let before = segment.bytes();
-            segment.remove(at);
-            self.heap = self.heap + segment.bytes() - before;
-            self.len -= 1;
-            self.close_empty();
+    /// Takes a name away. What was found before can still be taken.
+    pub fn take(&mut self, found: Found) {
+        let segment = &mut self.segments[found.segment as usize];
+        segment.set_run(usize::from(found.at), GONE);
+        segment.gone += 1;
+        self.len -= 1;
+        if usize::from(segment.gone) == (usize::from(segment.len) / 4).max(STEP) {
+            self.sparse.push(found.segment);
         }
-        found
+    }
+
+    /// Takes back the room of names that are gone, where that is much.
+    pub fn settle(&mut self) {
+        if self.len == 0 {
+            *self = Names::new();
+            return;
+        }
+        while let Some(number) = self.sparse.pop() {
+            let segment = &mut self.segments[number as usize];
+            let before = segment.bytes();
+            segment.retain(|_, _| true);
+            self.heap = self.heap + segment.bytes() - before;
+        }
+    }
+
+    #[cfg(test)]
+    fn remove(&mut self, name: u64) -> bool {
+        let found = self.find(name);
+        if let Some(found) = found {
+            self.take(found);
+            self.settle();
+        }
+        found.is_some()
+    }
+
+    /// The first byte of all mixed names under an entry of the directory, in its place.
+    fn first_byte(&self, entry: usize) -> u64 {
+        ((entry as u64) << (64 - self.bits)) & !(u64::MAX >> BITS_MIN)
+    }
+
+    /// Entries of the directory that begin a segment, with its number.
+    fn starts(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
+        let mut last = None;
+        let entries = self.directory.iter().copied().enumerate();
+        entries.filter(move |(_, number)| last.replace(*number) != Some(*number))
     }
 
     /// All names with their places, in an order that only the names decide.
     pub fn iter(&self) -> impl Iterator<Item = (u64, Place)> + '_ {
-        let mut last = None;
-        let numbers = self.directory.iter().enumerate().filter(move |(_, number)| {
-            let is_first = last != Some(**number);
-            last = Some(**number);
-            is_first
-        });
-        numbers.flat_map(|(at, &number)| {
+        self.starts().flat_map(|(entry, number)| {
             let segment = &self.segments[number as usize];
-            let first = ((at as u64) << (64 - self.bits)) & !(u64::MAX >> BITS_MIN);
-            let name = move |at: usize| unmix(segment.words[at] >> 8 | first);
-            (0..segment.words.len()).map(move |at| (name(at), segment.place(at)))
+            let first = self.first_byte(entry);
+            let name = move |at: usize| unmix(segment.data[at] >> 8 | first);
+            let all = 0..usize::from(segment.len);
+            all.filter_map(move |at| Some((name(at), segment.place(at)?)))
         })
     }
 
     /// Keeps the names of which that is said, and gives back memory. Cost: all names.
     pub fn retain(&mut self, mut keep: impl FnMut(u64, Place) -> bool) {
-        let mut last = None;
-        for at in 0..self.directory.len() {
-            let number = self.directory[at];
-            if last.replace(number) == Some(number) {
-                continue;
-            }
-            let first = ((at as u64) << (64 - self.bits)) & !(u64::MAX >> BITS_MIN);
+        let starts: Vec<(usize, u32)> = self.starts().collect();
+        for (entry, number) in starts {
+            let first = self.first_byte(entry);
             let segment = &mut self.segments[number as usize];
-            let before = (segment.bytes(), segment.words.len());
-            let mut kept = 0;
-            for at in 0..segment.words.len() {
-                let (word, place) = (segment.words[at], segment.place(at));
-                if keep(unmix(word >> 8 | first), place) {
-                    segment.words[kept] = word;
-                    segment.runs.set(kept, place.run);
-                    kept += 1;
-                }
-            }
-            segment.words.truncate(kept);
-            segment.runs.truncate(kept);
-            segment.trim();
+            let before = (segment.bytes(), segment.len - segment.gone);
+            segment.retain(|word, place| keep(unmix(word >> 8 | first), place));
             self.heap = self.heap + segment.bytes() - before.0;
-            self.len -= before.1 - kept;
+            self.len -= usize::from(before.1 - segment.len);
         }
-        self.close_empty();
+        self.sparse = Vec::new();
+        if self.len == 0 {
+            *self = Names::new();
+        }
         self.close_sparse();
     }
 
@@ -357,12 +398,6 @@ impl Names {
         self.bits = BITS_MIN;
         self.directory = (0..1 << BITS_MIN).collect();
         self.segments = (0..1 << BITS_MIN).map(|_| Segment::new(BITS_MIN)).collect();
-    }
-
-    fn close_empty(&mut self) {
-        if self.len == 0 {
-            *self = Names::new();
-        }
     }
 
     /// A table of few names in many segments is made anew.
@@ -379,7 +414,7 @@ impl Names {
 
     /// Cuts the segment of a mixed name in two by its next bit.
     fn split(&mut self, number: usize, mixed: u64) {
-        if self.segments[number].bits == self.bits {
+        if u32::from(self.segments[number].bits) == self.bits {
             self.directory = self.directory.iter().flat_map(|&number| [number; 2]).collect();
             self.bits += 1;
         }
@@ -391,14 +426,21 @@ impl Names {
         let segment = &mut self.segments[number];
         let before = segment.bytes();
         segment.bits += 1;
-        let bits = segment.bits;
+        let bits = u32::from(segment.bits);
         // Bit `bits` of a mixed name, counted from the first, as it lies in a word.
         let bit = 1u64 << (64 + 8 - bits);
-        let middle = segment.words.partition_point(|word| word & bit == 0);
-        let (words, runs) = (segment.words.split_off(middle), segment.runs.split_off(middle));
-        let mut upper = Segment { words, runs, bits };
-        segment.trim();
-        upper.trim();
+        let mut upper = Segment::new(bits);
+        upper.resize(usize::from(segment.len), segment.is_wide);
+        let mut count = 0;
+        for at in segment.words().partition_point(|word| word & bit == 0)..segment.len.into() {
+            upper.data[count] = segment.data[at];
+            upper.set_run(count, segment.run(at));
+            count += 1;
+        }
+        upper.len = count as u16;
+        segment.len -= count as u16;
+        segment.resize(0, segment.is_wide);
+        upper.resize(0, upper.is_wide);
         self.heap = self.heap + segment.bytes() + upper.bytes() - before;
         self.segments.push(upper);
         // Its entries of the directory lie together; the second half is the new segment's.
@@ -445,7 +487,9 @@ mod tests {
                     assert_eq!(known, model.get(&name).copied(), "seed {seed}");
                     model.entry(name).or_insert(place(step * 7));
                 }
-                3 => assert_eq!(names.remove(name), model.remove(&name).is_some()),
+                3 => {
+                    assert_eq!(names.remove(name), model.remove(&name).is_some(), "seed {seed}");
+                }
                 4 => assert_eq!(names.get(name), model.get(&name).copied(), "seed {seed}"),
                 _ if rng.below(count) == 0 => {
                     names.retain(|name, place| (name ^ u64::from(place.run)) % 3 > 0);
@@ -466,6 +510,7 @@ mod tests {
         names.retain(|name, _| name == 0);
         model.keys().filter(|&&name| name != 0).for_each(|&name| assert!(!names.remove(name)));
         names.remove(0);
+        names.settle();
         assert_eq!((names.len(), names.bytes()), (0, 0));
     }
 

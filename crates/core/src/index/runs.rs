@@ -61,14 +61,12 @@ pub(super) struct Step {
 #[derive(Debug)]
 enum Cover {
     Whole(SetId),
-    Steps(Vec<Step>),
+    Steps(Box<[Step]>),
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Run {
-    /// Keys of its blocks; none where names are keys.
-    pub keys: Vec<BlockKey>,
     cover: Cover,
     len: u16,
     /// Names may lead to places here that mean nothing any more: no place is given to another
@@ -77,7 +75,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    const NONE: Run = Run { keys: Vec::new(), cover: Cover::Whole(EMPTY), len: 0, tainted: false };
+    const NONE: Run = Run { cover: Cover::Whole(EMPTY), len: 0, tainted: false };
 
     pub fn len(&self) -> u16 {
         self.len
@@ -92,23 +90,23 @@ impl Run {
         whole.filter(|step| step.end > 0).into_iter().chain(steps.iter().copied())
     }
 
-    /// The set of one block; [`EMPTY`] behind the end.
-    pub fn set(&self, at: u8) -> SetId {
+    /// The part that a block lies in; nobody holds what is behind the end.
+    pub fn step(&self, at: u16) -> Step {
         match &self.cover {
-            Cover::Whole(set) if u16::from(at) < self.len => *set,
-            Cover::Whole(_) => EMPTY,
+            Cover::Whole(set) if at < self.len => Step { end: self.len, set: *set },
+            Cover::Whole(_) => Step { end: u16::MAX, set: EMPTY },
             Cover::Steps(steps) => {
-                steps.iter().find(|step| u16::from(at) < step.end).map_or(EMPTY, |step| step.set)
+                let step = steps.iter().find(|step| at < step.end);
+                step.copied().unwrap_or(Step { end: u16::MAX, set: EMPTY })
             }
         }
     }
 
     fn bytes(&self) -> usize {
-        let steps = match &self.cover {
+        match &self.cover {
             Cover::Whole(_) => 0,
-            Cover::Steps(steps) => steps.capacity() * size_of::<Step>(),
-        };
-        self.keys.capacity() * 8 + steps
+            Cover::Steps(steps) => size_of_val(&**steps),
+        }
     }
 }
 
@@ -116,6 +114,8 @@ impl Run {
 #[derive(Debug)]
 pub(super) struct Runs {
     runs: Vec<Run>,
+    /// Keys of their blocks; none where names are keys.
+    keys: Vec<Vec<BlockKey>>,
     free: Vec<u32>,
     /// Bytes of the runs' contents.
     heap: usize,
@@ -124,12 +124,13 @@ pub(super) struct Runs {
 
 impl Runs {
     pub const fn new() -> Runs {
-        Runs { runs: Vec::new(), free: Vec::new(), heap: 0, scratch: Vec::new() }
+        Runs { runs: Vec::new(), keys: Vec::new(), free: Vec::new(), heap: 0, scratch: Vec::new() }
     }
 
     /// Bytes on the heap.
     pub fn bytes(&self) -> usize {
         self.runs.capacity() * size_of::<Run>()
+            + self.keys.capacity() * size_of::<Vec<BlockKey>>()
             + self.free.capacity() * 4
             + self.heap
             + self.scratch.capacity() * size_of::<Step>()
@@ -139,7 +140,7 @@ impl Runs {
     pub fn growth_bytes(&self, blocks: usize) -> usize {
         let runs = if self.runs.len() < self.runs.capacity() { 0 } else { self.next() };
         let steps = 2 * size_of::<Step>() * usize::from(RUN_BLOCKS_MAX);
-        (runs + blocks / 64 + 2) * size_of::<Run>()
+        (runs + blocks / 64 + 2) * (size_of::<Run>() + size_of::<Vec<BlockKey>>())
             + (self.free.len() * 2).max(16) * 4
             + blocks * 8
             + 4 * steps
@@ -156,7 +157,8 @@ impl Runs {
 
     /// The set that holds a place; [`EMPTY`] for one that is gone.
     pub fn set(&self, place: Place) -> SetId {
-        self.runs.get(place.run as usize).map_or(EMPTY, |run| run.set(place.at))
+        let run = self.runs.get(place.run as usize);
+        run.map_or(EMPTY, |run| run.step(place.at.into()).set)
     }
 
     /// A new run without blocks.
@@ -177,29 +179,23 @@ impl Runs {
         let old = std::mem::replace(&mut self.runs[run as usize], Run::NONE);
         debug_assert_eq!(old.len, 0, "a run with blocks stays");
         self.heap -= old.bytes();
+        self.take_keys(run);
         self.free.push(run);
         if self.free.len() == self.runs.len() {
             *self = Runs::new();
         }
     }
 
+    /// Keys of a run's blocks; none where names are keys.
+    pub fn keys(&self, run: u32) -> &[BlockKey] {
+        self.keys.get(run as usize).map_or(&[], |keys| keys)
+    }
+
     /// Appends blocks that a set holds, with their keys where those are kept.
-    pub fn append(
-        &mut self,
-        sets: &mut Sets,
-        run: u32,
-        blocks: u16,
-        keys: &[BlockKey],
-        set: SetId,
-    ) {
-        let run = &mut self.runs[run as usize];
+    pub fn append(&mut self, sets: &mut Sets, id: u32, blocks: u16, keys: &[BlockKey], set: SetId) {
+        self.append_keys(id, keys);
+        let run = &mut self.runs[id as usize];
         let before = run.bytes();
-        if run.keys.capacity() - run.keys.len() < keys.len() {
-            // A prompt's blocks come many at a time, an answer's one by one.
-            let more = if run.len == 0 { 0 } else { 4 + usize::from(run.len) / 8 };
-            run.keys.reserve_exact(keys.len().max(more));
-        }
-        run.keys.extend_from_slice(keys);
         let end = run.len + blocks;
         match &mut run.cover {
             Cover::Whole(whole) if *whole == set => {}
@@ -209,19 +205,43 @@ impl Runs {
             }
             Cover::Whole(whole) => {
                 let first = Step { end: run.len, set: *whole };
-                run.cover = Cover::Steps(vec![first, Step { end, set }]);
+                run.cover = Cover::Steps([first, Step { end, set }].into());
                 sets.keep(set);
             }
             Cover::Steps(steps) => match steps.last_mut() {
                 Some(last) if last.set == set => last.end = end,
                 _ => {
-                    steps.push(Step { end, set });
+                    let mut more = Vec::with_capacity(steps.len() + 1);
+                    more.extend_from_slice(steps);
+                    more.push(Step { end, set });
+                    *steps = more.into();
                     sets.keep(set);
                 }
             },
         }
         run.len = end;
         self.heap = self.heap + run.bytes() - before;
+    }
+
+    fn append_keys(&mut self, run: u32, more: &[BlockKey]) {
+        let at = run as usize;
+        if more.is_empty() {
+            return;
+        }
+        if self.keys.len() <= at {
+            let room = self.runs.capacity().max(at + 1) - self.keys.len();
+            self.keys.reserve_exact(room);
+            self.keys.resize(at + 1, Vec::new());
+        }
+        let keys = &mut self.keys[at];
+        let before = keys.capacity();
+        if before - keys.len() < more.len() {
+            // A prompt's blocks come many at a time, an answer's one by one.
+            let room = if keys.is_empty() { 0 } else { 4 + keys.len() / 8 };
+            keys.reserve_exact(more.len().max(room));
+        }
+        keys.extend_from_slice(more);
+        self.heap += (keys.capacity() - before) * size_of::<BlockKey>();
     }
 
     /// Changes who holds a part: `new` is told each set there and for how many blocks, and says
@@ -267,14 +287,8 @@ impl Runs {
         let before = run.bytes();
         match (&mut run.cover, &made[..]) {
             (_, [one]) => run.cover = Cover::Whole(one.set),
-            (Cover::Steps(steps), _) => {
-                steps.clear();
-                if steps.capacity() < made.len() || steps.capacity() > 2 * made.len() + 2 {
-                    *steps = Vec::with_capacity(made.len() + 1);
-                }
-                steps.extend_from_slice(&made);
-            }
-            (Cover::Whole(_), _) => run.cover = Cover::Steps(made.clone()),
+            (Cover::Steps(steps), _) if steps.len() == made.len() => steps.copy_from_slice(&made),
+            _ => run.cover = Cover::Steps(made[..].into()),
         }
         self.heap = self.heap + run.bytes() - before;
         made.clear();
@@ -282,8 +296,8 @@ impl Runs {
     }
 
     /// Drops the blocks at the end that nobody holds; how many are left.
-    pub fn cut(&mut self, run: u32) -> u16 {
-        let run = &mut self.runs[run as usize];
+    pub fn cut(&mut self, id: u32) -> u16 {
+        let run = &mut self.runs[id as usize];
         let before = run.bytes();
         match &mut run.cover {
             Cover::Whole(EMPTY) => run.len = 0,
@@ -292,19 +306,25 @@ impl Runs {
                 if steps.last().is_none_or(|last| last.set != EMPTY) {
                     return run.len;
                 }
-                steps.pop();
-                run.len = steps.last().map_or(0, |last| last.end);
-                if let [one] = steps[..] {
-                    run.cover = Cover::Whole(one.set);
-                }
+                let left = &steps[..steps.len() - 1];
+                run.len = left.last().map_or(0, |last| last.end);
+                run.cover = match left {
+                    [one] => Cover::Whole(one.set),
+                    left => Cover::Steps(left.into()),
+                };
             }
         }
-        run.keys.truncate(usize::from(run.len));
-        if run.keys.capacity() > 2 * run.keys.len() {
-            run.keys.shrink_to(run.keys.len() + run.keys.len() / 8);
-        }
+        let len = run.len;
         self.heap = self.heap + run.bytes() - before;
-        run.len
+        if let Some(keys) = self.keys.get_mut(id as usize) {
+            let before = keys.capacity();
+            keys.truncate(len.into());
+            if before > 2 * keys.len() {
+                keys.shrink_to(keys.len() + keys.len() / 8);
+            }
+            self.heap -= (before - keys.capacity()) * size_of::<BlockKey>();
+        }
+        len
     }
 
     /// Marks a run, whether it was not marked before.
@@ -323,9 +343,15 @@ impl Runs {
 
     /// Takes the keys of a run, which goes on without.
     pub fn take_keys(&mut self, run: u32) -> Vec<BlockKey> {
-        let keys = std::mem::take(&mut self.runs[run as usize].keys);
-        self.heap -= keys.capacity() * 8;
+        let keys = self.keys.get_mut(run as usize).map(std::mem::take).unwrap_or_default();
+        self.heap -= keys.capacity() * size_of::<BlockKey>();
         keys
+    }
+
+    /// Keys will not be kept any more.
+    pub fn drop_keys(&mut self) {
+        debug_assert!(self.keys.iter().all(Vec::is_empty), "all keys have been taken");
+        self.keys = Vec::new();
     }
 
     /// All of a run; nothing of one that is gone.
@@ -340,6 +366,8 @@ impl Runs {
             self.runs.pop();
         }
         let len = self.runs.len() as u32;
+        self.keys.truncate(self.runs.len());
+        self.keys.shrink_to(self.keys.len().next_multiple_of(16));
         self.free.retain(|&run| run < len);
         self.runs.shrink_to(self.runs.len().next_multiple_of(16));
         self.free.shrink_to(self.free.len().next_multiple_of(16));
@@ -348,6 +376,7 @@ impl Runs {
 
     #[cfg(test)]
     pub fn recount(&self) -> (usize, usize) {
-        (self.heap, self.runs.iter().map(Run::bytes).sum())
+        let keys = self.keys.iter().map(|keys| keys.capacity() * size_of::<BlockKey>());
+        (self.heap, self.runs.iter().map(Run::bytes).sum::<usize>() + keys.sum::<usize>())
     }
 }

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::names::Names;
+use super::names::{Found, Names};
 use super::runs::{Place, RUN_BLOCKS_MAX, Runs, Span};
 use super::sets::{EMPTY, Plane, Set, Sets};
 use super::table::{Number, Table};
@@ -129,7 +129,7 @@ impl Tree {
 
     /// The key of a block, where runs have keys.
     pub fn key(&self, place: Place) -> Option<BlockKey> {
-        self.runs.get(place.run).keys.get(usize::from(place.at)).copied()
+        self.runs.keys(place.run).get(usize::from(place.at)).copied()
     }
 
     /// The key of a block that is called so.
@@ -167,8 +167,9 @@ impl Tree {
         let left = usize::from(run.len()).saturating_sub(usize::from(place.at));
         let keys = &keys[..left.min(keys.len())];
         let at = |n: usize| Place { run: place.run, at: (usize::from(place.at) + n) as u8 };
+        let own = self.runs.keys(place.run).get(usize::from(place.at)..).unwrap_or_default();
         let is_there = |n: usize| match self.naming {
-            Naming::Portable => run.keys[usize::from(place.at) + n] == keys[n],
+            Naming::Portable => own[n] == keys[n],
             Naming::Native => self.names.get(keys[n].0) == Some(at(n)),
         };
         match keys.len() {
@@ -253,28 +254,42 @@ impl Tree {
         let run = behind.map_or_else(|| self.runs.open(), |last| last.run);
         let from = self.runs.get(run).len();
         let fit = usize::from(RUN_BLOCKS_MAX - from).min(keys.len());
-        let others = keys[1..fit].iter().take_while(|key| self.start(**key).is_none());
-        let count = 1 + others.count();
+        let place = |at: usize| Place { run, at: (usize::from(from) + at) as u8 };
+        let count = match self.naming {
+            Naming::Portable => {
+                let others = keys[1..fit].iter().take_while(|key| self.start(**key).is_none());
+                1 + others.count()
+            }
+            Naming::Native => {
+                let mut count = 0;
+                while count < fit && self.name_key(keys[count], place(count)) {
+                    count += 1;
+                }
+                count
+            }
+        };
         let set = self.sets.change(EMPTY, hold.slot, hold.plane, true);
         let kept = if self.naming == Naming::Portable { &keys[..count] } else { &[] };
         self.runs.append(&mut self.sets, run, count as u16, kept, set);
-        let place = Place { run, at: from as u8 };
-        match self.naming {
-            Naming::Portable if from == 0 => self.starts.insert(keys[0].0, Number(run)),
-            Naming::Portable => {}
-            Naming::Native => {
-                for (at, key) in keys[..count].iter().enumerate() {
-                    let place = Place { run, at: (usize::from(from) + at) as u8 };
-                    if self.names.get_or_insert(key.0, place).is_some() {
-                        self.names.set(key.0, place);
-                        self.dead = self.dead.saturating_sub(1);
-                    }
-                }
-            }
+        if self.naming == Naming::Portable && from == 0 {
+            self.starts.insert(keys[0].0, Number(run));
         }
         self.blocks += count;
         self.holders += count;
-        (place, count)
+        (place(0), count)
+    }
+
+    /// Gives a new block its key for a name, unless there is a block with that key.
+    fn name_key(&mut self, key: BlockKey, place: Place) -> bool {
+        match self.names.get_or_insert(key.0, place) {
+            Some(known) if self.runs.set(known) != EMPTY => false,
+            Some(_) => {
+                self.names.set(key.0, place);
+                self.dead = self.dead.saturating_sub(1);
+                true
+            }
+            None => true,
+        }
     }
 
     /// Blocks are held in one more way; `before` is told how the endpoint held them so far.
@@ -343,26 +358,43 @@ impl Tree {
         }
     }
 
-    /// The same for one block by its name, in one way; the name goes with its last holder.
-    pub fn unhold_named(&mut self, name: u64, place: Place, hold: Hold) {
+    /// The same for blocks by their names, in one way; names go with their last holders. The blocks
+    /// are neighbours, and all are held so.
+    pub fn unhold_named(&mut self, span: Span, hold: Hold, names: &[Found]) {
         let Hold { slot, plane } = hold;
-        let set = self.runs.set(place);
-        let left = self.sets.change(set, slot, plane, false);
-        let holds_on = self.sets.get(left).of(slot) != 0;
-        self.runs.change(&mut self.sets, Span::of(place), |_, _, _| left);
-        self.holders -= usize::from(!holds_on);
-        self.blocks -= usize::from(left == EMPTY);
-        if !self.is_named(self.sets.get(left)) {
-            self.names.remove(name);
+        let (mut blocks, mut holders) = (0, 0);
+        let mut nameless: [u64; RUN_BLOCKS_MAX as usize / 64] = Default::default();
+        let (naming, sharing) = (self.naming, &self.sharing);
+        let is_named = |set: &Set| match naming {
+            Naming::Portable => set.meets(Plane::TIERS, sharing),
+            Naming::Native => set.planes != 0,
+        };
+        self.runs.change(&mut self.sets, span, |sets, set, range| {
+            let left = sets.change(set, slot, plane, false);
+            blocks += if left == EMPTY { range.len() } else { 0 };
+            let still = sets.get(left);
+            holders += if still.of(slot) == 0 { range.len() } else { 0 };
+            if left == EMPTY || !is_named(still) {
+                range.for_each(|at| nameless[usize::from(at) / 64] |= 1 << (at % 64));
+            }
+            left
+        });
+        self.blocks -= blocks;
+        self.holders -= holders;
+        for found in names {
+            let at = found.place.at;
+            if nameless[usize::from(at) / 64] & 1 << (at % 64) != 0 {
+                self.names.take(*found);
+            }
         }
-        if left == EMPTY {
-            self.settle(place.run);
+        if blocks > 0 {
+            self.settle(span.run);
         }
     }
 
     /// Drops what nobody holds at the end of a run, and the run when nothing is left.
     fn settle(&mut self, run: u32) {
-        let first = self.runs.get(run).keys.first().copied();
+        let first = self.runs.keys(run).first().copied();
         if self.runs.cut(run) > 0 {
             return;
         }
@@ -454,7 +486,7 @@ impl Tree {
 
     /// Keys of a run's blocks, where runs have keys.
     pub fn keys(&self, run: u32) -> &[BlockKey] {
-        &self.runs.get(run).keys
+        self.runs.keys(run)
     }
 
     /// From now on names are keys, as those that will be given turn out to be. Cost: all blocks.
@@ -470,6 +502,7 @@ impl Tree {
                 }
             }
         }
+        self.runs.drop_keys();
         self.starts = Table::new();
         self.naming = Naming::Native;
     }
