@@ -154,6 +154,8 @@ pub struct Index {
     evicted: Evicted,
     /// Endpoints with several KV cache groups.
     hybrids: usize,
+    /// Of the endpoints, by slot; 0 where there is none.
+    generations: Vec<u32>,
     scratch: Scratch,
 }
 
@@ -187,6 +189,7 @@ impl Index {
             stamp: 0,
             evicted: Evicted::default(),
             hybrids: 0,
+            generations: Vec::new(),
             scratch: Scratch::default(),
         }
     }
@@ -198,6 +201,8 @@ impl Index {
         if self.slots.len() <= slot {
             self.slots.reserve_exact(slot + 1 - self.slots.len());
             self.slots.resize_with(slot + 1, || None);
+            self.generations.reserve_exact(slot + 1 - self.generations.len());
+            self.generations.resize(slot + 1, 0);
         }
         if let Some(old) = &self.slots[slot] {
             if old.generation == id.generation {
@@ -208,6 +213,7 @@ impl Index {
         let endpoint = Box::new(Endpoint::new(id.slot, id.generation, self.removals_begin));
         self.endpoint_bytes += endpoint.bytes();
         self.slots[slot] = Some(endpoint);
+        self.generations[slot] = id.generation;
         self.tree.share(id.slot, true);
         // Into a full index it comes at the cost of others.
         while self.bytes() > self.limits.bytes_max && self.evict(Class::Resident) {
@@ -222,6 +228,8 @@ impl Index {
             let used = self.slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
             self.slots.truncate(used);
             self.slots.shrink_to_fit();
+            self.generations.truncate(used);
+            self.generations.shrink_to_fit();
             self.trim();
         }
     }
@@ -406,6 +414,7 @@ impl Index {
         self.tree.bytes()
             + self.scratch.bytes()
             + self.slots.capacity() * size_of::<Option<Box<Endpoint>>>()
+            + self.generations.capacity() * 4
             + self.endpoint_bytes
             + self.speculations.bytes()
     }

@@ -10,7 +10,6 @@ use crate::workload::Raw;
 
 pub struct Ours {
     index: Index,
-    endpoints: u16,
 }
 
 #[derive(Default)]
@@ -39,7 +38,7 @@ impl Subject for Ours {
         let limits = IndexLimits { bytes_max: 1 << 36, ..IndexLimits::default() };
         let mut index = Index::new(limits);
         (0..endpoints).for_each(|slot| index.add_endpoint(id(slot)));
-        Ours { index, endpoints }
+        Ours { index }
     }
 
     /// Hashes nothing: `Index::apply` takes the tokens.
@@ -77,8 +76,9 @@ impl Subject for Ours {
 
     fn lookup(&self, query: &mut Chain, scratch: &mut Scratch, scores: &mut [u32]) {
         self.index.lookup(query, &scratch.weights, &mut scratch.hits);
-        for (slot, score) in (0..self.endpoints).zip(scores) {
-            *score = scratch.hits.get(id(slot)).resident;
-        }
+        let hits = scratch.hits.resident_by_slot();
+        let known = hits.len().min(scores.len());
+        scores[..known].copy_from_slice(&hits[..known]);
+        scores[known..].fill(0);
     }
 }

@@ -10,7 +10,7 @@ use super::sets::Plane;
 use super::tree::{Hold, Naming, Part};
 use crate::EndpointId;
 use crate::blocks::{self, BlockKey, Root, TokenSpace};
-use crate::event::{BlockRemoved, BlockStored, EngineHash, KvEvent};
+use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent};
 
 /// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
 const COMPARED_MIN: u32 = 64;
@@ -43,6 +43,13 @@ impl Index {
 
     fn stored(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
         let kind = (!event.tokens.is_empty()).then_some(event.kind);
+        if event.group.is_none() && kind.is_none_or(|kind| kind == GroupKind::Full) {
+            match kind {
+                Some(_) => self.content(slot, event, applied),
+                None => self.retiered(slot, event, applied),
+            }
+            return;
+        }
         match self.change(slot, |endpoint, tree| endpoint.route(tree, event.group, kind)) {
             Route::Skip(reason) => applied.skip(reason, event.hashes.len()),
             Route::Unknown => applied.unknown += event.hashes.len() as u64,
@@ -105,15 +112,17 @@ impl Index {
 
     fn content(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
         let Some(blocks) = self.check_content(slot, event, applied) else { return };
-        if self.parent(slot, event).is_none() {
-            self.keep_pending(slot, event, applied);
-        } else if self.is_reannounced(slot, event, blocks) {
-            applied.reannounced += blocks as u64;
-        } else {
-            let confirms = self.place(slot, event, blocks, &[], applied);
-            let known = &event.hashes[..blocks];
-            if self.resolve(slot, known, applied) || confirms {
-                self.confirm(slot);
+        match self.parent(slot, event) {
+            None => self.keep_pending(slot, event, applied),
+            Some(_) if self.is_reannounced(slot, event, blocks) => {
+                applied.reannounced += blocks as u64;
+            }
+            Some(parent) => {
+                let confirms = self.place(slot, event, parent, blocks, &[], applied);
+                let known = &event.hashes[..blocks];
+                if self.resolve(slot, known, applied) || confirms {
+                    self.confirm(slot);
+                }
             }
         }
     }
@@ -163,7 +172,7 @@ impl Index {
     }
 
     /// The block before the first, and its key; `None` while they are not known.
-    fn parent(&self, slot: u16, event: &BlockStored) -> Option<(Option<Place>, BlockKey)> {
+    fn parent(&self, slot: u16, event: &BlockStored) -> Option<Parent> {
         let root = || {
             let root = event.lora_name.as_deref().map_or(Root::Base, Root::Adapter);
             (None, blocks::root(event.block_size, TokenSpace::Exact, root))
@@ -196,13 +205,17 @@ impl Index {
         &mut self,
         slot: u16,
         event: &BlockStored,
+        parent: Parent,
         blocks: usize,
         gone: &[u32],
         applied: &mut Applied,
     ) -> bool {
+        let before = self.evicted;
         let has_room = self.make_room(slot, blocks, 0, Class::Resident);
         // What had to go may have been the parent.
-        let Some((after, parent)) = self.parent(slot, event).filter(|_| has_room) else {
+        let is_same = self.evicted == before;
+        let parent = if is_same { Some(parent) } else { self.parent(slot, event) };
+        let Some((after, parent)) = parent.filter(|_| has_room) else {
             applied.skip(SkipReason::OverBudget, blocks - gone.len());
             return false;
         };
@@ -220,6 +233,9 @@ impl Index {
         let keys: &[BlockKey] = &scratch.keys;
         let hold = Hold { slot, plane: Plane::tier(event.tier) };
         scratch.parts.clear();
+        if blocks > 1 {
+            self.tree.names.warm(scratch.names.iter().copied());
+        }
         self.tree.path(after, keys, hold, &mut scratch.parts);
         let all = Placed { parts: &scratch.parts, keys, names: &scratch.names, gone };
         let awaited = self.change(slot, |endpoint, tree| {
@@ -287,13 +303,13 @@ impl Index {
             }
             while let Some(Waiting { event, gone }) = self.change(slot, |e, _| e.pending.take(hash))
             {
-                if self.parent(slot, &event).is_none() {
+                let Some(parent) = self.parent(slot, &event) else {
                     applied.pending_dropped += event.hashes.len() as u64;
                     continue;
-                }
+                };
                 let blocks = event.tokens.len() / event.block_size.max(1) as usize;
                 let mut placed = Applied::default();
-                confirms |= self.place(slot, &event, blocks, &gone, &mut placed);
+                confirms |= self.place(slot, &event, parent, blocks, &gone, &mut placed);
                 applied.resolved += placed.stored + placed.duplicate;
                 let over = placed.skipped_for(SkipReason::OverBudget);
                 applied.skip(SkipReason::OverBudget, over as usize);
@@ -363,6 +379,9 @@ impl Index {
         self.tree.sweep_if_due();
     }
 }
+
+/// The block before the first of an event, if there is one, and the key from which to go on.
+type Parent = (Option<Place>, BlockKey);
 
 /// The blocks of an event, found or made.
 struct Placed<'a> {

@@ -34,6 +34,9 @@ pub struct Evicted {
 /// Blocks go in parts of the whole, so that looking through them is rare.
 const EVICT_PART: usize = 16;
 
+/// More than a block can allocate in every list that there is.
+const BLOCK_BYTES_MAX: usize = 1024;
+
 impl Index {
     /// Makes sure that so many more blocks of an endpoint, and `extra` bytes, can be added within
     /// the budget; whether that is so. Counts memory that growing tables need for a moment.
@@ -44,6 +47,11 @@ impl Index {
         extra: usize,
         class: Class,
     ) -> bool {
+        // Nothing grows by more than half of what there is: mostly that is answer enough.
+        let much = blocks * BLOCK_BYTES_MAX + extra + self.bytes() / 2 + (64 << 10);
+        if self.bytes() + much <= self.limits.bytes_max {
+            return true;
+        }
         let mut is_trimmed = true;
         loop {
             let growth = self.slots[usize::from(slot)].as_deref().map_or(0, |endpoint| {

@@ -433,6 +433,9 @@ impl Endpoint {
         }
         let mut missing = 0;
         found.clear();
+        if hashes.len() > 1 {
+            tree.names.warm(hashes.iter().map(|hash| hash.0));
+        }
         for &hash in hashes {
             if found.len() == FOUND_MAX {
                 self.remove_found(tree, found, tier);
@@ -494,8 +497,14 @@ impl Endpoint {
     fn drop_span(&mut self, tree: &mut Tree, span: Span, found: &[Found], tier: Tier) {
         let bit = 1 << Plane::tier(tier);
         self.by_tier[tier.index()] -= found.len() as u32;
+        let step = tree.runs.get(span.run).step(span.from);
+        let planes = tree.sets.get(step.set).of(self.slot);
         for one in found {
-            if tree.set(one.place).of(self.slot) & Plane::TIERS == bit {
+            let planes = match span.to <= step.end {
+                true => planes,
+                false => tree.set(one.place).of(self.slot),
+            };
+            if planes & Plane::TIERS == bit {
                 self.resident -= 1;
                 let key = tree.key_of(one.place, one.name);
                 self.removals.note(key.0);

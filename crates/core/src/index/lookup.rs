@@ -52,15 +52,6 @@ pub struct Hit {
     pub any: u32,
 }
 
-/// How far a chain reaches on one endpoint, each way of holding for itself.
-#[derive(Clone, Copy, Debug, Default)]
-struct Row {
-    /// Number of the lookup that it is of.
-    serial: u32,
-    generation: u32,
-    reach: [u32; WAYS.len()],
-}
-
 /// Ways to hold a block that reach for themselves, as planes: resident, expected, recorded, any.
 const WAYS: [u8; 4] = [
     Plane::TIERS,
@@ -88,8 +79,10 @@ struct Stretch {
 /// through more runs, than ever before is hit.
 #[derive(Clone, Debug, Default)]
 pub struct Hits {
-    serial: u32,
-    rows: Vec<Row>,
+    /// By way, by slot; empty where a way reaches as far as the one before.
+    reach: [Vec<u32>; WAYS.len()],
+    /// Of the endpoints, by slot.
+    generations: Vec<u32>,
     /// By slot, if the first tier is not the only one.
     tiers: Vec<Tiers>,
     /// Hits that more than their own blocks decide.
@@ -103,20 +96,23 @@ pub struct Hits {
 impl Hits {
     /// No hits.
     pub fn new() -> Hits {
-        Hits { serial: 1, ..Hits::default() }
+        Hits::default()
     }
 
     /// The hit of an endpoint; all zero when its first block is not there.
     pub fn get(&self, id: EndpointId) -> Hit {
         let slot = usize::from(id.slot);
-        let Some(row) = self.rows.get(slot) else { return Hit::default() };
-        if row.serial != self.serial || row.generation != id.generation {
+        let [resident, expected, history, any] = &self.reach;
+        let Some(&resident) = resident.get(slot) else { return Hit::default() };
+        if self.generations.get(slot) != Some(&id.generation) {
             return Hit::default();
         }
         if let Some((_, hit)) = self.narrowed.iter().find(|(narrowed, _)| *narrowed == id) {
             return *hit;
         }
-        let [resident, expected, history, any] = row.reach;
+        let expected = expected.get(slot).copied().unwrap_or(resident);
+        let history = history.get(slot).copied().unwrap_or(0);
+        let any = any.get(slot).copied().unwrap_or(expected);
         let tiers = match self.tiers.get(slot).filter(|_| self.in_tiers) {
             Some(tiers) => *tiers,
             None => Tiers {
@@ -130,13 +126,14 @@ impl Hits {
         Hit { resident, resident_weighted, by_tier, expected, expected_weighted, history, any }
     }
 
+    /// `Hit::resident` of each endpoint by its slot; slots behind the end hold nothing.
+    pub fn resident_by_slot(&self) -> &[u32] {
+        &self.reach[0]
+    }
+
     /// Forgets all hits, keeps the memory. A lookup begins with it.
     pub fn reset(&mut self) {
-        self.serial = self.serial.wrapping_add(1);
-        if self.serial == 0 {
-            self.rows.clear();
-            self.serial = 1;
-        }
+        self.reach.iter_mut().for_each(Vec::clear);
         self.narrowed.clear();
         self.path.clear();
         self.in_tiers = false;
@@ -148,7 +145,7 @@ impl Index {
     /// and holders of its first block; nothing is allocated per endpoint or per call. What `hits`
     /// held before is forgotten.
     pub fn lookup(&self, chain: &Chain, weights: &TierWeights, hits: &mut Hits) {
-        self.lookup_keys(&chain.keys, weights, hits);
+        self.look_up_keys(&chain.keys, weights, hits);
         if self.hybrids > 0 {
             let weights = weights.by_set();
             for endpoint in self.slots.iter().flatten().filter(|endpoint| endpoint.is_hybrid()) {
@@ -156,41 +153,35 @@ impl Index {
                 let hit = hits.get(id);
                 if hit.any > 0 {
                     let hit = self.narrow(endpoint, chain, &weights, hit, &hits.path);
+                    hits.reach[0][usize::from(id.slot)] = hit.resident;
                     hits.narrowed.push((id, hit));
                 }
             }
         }
     }
 
-    /// The same for keys alone, as if every endpoint had one KV cache group.
-    pub fn lookup_keys(&self, keys: &[BlockKey], weights: &TierWeights, hits: &mut Hits) {
+    /// The same as if every endpoint had one KV cache group.
+    fn look_up_keys(&self, keys: &[BlockKey], weights: &TierWeights, hits: &mut Hits) {
         hits.reset();
         self.walk(keys, &mut hits.path);
         let Some(first) = hits.path.first() else { return };
-        let planes = hits.path.iter().fold(0, |all, s| all | self.tree.sets.get(s.set).planes);
-        let [gpu, ..] = weights.0;
-        hits.weight = gpu;
-        hits.in_tiers = planes & Plane::TIERS & !1 != 0;
+        if hits.generations != self.generations {
+            hits.generations.clone_from(&self.generations);
+        }
         let slots = self.tree.sets.get(first.set).width() * 64;
-        if hits.rows.len() < slots {
-            hits.rows.resize(slots, Row::default());
-        }
-        self.touch(hits, first.set);
+        let planes = hits.path.iter().fold(0, |all, s| all | self.tree.sets.get(s.set).planes);
+        hits.weight = weights.0[0];
+        hits.in_tiers = planes & Plane::TIERS & !1 != 0;
         let [tiers, expected, history, any] = WAYS;
-        self.measure(hits, tiers, 0);
+        self.measure(hits, slots, tiers, 0);
         // A way that adds nothing to another reaches as far.
-        let is_more = |way: u8| planes & way & !Plane::TIERS != 0;
-        if is_more(expected) {
-            self.measure(hits, expected, 1);
+        if planes & expected & !Plane::TIERS != 0 {
+            self.measure(hits, slots, expected, 1);
         }
-        if is_more(history) {
-            self.measure(hits, history, 2);
+        if planes & history != 0 {
+            self.measure(hits, slots, history, 2);
+            self.measure(hits, slots, any, 3);
         }
-        if is_more(history) {
-            self.measure(hits, any, 3);
-        }
-        let has = [true, is_more(expected), is_more(history), is_more(history)];
-        self.copy_reach(hits, has);
         if hits.in_tiers {
             self.weigh(hits, &weights.by_set());
         }
@@ -202,93 +193,63 @@ impl Index {
         let mut done = 0;
         while let Some(&key) = keys.get(done) {
             let Some(place) = tree.start(key) else { return };
-            let reach = tree.reach(place, &keys[done..]).max(1);
+            let run = tree.runs.get(place.run);
+            let mut at = u16::from(place.at);
+            let end = at + tree.reach(place, &keys[done..]).max(1) as u16;
             let before = done;
-            let end = u16::from(place.at) + reach as u16;
-            for step in tree.runs.get(place.run).steps() {
-                if step.end <= u16::from(place.at) {
-                    continue;
-                }
+            while at < end {
+                let step = run.step(at);
+                // A block that nobody holds ends the walk, unless it lies elsewhere by now.
                 if step.set == EMPTY {
                     break;
                 }
-                done = before + usize::from(step.end.min(end) - u16::from(place.at));
-                let end = done as u32;
+                let to = step.end.min(end);
+                done += usize::from(to - at);
+                at = to;
                 match path.last_mut() {
-                    Some(last) if last.set == step.set => last.end = end,
-                    _ => path.push(Stretch { end, set: step.set }),
-                }
-                if done == before + reach {
-                    break;
+                    Some(last) if last.set == step.set => last.end = done as u32,
+                    _ => path.push(Stretch { end: done as u32, set: step.set }),
                 }
             }
-            // A block that nobody holds ends the walk, unless it lies elsewhere by now.
             if done == before {
                 return;
             }
         }
     }
 
-    /// Opens the rows of those that hold the first block.
-    fn touch(&self, hits: &mut Hits, first: SetId) {
-        let Hits { rows, serial, .. } = hits;
-        for slot in self.tree.sets.get(first).slots(u8::MAX) {
-            let row = &mut rows[usize::from(slot)];
-            *row = Row { serial: *serial, generation: self.generation(slot), reach: [0; 4] };
-        }
-    }
-
     /// How far each endpoint that holds the first block in one of these ways holds all.
-    fn measure(&self, hits: &mut Hits, planes: u8, way: usize) {
-        let Hits { rows, path, .. } = hits;
+    fn measure(&self, hits: &mut Hits, slots: usize, planes: u8, way: usize) {
+        let Hits { reach: rows, path, .. } = hits;
+        let Some((first, others)) = path.split_first() else { return };
         let set = |stretch: &Stretch| self.tree.sets.get(stretch.set);
-        let Some(first) = path.first() else { return };
-        let mut write = |word: usize, mut slots: u64, reach: u32| {
-            while slots != 0 {
-                rows[word * 64 + slots.trailing_zeros() as usize].reach[way] = reach;
-                slots &= slots - 1;
-            }
-        };
-        for word in 0..set(first).width() {
+        let rows = &mut rows[way];
+        rows.resize(slots, 0);
+        for (word, rows) in rows.chunks_exact_mut(64).enumerate() {
             let mut slots = set(first).union(planes, word);
             let mut reach = first.end;
-            for stretch in &path[1..] {
+            for stretch in others {
                 if slots == 0 {
                     break;
                 }
                 let stay = slots & set(stretch).union(planes, word);
-                write(word, slots & !stay, reach);
+                write(rows, slots & !stay, reach);
                 slots = stay;
                 reach = stretch.end;
             }
-            write(word, slots, reach);
-        }
-    }
-
-    /// Fills in the ways that were not measured.
-    fn copy_reach(&self, hits: &mut Hits, has: [bool; 4]) {
-        if has == [true; 4] {
-            return;
-        }
-        let Some(first) = hits.path.first() else { return };
-        for slot in self.tree.sets.get(first.set).slots(u8::MAX) {
-            let [resident, expected, _, any] = &mut hits.rows[usize::from(slot)].reach;
-            if !has[1] {
-                *expected = *resident;
-            }
-            if !has[3] {
-                *any = *expected;
-            }
+            write(rows, slots, reach);
         }
     }
 
     /// In which tiers the hits are.
     fn weigh(&self, hits: &mut Hits, weights: &[f64; 16]) {
-        let Hits { rows, tiers, path, .. } = hits;
+        let Hits { reach: rows, tiers, path, .. } = hits;
         let Some(first) = path.first() else { return };
-        tiers.resize(rows.len().max(tiers.len()), Tiers::default());
+        let [resident, expected, ..] = rows;
+        tiers.clear();
+        tiers.resize(resident.len(), Tiers::default());
         for slot in self.tree.sets.get(first.set).slots(u8::MAX) {
-            let [resident, expected, ..] = rows[usize::from(slot)].reach;
+            let resident = resident[usize::from(slot)];
+            let expected = expected.get(usize::from(slot)).copied().unwrap_or(resident);
             tiers[usize::from(slot)] = Tiers {
                 by_tier: std::array::from_fn(|tier| {
                     let holds = |set: &Set| set.of(slot) & 1 << tier != 0;
@@ -316,11 +277,6 @@ impl Index {
             start = stretch.end;
         }
         sum
-    }
-
-    fn generation(&self, slot: u16) -> u32 {
-        let endpoint = self.slots.get(usize::from(slot)).and_then(Option::as_deref);
-        endpoint.map_or(0, |endpoint| endpoint.generation)
     }
 
     /// Shortens a hit to where an engine with several groups can go on.
@@ -363,5 +319,19 @@ impl Index {
             keys[start..stretch.end as usize].iter().for_each(|key| each(*key, set));
             start = stretch.end as usize;
         }
+    }
+}
+
+/// The chain reaches so far on these of 64 endpoints.
+fn write(rows: &mut [u32], mut slots: u64, reach: u32) {
+    if slots == u64::MAX {
+        rows.fill(reach);
+        return;
+    }
+    while slots != 0 {
+        if let Some(row) = rows.get_mut(slots.trailing_zeros() as usize) {
+            *row = reach;
+        }
+        slots &= slots - 1;
     }
 }

@@ -45,14 +45,17 @@ impl Segment {
         self.data.len() * size_of::<u64>()
     }
 
+    #[inline]
     fn room(&self) -> usize {
         if self.is_wide { self.data.len() / 3 * 2 } else { self.data.len() / 5 * 4 }
     }
 
+    #[inline]
     fn words(&self) -> &[u64] {
         &self.data[..usize::from(self.len)]
     }
 
+    #[inline]
     fn run(&self, at: usize) -> u32 {
         let runs = &self.data[self.room()..];
         if self.is_wide {
@@ -80,12 +83,19 @@ impl Segment {
         self.is_wide || run < u32::from(GONE_SHORT) || run == GONE
     }
 
-    /// The first place whose word is not below that of a mixed name.
-    fn lower_bound(&self, mixed: u64) -> usize {
-        let (words, word) = (self.words(), mixed << 8);
+    /// Where a mixed name is, give or take a few.
+    #[inline]
+    fn guess(&self, mixed: u64) -> usize {
         // The bits after those that all share say which part of the names comes before.
         let fraction = (mixed << self.bits) >> 32;
-        let mut at = ((fraction * words.len() as u64) >> 32) as usize;
+        ((fraction * u64::from(self.len)) >> 32) as usize
+    }
+
+    /// The first place whose word is not below that of a mixed name.
+    #[inline]
+    fn lower_bound(&self, mixed: u64) -> usize {
+        let (words, word) = (self.words(), mixed << 8);
+        let mut at = self.guess(mixed);
         while at < words.len() && words[at] < word {
             at += 1;
         }
@@ -95,11 +105,13 @@ impl Segment {
         at
     }
 
+    #[inline]
     fn place(&self, at: usize) -> Option<Place> {
         let run = self.run(at);
         (run != GONE).then(|| Place { run, at: self.data[at] as u8 })
     }
 
+    #[inline]
     fn is(&self, at: usize, mixed: u64) -> bool {
         self.words().get(at).is_some_and(|word| (word ^ (mixed << 8)) >> 8 == 0)
     }
@@ -208,6 +220,7 @@ const fn inverse(odd: u64) -> u64 {
 }
 
 /// Spreads names that are small numbers. Each number has one that it comes from.
+#[inline]
 fn mix(name: u64) -> u64 {
     let mixed = name.wrapping_mul(MULTIPLY[0]);
     (mixed ^ mixed >> 32).wrapping_mul(MULTIPLY[1])
@@ -255,10 +268,28 @@ impl Names {
             + self.directory.len().max(1 << BITS_MIN) * 2 * size_of::<u32>()
     }
 
+    #[inline]
     fn number(&self, mixed: u64) -> Option<u32> {
         self.directory.get((mixed >> (64 - self.bits)) as usize).copied()
     }
 
+    /// Reads from where each of these names must be. What names are found one after the other waits
+    /// for memory each time; this waits for all of them at once.
+    pub fn warm(&self, names: impl Iterator<Item = u64>) {
+        let mut read = 0;
+        for name in names {
+            let mixed = mix(name);
+            let Some(number) = self.number(mixed) else { return };
+            let segment = &self.segments[number as usize];
+            let at = segment.guess(mixed);
+            let run = segment.room() + at / if segment.is_wide { 2 } else { 4 };
+            read ^= segment.data.get(at).copied().unwrap_or(0);
+            read ^= segment.data.get(run).copied().unwrap_or(0);
+        }
+        std::hint::black_box(read);
+    }
+
+    #[inline]
     pub fn find(&self, name: u64) -> Option<Found> {
         let mixed = mix(name);
         let number = self.number(mixed)?;
@@ -268,6 +299,7 @@ impl Names {
         Some(Found { name, segment: number, at: at as u16, place })
     }
 
+    #[inline]
     pub fn get(&self, name: u64) -> Option<Place> {
         self.find(name).map(|found| found.place)
     }

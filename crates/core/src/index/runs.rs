@@ -91,6 +91,7 @@ impl Run {
     }
 
     /// The part that a block lies in; nobody holds what is behind the end.
+    #[inline]
     pub fn step(&self, at: u16) -> Step {
         match &self.cover {
             Cover::Whole(set) if at < self.len => Step { end: self.len, set: *set },
@@ -151,11 +152,13 @@ impl Runs {
         self.runs.len() + self.runs.len() / 8 + 16
     }
 
+    #[inline]
     pub fn get(&self, run: u32) -> &Run {
         &self.runs[run as usize]
     }
 
     /// The set that holds a place; [`EMPTY`] for one that is gone.
+    #[inline]
     pub fn set(&self, place: Place) -> SetId {
         let run = self.runs.get(place.run as usize);
         run.map_or(EMPTY, |run| run.step(place.at.into()).set)
@@ -187,6 +190,7 @@ impl Runs {
     }
 
     /// Keys of a run's blocks; none where names are keys.
+    #[inline]
     pub fn keys(&self, run: u32) -> &[BlockKey] {
         self.keys.get(run as usize).map_or(&[], |keys| keys)
     }

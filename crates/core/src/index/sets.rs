@@ -43,6 +43,7 @@ enum Words {
 }
 
 impl Words {
+    #[inline]
     fn as_slice(&self) -> &[u64] {
         match self {
             Words::One(word) => std::slice::from_ref(word),
@@ -71,6 +72,7 @@ impl Set {
     const NONE: Set = Set { planes: 0, words: Words::One(0) };
 
     /// Words of each plane.
+    #[inline]
     pub fn width(&self) -> usize {
         match self.planes.count_ones() as usize {
             0 | 1 => self.words.as_slice().len(),
@@ -79,6 +81,7 @@ impl Set {
     }
 
     /// A word of a plane that is there.
+    #[inline]
     pub fn word(&self, plane: u8, at: usize) -> u64 {
         if self.planes & 1 << plane == 0 {
             return 0;
@@ -92,11 +95,11 @@ impl Set {
     }
 
     /// Word `at` of all these planes together.
+    #[inline]
     pub fn union(&self, planes: u8, at: usize) -> u64 {
-        let words = self.words.as_slice();
         let planes = planes & self.planes;
-        if planes == self.planes && words.len() == 1 {
-            return if at == 0 { words[0] } else { 0 };
+        if planes == self.planes && planes.is_power_of_two() {
+            return self.words.as_slice().get(at).copied().unwrap_or(0);
         }
         let mut left = planes;
         let mut union = 0;
@@ -108,8 +111,13 @@ impl Set {
     }
 
     /// The planes in which a slot is, as bits.
+    #[inline]
     pub fn of(&self, slot: u16) -> u8 {
         let (at, bit) = (usize::from(slot) / 64, 1u64 << (slot % 64));
+        if self.planes.is_power_of_two() {
+            let word = self.words.as_slice().get(at).copied().unwrap_or(0);
+            return if word & bit != 0 { self.planes } else { 0 };
+        }
         let mut planes = 0;
         let mut left = self.planes;
         while left != 0 {
@@ -133,6 +141,7 @@ impl Set {
     }
 
     /// Whether a slot of these is in one of the planes.
+    #[inline]
     pub fn meets(&self, planes: u8, slots: &[u64]) -> bool {
         let mut pairs = slots.iter().enumerate();
         pairs.any(|(at, &word)| word != 0 && word & self.union(planes, at) != 0)
@@ -236,12 +245,14 @@ impl Sets {
             + CHANGES * size_of::<Change>()
     }
 
+    #[inline]
     pub fn get(&self, id: SetId) -> &Set {
         static NONE: Set = Set::NONE;
         self.sets.get(id as usize).map_or(&NONE, |shared| &shared.set)
     }
 
     /// The set that differs in one bit.
+    #[inline]
     pub fn change(&mut self, from: SetId, slot: u16, plane: u8, on: bool) -> SetId {
         let what = u32::from(slot) << 4 | u32::from(plane) << 1 | u32::from(on);
         let mixed = (from ^ what.wrapping_mul(0x85EB_CA6B)).wrapping_mul(0x9E37_79B1);
@@ -297,6 +308,7 @@ impl Sets {
     }
 
     /// One more user.
+    #[inline]
     pub fn keep(&mut self, id: SetId) {
         if id != EMPTY {
             let users = &mut self.sets[id as usize].users;
@@ -306,6 +318,7 @@ impl Sets {
     }
 
     /// One user less.
+    #[inline]
     pub fn release(&mut self, id: SetId) {
         if id != EMPTY {
             let users = &mut self.sets[id as usize].users;

@@ -123,6 +123,7 @@ impl Tree {
         }
     }
 
+    #[inline]
     pub fn set(&self, place: Place) -> &Set {
         self.sets.get(self.runs.set(place))
     }
@@ -138,6 +139,7 @@ impl Tree {
     }
 
     /// Whether some endpoint holds blocks of a set under the names of all.
+    #[inline]
     fn is_named(&self, set: &Set) -> bool {
         match self.naming {
             Naming::Portable => set.meets(Plane::TIERS, &self.sharing),
@@ -146,11 +148,13 @@ impl Tree {
     }
 
     /// The block that engines which share names call so.
+    #[inline]
     pub fn place_of(&self, name: u64) -> Option<Place> {
         self.names.get(name).filter(|place| self.is_named(self.set(*place)))
     }
 
     /// Where a prompt's first key, or the first one that leaves a run, is found.
+    #[inline]
     pub fn start(&self, key: BlockKey) -> Option<Place> {
         match self.naming {
             Naming::Portable => {
