@@ -3,6 +3,7 @@
 //! Pure: works on a buffer that the caller fills. The body comes out as it arrived, without a
 //! frame for each chunk: what one read brought in is one piece, moved together in place.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -163,9 +164,11 @@ fn chunk_size(line: &[u8]) -> Result<u64, Http1Error> {
 /// (`100 Continue`, `103 Early Hints`) are skipped. `to_head` says that the request was a `HEAD`.
 pub(crate) fn parse_head(buf: &mut BytesMut, to_head: bool) -> Result<Option<Head>, Http1Error> {
     loop {
-        let mut lines = [httparse::EMPTY_HEADER; HEADERS_MAX];
-        let mut response = httparse::Response::new(&mut lines);
-        let length = match response.parse(buf) {
+        let mut lines = [const { MaybeUninit::uninit() }; HEADERS_MAX];
+        let mut response = httparse::Response::new(&mut []);
+        let parser = httparse::ParserConfig::default();
+        let read = parser.parse_response_with_uninit_headers(&mut response, buf, &mut lines);
+        let length = match read {
             Ok(httparse::Status::Complete(length)) => length,
             Ok(httparse::Status::Partial) if buf.len() > HEAD_BYTES_MAX => {
                 return Err(Http1Error::HeadTooLarge);

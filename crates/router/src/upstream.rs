@@ -137,6 +137,11 @@ impl Connection {
         stream.write_all(&body[sent - head.len()..]).await
     }
 
+    /// Makes room for an answer of so many bytes, which is read at once then.
+    pub fn expect_bytes(&mut self, bytes: usize) {
+        self.buf.reserve(bytes);
+    }
+
     /// Waits for the head of the response.
     pub async fn read_head(&mut self, to_head: bool) -> Result<Head, UpstreamError> {
         loop {

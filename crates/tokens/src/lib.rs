@@ -356,10 +356,9 @@ pub fn chains_of_ids<'a>(
 /// and with no engine.
 #[must_use]
 pub fn estimate(text: &[u8]) -> Vec<u32> {
-    let quad = |chunk: &[u8]| {
-        let mut bytes = [0; 4];
-        bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
-        u32::from_le_bytes(bytes)
-    };
-    text.chunks(4).map(quad).collect()
+    let (quads, rest) = text.as_chunks::<4>();
+    let mut last = [0; 4];
+    last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+    let last = (!rest.is_empty()).then_some(last);
+    quads.iter().copied().chain(last).map(u32::from_le_bytes).collect()
 }

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use kvroute_core::collect::{CollectPlan, MetricSpec, Reading};
-use memchr::{memchr, memchr3};
+use memchr::{memchr, memchr_iter, memchr3};
 
 pub use engine::{ADAPTERS_MAX, EngineChoice, EngineReader, MetricsError, Scrape};
 pub use scalars::{ScalarReader, gpu_utilization};
@@ -62,13 +62,16 @@ pub fn cache_config(page: &[u8]) -> CacheConfig {
     }
 }
 
+/// Bytes of a line that are looked at before its name is searched for.
+const BEGIN_BYTES: usize = 10;
+
 /// The families that are read, each with what it means.
 #[derive(Debug)]
 struct Families<M> {
     /// By length of the name, then by name.
     entries: Vec<Family<M>>,
-    /// Bytes that a name begins with.
-    first: [bool; 256],
+    /// Which bytes a name may have at each of its first places: most lines fail there.
+    begins: Vec<[bool; 256]>,
     /// Bit `n`: a name is `n` bytes long, modulo 64.
     lengths: u64,
 }
@@ -89,7 +92,7 @@ struct Label {
 
 impl<M> Default for Families<M> {
     fn default() -> Families<M> {
-        Families { entries: Vec::new(), first: [false; 256], lengths: 0 }
+        Families { entries: Vec::new(), begins: vec![[false; 256]; BEGIN_BYTES], lengths: 0 }
     }
 }
 
@@ -106,8 +109,12 @@ impl<M> Families<M> {
         let mut families = Families::default();
         for (spec, meaning) in asked {
             let name: Box<[u8]> = spec.name.as_bytes().into();
-            if let Some(first) = name.first() {
-                families.first[usize::from(*first)] = true;
+            for (at, allowed) in families.begins.iter_mut().enumerate() {
+                match name.get(at) {
+                    Some(byte) => allowed[usize::from(*byte)] = true,
+                    // Behind a name that is shorter.
+                    None => *allowed = [true; 256],
+                }
             }
             families.lengths |= 1 << (name.len() % 64);
             let label = |(name, value): &(String, String)| Label {
@@ -129,13 +136,13 @@ impl<M> Families<M> {
     /// Calls `take` for each sample that somebody asked for, once per family that means it. Lines
     /// that cannot be read are no samples.
     fn scan<'p>(&self, page: &'p [u8], mut take: impl FnMut(&M, Labels<'p>, Sample)) {
-        let mut rest = page;
-        while let Some(first) = rest.first() {
-            let end = memchr(b'\n', rest).unwrap_or(rest.len());
-            if self.first[usize::from(*first)] {
-                self.read_line(&rest[..end], &mut take);
+        let mut begin = 0;
+        for end in memchr_iter(b'\n', page).chain([page.len()]) {
+            let line = &page[begin..end];
+            if self.begins.iter().zip(line).all(|(allowed, byte)| allowed[usize::from(*byte)]) {
+                self.read_line(line, &mut take);
             }
-            rest = rest.get(end + 1..).unwrap_or_default();
+            begin = end + 1;
         }
     }
 

@@ -176,9 +176,12 @@ impl JsonScanner {
         }
         let key = self.key.needle();
         let Some(at) = self.key.find(bytes) else {
-            let longest = (1..key.len()).rev().find(|len| {
-                bytes.ends_with(&key[..*len]) && !self.is_escaped(bytes, bytes.len() - len)
-            });
+            let tail = bytes.len().saturating_sub(key.len() - 1);
+            let quotes = (tail..bytes.len()).filter(|at| bytes[*at] == b'"');
+            let begun = quotes
+                .map(|at| (at, &bytes[at..]))
+                .find(|(at, end)| key.starts_with(end) && !self.is_escaped(bytes, *at));
+            let longest = begun.map(|(_, end)| end.len());
             self.escaped = self.is_escaped(bytes, bytes.len());
             self.matched = longest.unwrap_or(0);
             return bytes.len();
@@ -218,12 +221,9 @@ impl JsonScanner {
 
     /// Consumes bytes of the object up to its end.
     fn capture(&mut self, bytes: &[u8]) -> usize {
-        for (at, byte) in bytes.iter().enumerate() {
-            if self.object.len() == USAGE_BYTES_MAX {
-                self.end_object();
-                return at;
-            }
-            self.object.push(*byte);
+        let room = USAGE_BYTES_MAX - self.object.len();
+        let here = bytes.len().min(room);
+        for (at, byte) in bytes[..here].iter().enumerate() {
             match byte {
                 _ if self.escaped => self.escaped = false,
                 b'\\' if self.in_string => self.escaped = true,
@@ -232,6 +232,7 @@ impl JsonScanner {
                 b'}' if !self.in_string => {
                     self.depth -= 1;
                     if self.depth == 0 {
+                        self.object.extend_from_slice(&bytes[..=at]);
                         self.merge();
                         self.end_object();
                         return at + 1;
@@ -240,7 +241,11 @@ impl JsonScanner {
                 _ => {}
             }
         }
-        bytes.len()
+        self.object.extend_from_slice(&bytes[..here]);
+        if here < bytes.len() {
+            self.end_object();
+        }
+        here
     }
 
     fn end_object(&mut self) {

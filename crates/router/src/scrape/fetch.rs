@@ -12,6 +12,11 @@ use crate::upstream::{Connection, Upstream, UpstreamError};
 /// reached is told from one that is slow.
 const CONNECT_SHARE: f64 = 0.9;
 
+/// Room for the head of an answer, and for a page that is a little longer than the last.
+const HEAD_BYTES: usize = 4 << 10;
+/// Room for a page at most; longer ones come in several reads.
+const ROOM_BYTES_MAX: usize = 64 << 10;
+
 /// Something to ask for, and what it needs of files.
 #[derive(Debug)]
 pub(super) struct Asked {
@@ -145,6 +150,7 @@ impl Fetch {
             self.head.extend_from_slice(part.as_bytes());
         }
         connection.send(&self.head, b"").await?;
+        connection.expect_bytes((self.page.len() + HEAD_BYTES).min(ROOM_BYTES_MAX));
         let mut head = connection.read_head(false).await?;
         connection.read_body(&mut head.framing, &mut self.page, bytes_max).await?;
         if head.keep_alive {
