@@ -122,8 +122,8 @@ pub fn root(block_size: u32, space: TokenSpace, root: Root<'_>) -> BlockKey {
     })
 }
 
-/// What the first block of a prompt is hashed with: the root, and the salt of the tenant. [`extend`]
-/// from here gives the keys of [`chain`] for a prompt without multimodal items.
+/// What the first block of a prompt is hashed with: the root, and the salt of the tenant.
+/// [`extend`] from here gives the keys of [`chain`] for a prompt without multimodal items.
 pub fn start(spec: ChainSpec, root_of: Root<'_>, cache_salt: Option<&str>) -> BlockKey {
     let root = root(spec.block_size, spec.space, root_of);
     cache_salt.map_or(root, |salt| BlockKey(fold(root.0, salt.as_bytes())))

@@ -6,6 +6,7 @@
 //! Python's `json`.
 
 mod anthropic;
+mod features;
 mod grpc;
 mod loose;
 mod plain;
@@ -26,9 +27,10 @@ use thiserror::Error;
 use crate::api::Api;
 use crate::media::{self, MediaItem};
 use crate::model_name;
+use features::read_items;
 use loose::{Loose, LoosePrompt, Wrong};
+use plain::Conversation;
 pub use plain::PlainTurn;
-use plain::{Conversation, Turns};
 
 /// Most prompts of one request that are looked at. A request with more is routed by load: OpenAI
 /// allows 2,048 inputs of an embeddings request.
@@ -421,16 +423,11 @@ impl<'de> Visitor<'de> for FieldsVisitor<'de> {
         let is_responses = self.api == Api::Responses;
         let is_messages = self.api == Api::Messages;
         let is_sglang = self.api == Api::SglangGenerate;
-        let unplaced = || serde::de::Error::custom("a key stands elsewhere");
         while let Some(key) = map.next_key::<Key<'de>>()? {
-            if let Some(conversation) = &mut fields.conversation {
-                conversation.end(self.body, Some(&key)).ok_or_else(unplaced)?;
-            }
+            fields.end_conversation(self.body, Some(&key))?;
             match &*key.0 {
                 "messages" if self.reads_turns => {
-                    let turns = map.next_value::<Turns<'de>>()?;
-                    let conversation = Conversation::of(self.body, &key, turns);
-                    fields.conversation = Some(conversation.ok_or_else(unplaced)?);
+                    fields.conversation = Some(Conversation::read(&mut map, self.body, &key)?);
                 }
                 "model" => {
                     let text = map.next_value::<&RawValue>()?.get();
@@ -487,9 +484,7 @@ impl<'de> Visitor<'de> for FieldsVisitor<'de> {
                 _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }
-        if let Some(conversation) = &mut fields.conversation {
-            conversation.end(self.body, None).ok_or_else(unplaced)?;
-        }
+        fields.end_conversation(self.body, None)?;
         Ok(fields)
     }
 }
@@ -573,6 +568,16 @@ fn hint(value: Loose<'_>) -> Option<Cow<'_, str>> {
 }
 
 impl<'a> Fields<'a> {
+    /// The messages end before `next`, or with the body.
+    fn end_conversation<E: serde::de::Error>(
+        &mut self,
+        body: &'a [u8],
+        next: Option<&Key<'_>>,
+    ) -> Result<(), E> {
+        let conversation = self.conversation.as_mut();
+        conversation.map_or(Ok(()), |conversation| conversation.end(body, next))
+    }
+
     fn into_passed_through(self) -> RequestBody<'a> {
         RequestBody {
             model: hint(self.model),
@@ -790,49 +795,4 @@ fn token_ids_of(prompt: LoosePrompt<'_>, api: Api) -> Result<Prompt<'_>, BodyErr
         other => return prompt_of("token_ids", api, other, EXPECTED),
     };
     Err(BodyError::WrongType { field: "token_ids", expected: EXPECTED, found: found.to_owned() })
-}
-
-/// `features` of vLLM's generate API: per modality the hashes of the items and, in the same
-/// order, where each lies in the prompt.
-#[derive(Deserialize)]
-struct Features {
-    #[serde(default)]
-    mm_hashes: Option<std::collections::BTreeMap<String, Vec<String>>>,
-    #[serde(default)]
-    mm_placeholders: Option<std::collections::BTreeMap<String, Vec<Placeholder>>>,
-}
-
-#[derive(Deserialize)]
-struct Placeholder {
-    offset: u32,
-    length: u32,
-}
-
-fn read_items(features: &RawValue) -> Result<Vec<MultimodalSpan>, BodyError> {
-    let wrong = |found: String| BodyError::WrongType {
-        field: "features",
-        expected: "an object with mm_hashes and mm_placeholders of equal length per modality",
-        found,
-    };
-    let features: Features =
-        serde_json::from_str(features.get()).map_err(|error| wrong(error.to_string()))?;
-    let placeholders = features.mm_placeholders.unwrap_or_default();
-    let mut items = Vec::new();
-    for (modality, hashes) in features.mm_hashes.unwrap_or_default() {
-        let places = placeholders.get(&modality).map_or(&[][..], Vec::as_slice);
-        if places.len() != hashes.len() || items.len() + hashes.len() > MULTIMODAL_ITEMS_MAX {
-            return Err(wrong(format!(
-                "{} hashes and {} placeholders of {modality} (at most {MULTIMODAL_ITEMS_MAX})",
-                hashes.len(),
-                places.len()
-            )));
-        }
-        items.extend(hashes.into_iter().zip(places).map(|(identifier, place)| MultimodalSpan {
-            identifier,
-            offset: place.offset,
-            length: place.length,
-        }));
-    }
-    items.sort_by_key(|item| item.offset);
-    Ok(items)
 }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::Key;
 
@@ -21,7 +21,7 @@ pub struct PlainTurn<'a> {
 }
 
 /// The messages of a conversation where all of them are plain; `None` for any other value.
-pub(super) struct Turns<'a>(pub(super) Option<Vec<PlainTurn<'a>>>);
+struct Turns<'a>(Option<Vec<PlainTurn<'a>>>);
 
 /// One message, if it is plain.
 struct Turn<'a>(Option<PlainTurn<'a>>);
@@ -163,20 +163,37 @@ pub(super) struct Conversation<'a> {
 }
 
 impl<'a> Conversation<'a> {
-    /// The value of `key`, read as `turns`; `None` where the key does not stand in `body` as it is.
-    pub(super) fn of(body: &[u8], key: &Key<'_>, turns: Turns<'a>) -> Option<Conversation<'a>> {
+    /// Reads the value of `key`; an error where the key does not stand in `body` as it is.
+    pub(super) fn read<A: MapAccess<'a>>(
+        map: &mut A,
+        body: &[u8],
+        key: &Key<'_>,
+    ) -> Result<Conversation<'a>, A::Error> {
+        let turns = map.next_value()?;
+        Conversation::of(body, key, turns).ok_or_else(unplaced)
+    }
+
+    fn of(body: &[u8], key: &Key<'_>, turns: Turns<'a>) -> Option<Conversation<'a>> {
         let quote = place_of(body, key)? + key.0.len();
         let behind = body.get(quote + 1..)?;
         let value = behind.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
         Some(Conversation { turns: turns.0, start: body.len() - value.len(), json: None })
     }
 
-    /// Notes where the JSON ends: before `next`, or before the bracket that ends the body. `None`
+    /// Notes where the JSON ends: before `next`, or before the bracket that ends the body. An error
     /// where that cannot be told, or what was passed over is no text.
-    pub(super) fn end(&mut self, body: &'a [u8], next: Option<&Key<'_>>) -> Option<()> {
-        if self.json.is_some() {
-            return Some(());
+    pub(super) fn end<E: Error>(
+        &mut self,
+        body: &'a [u8],
+        next: Option<&Key<'_>>,
+    ) -> Result<(), E> {
+        if self.json.is_none() {
+            self.json = Some(self.json_before(body, next).ok_or_else(unplaced)?);
         }
+        Ok(())
+    }
+
+    fn json_before(&self, body: &'a [u8], next: Option<&Key<'_>>) -> Option<&'a [u8]> {
         let before = match next {
             Some(next) => body.get(..place_of(body, next)?.checked_sub(1)?)?,
             None => body.trim_ascii_end().strip_suffix(b"}")?,
@@ -187,9 +204,13 @@ impl<'a> Conversation<'a> {
         if self.turns.is_none() {
             std::str::from_utf8(json).ok()?;
         }
-        self.json = Some(json);
-        Some(())
+        Some(json)
     }
+}
+
+/// Ends the attempt to read a body in one pass.
+fn unplaced<E: Error>() -> E {
+    E::custom("the messages cannot be found in the body")
 }
 
 /// Where the text of a key begins, behind its quote.
