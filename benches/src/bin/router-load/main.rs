@@ -423,7 +423,8 @@ impl Bench {
     async fn idle(&self, kind: Kind, paths: &Paths) -> anyhow::Result<memory::Idle> {
         eprintln!("{}: idle, {} engines", kind.name(), self.idle_engines);
         let count = self.idle_engines;
-        let few = engines::EnginesArgs { count, kv_blocks: 1_024, ..self.engines(0) };
+        let (kv_blocks, max_model_len) = (1_024, 8_192);
+        let few = engines::EnginesArgs { count, kv_blocks, max_model_len, ..self.engines(0) };
         let (engines, target) = self.start(kind, few, paths).await?;
         let span = Duration::from_secs(self.idle_seconds.max(1));
         let idle = memory::idle(&target, count, span).await;
@@ -443,7 +444,7 @@ impl Bench {
         let large = engines::EnginesArgs {
             count: LONG_ENGINES,
             max_model_len,
-            kv_blocks: max_model_len / 16,
+            kv_blocks: max_model_len / 16 + 64,
             ..self.engines(0)
         };
         let (engines, target) = self.start(kind, large, paths).await?;
