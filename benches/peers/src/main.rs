@@ -47,10 +47,10 @@ pub struct Options {
     /// From which all workloads follow.
     #[arg(long, global = true, default_value_t = 1)]
     seed: u64,
-    /// What does not fit into this is left out of the memory table.
-    #[arg(long, global = true, default_value_t = 12.0)]
+    /// What does not fit into this is left out of the memory table: peers take long to fill more.
+    #[arg(long, global = true, default_value_t = 4.0)]
     memory_gb_max: f64,
-    /// Only cases of lookups, or indexes for events, whose name contains this.
+    /// Only cases of lookups, or indexes for events and memory, whose name contains this.
     #[arg(long, global = true)]
     only: Option<String>,
     /// A folder with a tokenizer.json; Qwen3's, where scripts/fetch-tokenizer.sh puts it, when left

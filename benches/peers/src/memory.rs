@@ -102,6 +102,9 @@ fn measure<S: Subject>(
     label: &str,
     names: Names,
 ) {
+    if !options.wants(label) {
+        return;
+    }
     let limit = options.memory_gb_max * 1e9;
     for holders in [1u16, 8] {
         let mut per_block = 0.0;
