@@ -98,6 +98,7 @@ impl EndReason {
 /// One entry of a recording.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "decisions are the most frequent entries but one")]
 pub enum Entry<'a> {
     /// The first.
     Recording(Header),

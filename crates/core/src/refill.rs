@@ -25,10 +25,10 @@ mod tests {
     fn elements_keep_what_they_own() {
         let mut list = vec![String::with_capacity(64), String::new(), String::from("gone")];
         let kept = list[0].as_ptr();
-        refill(&mut list, ["one", "two"].into_iter(), |text, new| rewrite(text, new));
+        refill(&mut list, ["one", "two"].into_iter(), rewrite);
         assert_eq!(list, ["one", "two"]);
         assert_eq!(list[0].as_ptr(), kept);
-        refill(&mut list, std::iter::empty::<&str>(), |text, new| rewrite(text, new));
+        refill(&mut list, std::iter::empty::<&str>(), rewrite);
         assert!(list.is_empty());
     }
 }
