@@ -1,7 +1,7 @@
 //! Which of the rated endpoints serves the request? One file per plugin.
 //!
-//! Every picker lists all candidates, the best first: the first is chosen, the next are for retries.
-//! Behind as many as can be tried the order means nothing.
+//! Every picker lists all candidates, the best first: the first is chosen, the next are for
+//! retries. Behind as many as can be tried the order means nothing.
 
 mod max_score;
 mod random;

@@ -1,7 +1,8 @@
 //! How are records written again without asking for memory? Lists keep their elements, and
 //! elements what they own.
 
-/// Makes `list` say what `items` say, one element for each: `set` writes one, over what stood there.
+/// Makes `list` say what `items` say, one element for each: `set` writes one, over what stood
+/// there.
 pub(crate) fn refill<T: Default, I>(
     list: &mut Vec<T>,
     items: impl ExactSizeIterator<Item = I>,
