@@ -49,7 +49,7 @@ fn rehearsal(plan: Plan, tokenizer: &Tokenizer) -> Rehearsal {
         record: None,
         upstream_metric_names: None,
     };
-    Rehearsal::new(config).unwrap()
+    Rehearsal::new(config).expect("the plan is complete")
 }
 
 /// Endpoints that hold the blocks of `tokens`, with live streams and fresh metrics.
@@ -64,7 +64,7 @@ fn enter(rehearsal: &Rehearsal, endpoints: usize, tokens: &[u32]) -> Vec<Endpoin
             replay_available: false,
             events_expected: true,
         };
-        let id = rehearsal.brain().add_endpoint(rehearsal.now(), spec).unwrap();
+        let id = rehearsal.brain().add_endpoint(rehearsal.now(), spec).expect("there is room");
         let stored = BlockStored {
             hashes: (1..=full as u64).map(EngineHash).collect(),
             parent: None,
@@ -113,7 +113,7 @@ fn allocations(rehearsal: &Rehearsal, ids: &[EndpointId], asked: &[Read]) -> f64
             scrape(rehearsal, ids);
         }
         let region = Region::new(ALLOCATOR);
-        let decided = rehearsal.choose(&asked[round % asked.len()]).unwrap();
+        let decided = rehearsal.choose(&asked[round % asked.len()]).expect("one is chosen");
         let change = region.change();
         if round >= WARMUP {
             counted += change.allocations + change.reallocations;
