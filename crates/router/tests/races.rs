@@ -117,8 +117,11 @@ struct Versioned {
     version: u64,
 }
 
+/// Checked when all threads are done: the writer would wait for ever for a reader that fails.
 struct Read {
     version: u64,
+    /// What was published before and after.
+    published: [u64; 2],
     chain: usize,
     hits: [Hit; 3],
 }
@@ -169,16 +172,13 @@ impl Race {
             let chain = rng.below(chains.len());
             let known = self.published.load(SeqCst);
             let state = self.lock.lock();
-            let read = Read {
-                version: state.version,
-                chain,
-                hits: answer(&state.index, &chains[chain], &mut hits),
-            };
+            let (version, index) = (state.version, &state.index);
+            let hits = answer(index, &chains[chain], &mut hits);
             self.reads.fetch_add(1, SeqCst);
             drop(state);
-            let last = seen.last().map_or(0, |read| read.version);
-            let (from, to) = (known.max(last), self.published.load(SeqCst));
-            assert!((from..=to).contains(&read.version), "{from} {} {to}", read.version);
+            let known = known.max(seen.last().map_or(0, |read| read.version));
+            let published = [known, self.published.load(SeqCst)];
+            let read = Read { version, published, chain, hits };
             seen.push(read);
         }
         seen
@@ -218,6 +218,8 @@ fn race(seed: u64) {
     let mut telling = 0;
     let versions: BTreeSet<u64> = reads.iter().map(|read| read.version).collect();
     for read in &reads {
+        let [from, to] = read.published;
+        assert!((from..=to).contains(&read.version), "{from} {} {to}", read.version);
         while version < read.version {
             let (id, event) = &events[version as usize];
             index.apply(*id, event);
@@ -279,16 +281,16 @@ fn brain() -> (Brain, EndpointId) {
     (brain, ids[0])
 }
 
-/// Events that the brain has applied, none of them in part.
-fn applied(brain: &Brain, id: EndpointId) -> u64 {
-    let blocks = brain.stream_applied(id).unwrap().stored;
-    assert_eq!(blocks % EVENT_BLOCKS as u64, 0, "half an event");
-    blocks / EVENT_BLOCKS as u64
+/// What one question found; see [`Read`].
+struct Asked {
+    event: u64,
+    blocks_applied: u64,
+    resident: u32,
 }
 
-/// Asks until all events are there: how many questions found part of a batch applied.
-fn decide(lock: &Mutex<Brain>, id: EndpointId, reads: &AtomicU64, rng: &mut Rng) -> u64 {
-    let (mut last, mut between) = (0, 0);
+/// Asks until all events are there.
+fn decide(lock: &Mutex<Brain>, id: EndpointId, reads: &AtomicU64, rng: &mut Rng) -> Vec<Asked> {
+    let (mut last, mut seen) = (0, Vec::new());
     while last < BATCHES * BATCH_EVENTS {
         // Near what is just coming.
         let event = (last + rng.below(12) as u64).saturating_sub(4);
@@ -303,17 +305,29 @@ fn decide(lock: &Mutex<Brain>, id: EndpointId, reads: &AtomicU64, rng: &mut Rng)
             ..Request::default()
         };
         let mut brain = lock.lock();
-        let version = applied(&brain, id);
+        let blocks_applied = brain.stream_applied(id).unwrap().stored;
         let decision = brain.decide(Time::ZERO, &request).unwrap();
         reads.fetch_add(1, SeqCst);
         drop(brain);
+        let resident = decision.record.candidates[0].hit.resident;
+        seen.push(Asked { event, blocks_applied, resident });
+        last = blocks_applied / EVENT_BLOCKS as u64;
+        lock.lock().on_response(Time::ZERO, decision.ticket, ResponseEvent::End { status: 200 });
+    }
+    seen
+}
+
+/// How many questions of one reader found part of a batch applied.
+fn check(asked: &[Asked]) -> u64 {
+    let (mut last, mut between) = (0, 0);
+    for Asked { event, blocks_applied, resident } in asked {
+        let version = blocks_applied / EVENT_BLOCKS as u64;
+        assert_eq!(blocks_applied % EVENT_BLOCKS as u64, 0, "half an event");
         assert!(version >= last, "{version} after {last}");
-        let hit = decision.record.candidates[0].hit;
-        let expected = if event < version { EVENT_BLOCKS } else { 0 };
-        assert_eq!(hit.resident as usize, expected, "event {event} of {version}");
+        let expected = if *event < version { EVENT_BLOCKS } else { 0 };
+        assert_eq!(*resident as usize, expected, "event {event} of {version}");
         between += u64::from(!version.is_multiple_of(BATCH_EVENTS));
         last = version;
-        lock.lock().on_response(Time::ZERO, decision.ticket, ResponseEvent::End { status: 200 });
     }
     between
 }
@@ -343,7 +357,7 @@ fn decisions_between_slices_see_whole_events_in_their_order() {
                 slices += 1;
             }
         }
-        readers.into_iter().map(|reader| reader.join().unwrap()).sum()
+        readers.into_iter().map(|reader| check(&reader.join().unwrap())).sum()
     });
     eprintln!("{} decisions, {between} between slices", reads.load(SeqCst));
     // At least one in every other gap between slices of four events.
