@@ -1,5 +1,7 @@
 //! What the index knows about one endpoint: its engine's names for blocks and the copies of each.
 
+mod own;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::history::History;
@@ -14,40 +16,8 @@ use super::tree::{Hold, Part, Tree};
 use super::{GroupState, SkipReason};
 use crate::blocks::BlockKey;
 use crate::event::{EngineHash, GroupKind, Tier};
-
-/// What one engine hash stands for, on an endpoint that has names of its own.
-#[derive(Clone, Copy, Debug)]
-struct Named {
-    key: BlockKey,
-    place: Place,
-    /// Tiers that hold at least one copy under this name, as bits by `Tier::index()`.
-    tiers: u8,
-}
-
-impl Cell for Named {
-    const EMPTY: Named = Named { key: BlockKey(0), place: Place { run: 0, at: 0 }, tiers: 0 };
-
-    fn is_empty(&self) -> bool {
-        self.tiers == 0
-    }
-}
-
-/// A block, and what the endpoint alone calls it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct OwnBlock {
-    pub hash: EngineHash,
-    pub key: BlockKey,
-    pub place: Place,
-}
-
-/// Names of an endpoint whose engine calls blocks otherwise than others do, or one block by several
-/// names.
-#[derive(Debug)]
-struct Own {
-    names: Table<Named>,
-    /// Names beyond the first of the same block, by block and tier.
-    aliases: BTreeMap<(Place, u8), u32>,
-}
+use own::Own;
+pub(super) use own::OwnBlock;
 
 /// Copies of a block per tier, in a group that is not indexed by tokens.
 #[derive(Clone, Copy, Debug)]
@@ -316,51 +286,6 @@ impl Endpoint {
         (first, awaited)
     }
 
-    /// One more copy of a block under a name of its own; whether it is the first of this name in
-    /// this tier. `is_new`: nobody held the block before.
-    pub fn add_own(
-        &mut self,
-        tree: &mut Tree,
-        block: OwnBlock,
-        tier: Tier,
-        is_new: bool,
-    ) -> (bool, bool) {
-        let OwnBlock { hash, key, place } = block;
-        let bit = 1 << Plane::tier(tier);
-        let known = self.own.as_ref().and_then(|own| own.names.get(hash.0)).copied();
-        if known.is_some_and(|known| known.place != place) {
-            // The engine gave the name to other content: what it named before is gone.
-            self.forget(tree, hash);
-        }
-        let mut named = known.filter(|known| known.place == place).unwrap_or(Named::EMPTY);
-        if named.tiers & bit != 0 {
-            *self.copies.entry((hash.0, bit)).or_insert(0) += 1;
-            let planes = tree.set(place).of(self.slot);
-            return (false, planes & 1 << Plane::SPECULATIVE != 0);
-        }
-        let (mut is_alias, mut awaited) = (false, false);
-        if !is_new {
-            tree.add(Span::of(place), self.hold(tier), |_, planes| {
-                is_alias = planes & bit != 0;
-                awaited = planes & 1 << Plane::SPECULATIVE != 0;
-            });
-        }
-        self.resident += usize::from(named.tiers == 0);
-        self.by_tier[tier.index()] += 1;
-        named = Named { key, place, tiers: named.tiers | bit };
-        if let Some(own) = &mut self.own {
-            own.names.insert(hash.0, named);
-            if is_alias {
-                *own.aliases.entry((place, bit)).or_insert(0) += 1;
-            }
-        }
-        self.enter(tree, place.run);
-        if self.is_hybrid() {
-            self.hashes.insert(key.0, HashOf { hash: hash.0, known: true });
-        }
-        (true, awaited)
-    }
-
     fn note_hashes(&mut self, tree: &Tree, span: Span, names: &[u64]) {
         if self.is_hybrid() {
             for (at, &hash) in names.iter().enumerate() {
@@ -403,18 +328,6 @@ impl Endpoint {
         self.runs_left = self.runs.len();
     }
 
-    /// One copy less; whether there was one. For names of its own.
-    fn remove_own(&mut self, tree: &mut Tree, hash: EngineHash, tier: Tier) -> bool {
-        let bit = 1 << Plane::tier(tier);
-        if !self.has(tree, hash, tier) {
-            return false;
-        }
-        if !take_one(&mut self.copies, (hash.0, bit)) {
-            self.drop_tier(tree, hash.0, bit);
-        }
-        true
-    }
-
     /// One copy less of each block; how many there were of which was none.
     pub fn remove(
         &mut self,
@@ -431,7 +344,7 @@ impl Endpoint {
             }
             return missing;
         }
-        let mut missing = 0;
+        let (mut missing, mut seen) = (0, 0);
         found.clear();
         if hashes.len() > 1 {
             tree.names.warm(hashes.iter().map(|hash| hash.0));
@@ -440,6 +353,7 @@ impl Endpoint {
             if found.len() == FOUND_MAX {
                 self.remove_found(tree, found, tier);
                 found.clear();
+                seen = 0;
             }
             // A name that comes twice is a block's second copy, or means nothing any more.
             let known = tree.names.find(hash.0).filter(|known| {
@@ -447,9 +361,7 @@ impl Endpoint {
                 planes & 1 << Plane::tier(tier) != 0
             });
             match known {
-                Some(known) if found.iter().all(|other| other.place != known.place) => {
-                    found.push(known);
-                }
+                Some(known) if !is_among(found, &mut seen, known.place) => found.push(known),
                 Some(_) => {
                     self.remove_found(tree, found, tier);
                     found.clear();
@@ -518,56 +430,6 @@ impl Endpoint {
         if self.hashes.get(key).is_some_and(|of| of.hash == hash) {
             self.hashes.remove(key);
         }
-    }
-
-    /// All copies under a name of its own are gone from one tier.
-    fn drop_tier(&mut self, tree: &mut Tree, hash: u64, bit: u8) {
-        let Some(own) = &mut self.own else { return };
-        let Some(named) = own.names.get_mut(hash) else { return };
-        let Named { key, place, tiers } = *named;
-        let is_last = tiers == bit;
-        match is_last {
-            true => drop(own.names.remove(hash)),
-            false => named.tiers &= !bit,
-        }
-        let is_alias = take_one(&mut own.aliases, (place, bit));
-        self.by_tier[bit.trailing_zeros() as usize] -= 1;
-        if is_last {
-            self.resident -= 1;
-            self.removals.note(key.0);
-            self.forget_hash(key.0, hash);
-        }
-        if !is_alias {
-            tree.unhold(Span::of(place), self.slot, bit, |_, _| ());
-        }
-    }
-
-    /// Drops a name of its own from all tiers and groups.
-    fn forget(&mut self, tree: &mut Tree, hash: EngineHash) {
-        let named = self.own.as_ref().and_then(|own| own.names.get(hash.0));
-        let tiers = named.map_or(0, |named| named.tiers);
-        for bit in (0..4).map(|tier| 1 << tier).filter(|bit| tiers & bit != 0) {
-            self.copies.remove(&(hash.0, bit));
-            self.drop_tier(tree, hash.0, bit);
-        }
-        for group in &mut self.groups {
-            group.members.remove(hash.0);
-        }
-    }
-
-    /// From now on it has names of its own, but those of new blocks are still to come. Cost: all
-    /// names.
-    pub fn own_names(&mut self, tree: &mut Tree, new: &[Part]) {
-        let mut names = Table::new();
-        let is_new = |place: Place| new.iter().any(|part| part.is_new && part.span.has(place));
-        for (hash, place) in self.names(tree).into_iter().filter(|(_, place)| !is_new(*place)) {
-            let tiers = tree.set(place).of(self.slot) & Plane::TIERS;
-            names.insert(hash, Named { key: tree.key_of(place, hash), place, tiers });
-        }
-        self.resident = names.len();
-        self.own = Some(Box::new(Own { names, aliases: BTreeMap::new() }));
-        tree.share(self.slot, false);
-        tree.sweep(|_, _| true);
     }
 
     /// Names and places of the blocks that it holds, in no order that means anything. Cost: all
@@ -681,39 +543,6 @@ impl Endpoint {
         self.forget_evicted(&named, out);
         self.trim(2);
         out
-    }
-
-    /// What else is known of blocks that were evicted.
-    fn forget_evicted(&mut self, named: &[(u64, Place)], blocks: usize) {
-        let mut names_gone = blocks;
-        if let Some(own) = &mut self.own {
-            names_gone = named.len();
-            for (hash, place) in named {
-                let tiers = own.names.remove(*hash).map_or(0, |named| named.tiers);
-                for bit in (0..4).map(|tier| 1 << tier).filter(|bit| tiers & bit != 0) {
-                    // Counted by block before, each name of it counts.
-                    if own.aliases.contains_key(&(*place, bit)) {
-                        take_one(&mut own.aliases, (*place, bit));
-                        self.by_tier[bit.trailing_zeros() as usize] -= 1;
-                    }
-                }
-            }
-        }
-        self.resident -= names_gone;
-        for (hash, _) in named {
-            for bit in (0..4).map(|tier| 1u8 << tier) {
-                self.copies.remove(&(*hash, bit));
-            }
-            for group in &mut self.groups {
-                group.members.remove(*hash);
-            }
-        }
-        let gone: BTreeSet<u64> = named.iter().map(|(hash, _)| *hash).collect();
-        let keys = self.hashes.iter().filter(|(_, of)| gone.contains(&of.hash));
-        let keys: Vec<u64> = keys.map(|(key, _)| key).collect();
-        for key in keys {
-            self.hashes.remove(key);
-        }
     }
 
     /// Gives memory back when less than `1 / part` is used.
@@ -835,16 +664,13 @@ impl Endpoint {
     }
 }
 
-impl Own {
-    fn bytes(&self) -> usize {
-        size_of::<Own>()
-            + self.names.bytes()
-            + btree_bytes(self.aliases.len(), size_of::<((Place, u8), u32)>())
-    }
-
-    fn growth_bytes_max(&self, blocks: usize) -> usize {
-        self.names.growth_bytes() + blocks * (48 + 2 * size_of::<((Place, u8), u32)>() + 32) + 512
-    }
+/// Whether a place is among those found. `seen` has bits of all of them, so that they are seldom
+/// looked through.
+fn is_among(found: &[Found], seen: &mut u64, place: Place) -> bool {
+    let bit = 1 << ((place.run ^ u32::from(place.at)) % 64);
+    let may_be = *seen & bit != 0;
+    *seen |= bit;
+    may_be && found.iter().any(|other| other.place == place)
 }
 
 /// Blocks that are removed together.

@@ -266,6 +266,29 @@ impl Runs {
             *set = to;
             return;
         }
+        let mut known = None;
+        if let Cover::Steps(steps) = &mut run.cover {
+            let at = steps.partition_point(|step| step.end <= span.from);
+            let start = at.checked_sub(1).map_or(0, |before| steps[before].end);
+            if let Some(&Step { end, set }) = steps.get(at).filter(|step| span.to <= step.end) {
+                let to = new(sets, set, span.from..span.to);
+                // Mostly a neighbour has that set already, and only the border moves.
+                let before = at.checked_sub(1).map(|before| steps[before].set);
+                if to == set {
+                    return;
+                } else if span.from == start && span.to < end && before == Some(to) {
+                    steps[at - 1].end = span.to;
+                    return;
+                } else if span.to == end
+                    && start < span.from
+                    && steps.get(at + 1).is_some_and(|next| next.set == to)
+                {
+                    steps[at].end = span.from;
+                    return;
+                }
+                known = Some(to);
+            }
+        }
         let mut made = std::mem::take(&mut self.scratch);
         let mut push = |end: u16, set: SetId| match made.last_mut() {
             Some(last) if last.set == set => last.end = end,
@@ -279,7 +302,8 @@ impl Runs {
                 push(from, step.set);
             }
             if from < to {
-                push(to, new(sets, step.set, from..to));
+                let set = known.unwrap_or_else(|| new(sets, step.set, from..to));
+                push(to, set);
             }
             if to < step.end {
                 push(step.end, step.set);
