@@ -4,9 +4,10 @@
 //! Every endpoint has a loop for each page, with its own connection and page buffer, both reused;
 //! the loops are futures of one task. Endpoints are asked in groups, each at its own phase of the
 //! interval: to wake a thread costs more than to read a page, so a timer for each endpoint would
-//! be most of the work, and all of them at once would hold up requests. The first page tells whether an endpoint answers: one that does not is asked less and less often, and
-//! while it cannot be reached at all, requests go to others first. Trouble with further pages, such
-//! as those of a DCGM exporter, is counted and otherwise left alone.
+//! be most of the work, and all of them at once would hold up requests. The first page tells
+//! whether an endpoint answers: one that does not is asked less and less often, and while it cannot
+//! be reached at all, requests go to others first. Trouble with further pages, such as those of a
+//! DCGM exporter, is counted and otherwise left alone.
 
 mod fetch;
 mod read;

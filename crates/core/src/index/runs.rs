@@ -103,12 +103,45 @@ impl Run {
         }
     }
 
+    /// Changes who holds a part, if that can be done where it stands; else what it becomes, if all
+    /// of it is held by the same.
+    fn change_in_place(&mut self, part: Span, new: impl FnOnce(SetId) -> SetId) -> Changed {
+        let Cover::Steps(steps) = &mut self.cover else { return Changed::Not(None) };
+        let at = steps.partition_point(|step| step.end <= part.from);
+        let Some(&Step { end, set }) = steps.get(at).filter(|step| part.to <= step.end) else {
+            return Changed::Not(None);
+        };
+        let to = new(set);
+        if to == set {
+            return Changed::Done;
+        }
+        // Mostly a neighbour has that set already, and only the border moves.
+        let before = at.checked_sub(1).map(|before| steps[before]);
+        let is_set = |step: Option<&Step>| step.is_some_and(|step| step.set == to);
+        if part.to < end && is_set(before.as_ref()) && before.map(|b| b.end) == Some(part.from) {
+            steps[at - 1].end = part.to;
+            return Changed::Done;
+        }
+        let start = before.map_or(0, |before| before.end);
+        if part.to == end && start < part.from && is_set(steps.get(at + 1)) {
+            steps[at].end = part.from;
+            return Changed::Done;
+        }
+        Changed::Not(Some(to))
+    }
+
     fn bytes(&self) -> usize {
         match &self.cover {
             Cover::Whole(_) => 0,
             Cover::Steps(steps) => size_of_val(&**steps),
         }
     }
+}
+
+enum Changed {
+    Done,
+    /// What holds the part from now on, if it is one set.
+    Not(Option<SetId>),
 }
 
 /// All runs.
@@ -266,29 +299,10 @@ impl Runs {
             *set = to;
             return;
         }
-        let mut known = None;
-        if let Cover::Steps(steps) = &mut run.cover {
-            let at = steps.partition_point(|step| step.end <= span.from);
-            let start = at.checked_sub(1).map_or(0, |before| steps[before].end);
-            if let Some(&Step { end, set }) = steps.get(at).filter(|step| span.to <= step.end) {
-                let to = new(sets, set, span.from..span.to);
-                // Mostly a neighbour has that set already, and only the border moves.
-                let before = at.checked_sub(1).map(|before| steps[before].set);
-                if to == set {
-                    return;
-                } else if span.from == start && span.to < end && before == Some(to) {
-                    steps[at - 1].end = span.to;
-                    return;
-                } else if span.to == end
-                    && start < span.from
-                    && steps.get(at + 1).is_some_and(|next| next.set == to)
-                {
-                    steps[at].end = span.from;
-                    return;
-                }
-                known = Some(to);
-            }
-        }
+        let known = match run.change_in_place(span, |set| new(sets, set, span.from..span.to)) {
+            Changed::Done => return,
+            Changed::Not(known) => known,
+        };
         let mut made = std::mem::take(&mut self.scratch);
         let mut push = |end: u16, set: SetId| match made.last_mut() {
             Some(last) if last.set == set => last.end = end,
