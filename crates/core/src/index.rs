@@ -1,11 +1,11 @@
 //! Who holds which block, and how far does a prompt's chain reach on each endpoint?
 //!
-//! Blocks lie in a tree of runs, in the order of the prompts that they come from ([`tree`]). A run
-//! says once for many neighbours who holds them ([`sets`]), in three kinds of knowledge: *resident*
-//! (the engine said so, per tier), *speculative* (a request that will fill the block is on its way)
-//! and *history* (a request with this block was routed there). Engines name blocks by hashes of
-//! their own. Those that call blocks alike, as engines with one hash seed do, share one map from
-//! name to block; one that does not has a map to itself.
+//! Blocks lie in a tree of runs, in the order of the prompts that they come from
+//! (`index/tree.rs`). A run says once for many neighbours who holds them (`index/sets.rs`), in
+//! three kinds of knowledge: *resident* (the engine said so, per tier), *speculative* (a request
+//! that will fill the block is on its way) and *history* (a request with this block was routed
+//! there). Engines name blocks by hashes of their own. Those that call blocks alike, as engines
+//! with one hash seed do, share one map from name to block; one that does not has a map to itself.
 //!
 //! Invariants:
 //! - A resident bit is set exactly while some engine hash of the endpoint with that key has at
