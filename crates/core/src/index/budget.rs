@@ -137,6 +137,6 @@ impl Index {
             endpoint.evict_oldest(tree, resident.div_ceil(EVICT_PART))
         });
         self.evicted.resident += out as u64;
-        true
+        out > 0
     }
 }

@@ -353,6 +353,7 @@ impl Endpoint {
             if found.len() == FOUND_MAX {
                 self.remove_found(tree, found, tier);
                 found.clear();
+                tree.names.settle();
                 seen = 0;
             }
             // A name that comes twice is a block's second copy, or means nothing any more.

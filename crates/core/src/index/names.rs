@@ -15,6 +15,8 @@ const BITS_MAX: u32 = 26;
 const SEGMENT_NAMES_MAX: usize = 128;
 /// Names that a full segment makes room for: what lies idle is half of it on average.
 const STEP: usize = 8;
+/// Names of a segment that may be gone before their room is taken back, at most.
+const GONE_MAX: usize = 1 << 14;
 /// Run of a name that is gone. Its room is taken back when there is reason to.
 const GONE: u32 = u32::MAX;
 const GONE_SHORT: u16 = u16::MAX;
@@ -24,7 +26,7 @@ const GONE_SHORT: u16 = u16::MAX;
 struct Segment {
     /// For each name a word: the mixed name without its first byte, then the place in the run.
     data: Box<[u64]>,
-    len: u16,
+    len: u32,
     gone: u16,
     /// First bits that all its names share.
     bits: u8,
@@ -52,7 +54,7 @@ impl Segment {
 
     #[inline]
     fn words(&self) -> &[u64] {
-        &self.data[..usize::from(self.len)]
+        &self.data[..self.len as usize]
     }
 
     #[inline]
@@ -125,7 +127,7 @@ impl Segment {
     }
 
     fn insert(&mut self, at: usize, mixed: u64, place: Place) {
-        let len = usize::from(self.len);
+        let len = self.len as usize;
         if len == self.room() || !self.fits(place.run) {
             self.resize(len + STEP, !self.fits(place.run) || self.is_wide);
         }
@@ -142,7 +144,7 @@ impl Segment {
 
     /// The same names in room for this many.
     fn resize(&mut self, names: usize, is_wide: bool) {
-        let names = names.max(usize::from(self.len)).next_multiple_of(STEP);
+        let names = names.max(self.len as usize).next_multiple_of(STEP);
         let mut new = Segment {
             data: vec![0; words_for(names, is_wide)].into(),
             len: self.len,
@@ -150,7 +152,7 @@ impl Segment {
             bits: self.bits,
             is_wide,
         };
-        let len = usize::from(self.len);
+        let len = self.len as usize;
         new.data[..len].copy_from_slice(self.words());
         if is_wide == self.is_wide {
             let (from, to) = (&self.data[self.room()..], new.room());
@@ -165,14 +167,14 @@ impl Segment {
     /// Keeps the names of which that is said, and only the room that they need.
     fn retain(&mut self, mut keep: impl FnMut(u64, Place) -> bool) {
         let mut kept = 0;
-        for at in 0..usize::from(self.len) {
+        for at in 0..self.len as usize {
             if let Some(place) = self.place(at).filter(|place| keep(self.data[at], *place)) {
                 self.data[kept] = self.data[at];
                 self.set_run(kept, place.run);
                 kept += 1;
             }
         }
-        self.len = kept as u16;
+        self.len = kept as u32;
         self.gone = 0;
         if self.room() >= kept + STEP {
             let is_wide = self.is_wide && (0..kept).any(|at| self.run(at) >= GONE_SHORT.into());
@@ -186,7 +188,7 @@ impl Segment {
 pub(super) struct Found {
     pub name: u64,
     segment: u32,
-    at: u16,
+    at: u32,
     pub place: Place,
 }
 
@@ -296,7 +298,7 @@ impl Names {
         let segment = &self.segments[number as usize];
         let at = segment.lower_bound(mixed);
         let place = segment.is(at, mixed).then(|| segment.place(at)).flatten()?;
-        Some(Found { name, segment: number, at: at as u16, place })
+        Some(Found { name, segment: number, at: at as u32, place })
     }
 
     #[inline]
@@ -321,9 +323,8 @@ impl Names {
                 }
                 segment.gone -= 1;
                 segment.set(at, mixed, place);
-            } else if usize::from(segment.len) < SEGMENT_NAMES_MAX
-                || usize::from(segment.len) < usize::from(u16::MAX)
-                    && u32::from(segment.bits) >= BITS_MAX
+            } else if (segment.len as usize) < SEGMENT_NAMES_MAX
+                || u32::from(segment.bits) >= BITS_MAX
             {
                 segment.insert(at, mixed, place);
             } else if segment.gone > 0 {
@@ -345,7 +346,7 @@ impl Names {
         if let Some(Found { segment, at, .. }) = self.find(name) {
             let segment = &mut self.segments[segment as usize];
             let before = segment.bytes();
-            segment.set(usize::from(at), mix(name), place);
+            segment.set(at as usize, mix(name), place);
             self.heap = self.heap + segment.bytes() - before;
         }
     }
@@ -353,10 +354,10 @@ impl Names {
     /// Takes a name away. What was found before can still be taken.
     pub fn take(&mut self, found: Found) {
         let segment = &mut self.segments[found.segment as usize];
-        segment.set_run(usize::from(found.at), GONE);
+        segment.set_run(found.at as usize, GONE);
         segment.gone += 1;
         self.len -= 1;
-        if usize::from(segment.gone) == (usize::from(segment.len) / 4).max(STEP) {
+        if usize::from(segment.gone) == (segment.len as usize / 4).clamp(STEP, GONE_MAX) {
             self.sparse.push(found.segment);
         }
     }
@@ -403,7 +404,7 @@ impl Names {
             let segment = &self.segments[number as usize];
             let first = self.first_byte(entry);
             let name = move |at: usize| unmix(segment.data[at] >> 8 | first);
-            let all = 0..usize::from(segment.len);
+            let all = 0..segment.len as usize;
             all.filter_map(move |at| Some((name(at), segment.place(at)?)))
         })
     }
@@ -414,10 +415,10 @@ impl Names {
         for (entry, number) in starts {
             let first = self.first_byte(entry);
             let segment = &mut self.segments[number as usize];
-            let before = (segment.bytes(), segment.len - segment.gone);
+            let before = (segment.bytes(), segment.len - u32::from(segment.gone));
             segment.retain(|word, place| keep(unmix(word >> 8 | first), place));
             self.heap = self.heap + segment.bytes() - before.0;
-            self.len -= usize::from(before.1 - segment.len);
+            self.len -= (before.1 - segment.len) as usize;
         }
         self.sparse = Vec::new();
         if self.len == 0 {
@@ -462,15 +463,15 @@ impl Names {
         // Bit `bits` of a mixed name, counted from the first, as it lies in a word.
         let bit = 1u64 << (64 + 8 - bits);
         let mut upper = Segment::new(bits);
-        upper.resize(usize::from(segment.len), segment.is_wide);
+        upper.resize(segment.len as usize, segment.is_wide);
         let mut count = 0;
-        for at in segment.words().partition_point(|word| word & bit == 0)..segment.len.into() {
+        for at in segment.words().partition_point(|word| word & bit == 0)..segment.len as usize {
             upper.data[count] = segment.data[at];
             upper.set_run(count, segment.run(at));
             count += 1;
         }
-        upper.len = count as u16;
-        segment.len -= count as u16;
+        upper.len = count as u32;
+        segment.len -= count as u32;
         segment.resize(0, segment.is_wide);
         upper.resize(0, upper.is_wide);
         self.heap = self.heap + segment.bytes() + upper.bytes() - before;
