@@ -245,6 +245,9 @@ pub fn tokenizers(flags: &[String], options: &TokenizerOptions) -> anyhow::Resul
         };
         let tokenizer = Tokenizer::load(Path::new(file), options)
             .with_context(|| format!("--tokenizer {flag}"))?;
+        if tokenizer.template_stats().direct_forms == 0 {
+            info!(flag, "No chat template with a direct form: chats cost some 10 us more each.");
+        }
         match model {
             Some(model) => {
                 tokenizers.by_model.insert(model.to_owned(), tokenizer);

@@ -26,7 +26,7 @@ pub enum ContentFormat {
 }
 
 /// First line of the system text that a coding client changes with each request; vLLM removes it.
-const BILLING_HEADER: &str = "x-anthropic-billing-header";
+pub(crate) const BILLING_HEADER: &str = "x-anthropic-billing-header";
 
 const NO_ITEMS: [(&str, Value); 0] = [];
 

@@ -87,7 +87,7 @@ fn to_json(value: &Value, first: Option<Value>, kwargs: Kwargs) -> Result<Value,
 }
 
 /// `str.strip` and its kin: of Python's white space, or of the given characters.
-fn strip<'a>(text: &'a str, chars: Option<&str>, start: bool, end: bool) -> &'a str {
+pub(crate) fn strip<'a>(text: &'a str, chars: Option<&str>, start: bool, end: bool) -> &'a str {
     let is_stripped =
         |c: char| chars.map_or_else(|| python::is_space(c), |chars| chars.contains(c));
     let text = if start { text.trim_start_matches(is_stripped) } else { text };

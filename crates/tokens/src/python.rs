@@ -3,6 +3,8 @@
 //! Chat templates are run by Jinja on Python, so what they print is what `str()`, `repr()`,
 //! `json.dumps()` and `strftime()` make of a value. One different space is another prompt.
 
+use std::fmt::Write;
+
 use minijinja::Value;
 use minijinja::value::ValueKind;
 
@@ -274,7 +276,8 @@ fn new_line(out: &mut String, style: &JsonStyle, depth: usize) {
     }
 }
 
-fn write_json_string(out: &mut String, text: &str, ensure_ascii: bool) {
+/// Appends a string as `json.dumps` does.
+pub(crate) fn write_json_string(out: &mut String, text: &str, ensure_ascii: bool) {
     out.push('"');
     for c in text.chars() {
         match c {
@@ -314,9 +317,9 @@ const MONTHS: [&str; 12] = [
 const WEEKDAYS: [&str; 7] =
     ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
 
-/// `datetime.strftime(format)` in the C locale for a moment in seconds since 1970, with the
+/// Appends `datetime.strftime(format)` in the C locale for a moment in seconds since 1970, with the
 /// engine's offset from UTC already added. `None` for a code that is not implemented.
-pub(crate) fn strftime(format: &str, seconds: i64) -> Option<String> {
+pub(crate) fn strftime(out: &mut String, format: &str, seconds: i64) -> Option<()> {
     let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     let (year, month, day) = civil_from_days(days);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
@@ -324,7 +327,7 @@ pub(crate) fn strftime(format: &str, seconds: i64) -> Option<String> {
     let day_of_year = days - days_from_civil(year, 1, 1) + 1;
     let month_name = MONTHS.get(month as usize - 1)?;
     let hour_12 = (hour + 11) % 12 + 1;
-    let mut out = String::new();
+    let short_year = year.rem_euclid(100);
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
         if c != '%' {
@@ -336,37 +339,39 @@ pub(crate) fn strftime(format: &str, seconds: i64) -> Option<String> {
         if is_bare {
             code = chars.next()?;
         }
-        let number = |value: i64, width: usize| {
-            if is_bare { value.to_string() } else { format!("{value:0width$}") }
+        let mut number = |value: i64, width: usize| {
+            let width = if is_bare { 0 } else { width };
+            write!(out, "{value:0width$}")
         };
-        out.push_str(&match code {
-            'Y' => year.to_string(),
-            'y' => number(year.rem_euclid(100), 2),
+        let written = match code {
+            'Y' => number(year, 0),
+            'y' => number(short_year, 2),
             'm' => number(month, 2),
             'd' => number(day, 2),
-            'e' => format!("{day:2}"),
+            'e' => write!(out, "{day:2}"),
             'j' => number(day_of_year, 3),
             'H' => number(hour, 2),
             'I' => number(hour_12, 2),
             'M' => number(minute, 2),
             'S' => number(second, 2),
-            'p' => if hour < 12 { "AM" } else { "PM" }.to_owned(),
-            'B' => (*month_name).to_owned(),
-            'b' | 'h' => month_name.get(..3)?.to_owned(),
-            'A' => (*WEEKDAYS.get(weekday)?).to_owned(),
-            'a' => WEEKDAYS.get(weekday)?.get(..3)?.to_owned(),
-            'F' => format!("{year}-{month:02}-{day:02}"),
-            'T' => format!("{hour:02}:{minute:02}:{second:02}"),
-            'D' => format!("{month:02}/{day:02}/{:02}", year.rem_euclid(100)),
-            'R' => format!("{hour:02}:{minute:02}"),
+            'p' => out.write_str(if hour < 12 { "AM" } else { "PM" }),
+            'B' => out.write_str(month_name),
+            'b' | 'h' => out.write_str(month_name.get(..3)?),
+            'A' => out.write_str(WEEKDAYS.get(weekday)?),
+            'a' => out.write_str(WEEKDAYS.get(weekday)?.get(..3)?),
+            'F' => write!(out, "{year}-{month:02}-{day:02}"),
+            'T' => write!(out, "{hour:02}:{minute:02}:{second:02}"),
+            'D' => write!(out, "{month:02}/{day:02}/{short_year:02}"),
+            'R' => write!(out, "{hour:02}:{minute:02}"),
             // A naive datetime has no zone.
-            'Z' | 'z' => String::new(),
-            'f' => "000000".to_owned(),
-            '%' => "%".to_owned(),
+            'Z' | 'z' => Ok(()),
+            'f' => out.write_str("000000"),
+            '%' => out.write_str("%"),
             _ => return None,
-        });
+        };
+        written.ok()?;
     }
-    Some(out)
+    Some(())
 }
 
 /// Year, month and day of a day count since 1970 (H. Hinnant, "chrono-compatible low-level date
@@ -469,11 +474,12 @@ mod tests {
             (4_102_444_799, "%d/%m/%y%%", "31/12/99%"),
         ];
         for (seconds, format, want) in table {
-            let got = strftime(format, seconds);
-            assert_eq!(got.as_deref(), Some(want), "{format} at {seconds}");
+            let mut got = String::new();
+            assert_eq!(strftime(&mut got, format, seconds), Some(()));
+            assert_eq!(got, want, "{format} at {seconds}");
         }
-        assert_eq!(strftime("%Q", 0), None);
-        assert_eq!(strftime("%", 0), None);
+        assert_eq!(strftime(&mut String::new(), "%Q", 0), None);
+        assert_eq!(strftime(&mut String::new(), "%", 0), None);
         for days in (-800_000..800_000).step_by(17) {
             let (year, month, day) = civil_from_days(days);
             assert_eq!(days_from_civil(year, month, day), days);

@@ -4,30 +4,40 @@
 //! `lstrip_blocks`. Here they are run by another engine that is taught Python's ways
 //! ([`crate::methods`]); the golden files of this crate were rendered by the original.
 //!
+//! Chats of roles and texts take a shorter way ([`crate::direct`]), which gives the same text or
+//! none; then, and for all else, the engine does the work.
+//!
 //! Bounded: the output in bytes, the work in steps, values in depth. A template that a request
 //! brings along could still build large values inside these limits, so it is refused unless the
 //! options trust it, as engines do.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kvroute_wire::request::Chat;
+use kvroute_wire::request::{Chat, Messages};
 use minijinja::machinery;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Template, Value};
 
 use crate::content_format;
+use crate::direct::Program;
+use crate::direct::run::{Conversation, Scratch};
+use crate::direct::{Unhandled, probes};
 use crate::error::{LoadError, TokensError};
 use crate::messages::{self, ContentFormat, Turn};
 use crate::methods;
 use crate::python;
-use crate::sums;
 
 /// Longest template that is compiled, in bytes. The longest in use have some 20 KB.
 const TEMPLATE_BYTES_MAX: usize = 1 << 20;
 
 /// Appended to the final message to find where it ends, as transformers does.
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// What is said of a template that makes its engine panic.
+pub(crate) const JINJA_PANICKED: &str = "the template engine panicked on this conversation";
 
 /// What time `strftime_now` tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +56,7 @@ pub enum Clock {
 }
 
 impl Clock {
-    fn seconds(self) -> i64 {
+    pub(crate) fn seconds(self) -> i64 {
         match self {
             Clock::Fixed { seconds } => seconds,
             Clock::System { utc_offset_seconds } => {
@@ -72,15 +82,29 @@ pub(crate) struct Templates {
     env: Environment<'static>,
     known: Vec<Known>,
     /// `bos_token` and the like.
-    special_tokens: Vec<(String, Value)>,
+    special_tokens: Vec<(String, String)>,
     options: RenderOptions,
+    direct: AtomicU64,
+    by_jinja: AtomicU64,
+}
+
+/// How often which way was taken from a conversation to its text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TemplateStats {
+    /// Templates that have a direct form, which asks for no memory.
+    pub direct_forms: usize,
+    /// Conversations that were rendered by it.
+    pub direct: u64,
+    /// Conversations that the template engine rendered, or refused: tools, tool calls, contents in
+    /// parts, and what else the direct form leaves to it.
+    pub by_jinja: u64,
 }
 
 /// What is known of a template without running it.
 struct Known {
     name: String,
-    /// The name of the same template with sums printed in parts, see [`sums`].
-    in_parts: Option<String>,
+    /// The template in the form that needs no engine.
+    direct: Option<Program>,
     facts: Facts,
 }
 
@@ -103,38 +127,129 @@ impl Templates {
             let wrong = |message: String| LoadError::BadTemplate { name: name.clone(), message };
             let source = prepare(&source).map_err(&wrong)?;
             let facts = facts_of(&source, &options).map_err(|e| wrong(message_of(&e)))?;
-            let parts = sums::in_parts(&source, syntax());
+            let parsed = machinery::parse(&source, "chat_template", syntax());
+            let parsed = parsed.map_err(|e| wrong(message_of(&e)))?;
+            let is_global = |name: &str| env.globals().any(|(known, _)| known == name);
+            let direct = Program::of(&parsed, is_global);
+            drop(parsed);
             env.add_template_owned(name.clone(), source).map_err(|e| wrong(message_of(&e)))?;
-            // No template of a file has such a name.
-            let parts_name = format!("{name}\0in parts");
-            let is_added = |parts| env.add_template_owned(parts_name.clone(), parts).is_ok();
-            let in_parts = parts.is_some_and(is_added).then_some(parts_name);
-            known.push(Known { name, in_parts, facts });
+            known.push(Known { name, direct, facts });
         }
-        let special_tokens =
-            special_tokens.into_iter().map(|(key, text)| (key, Value::from(text))).collect();
-        Ok(Templates { env, known, special_tokens, options })
+        let (direct, by_jinja) = Default::default();
+        let mut templates = Templates { env, known, special_tokens, options, direct, by_jinja };
+        for at in 0..templates.known.len() {
+            if !templates.is_direct(&templates.known[at]) {
+                templates.known[at].direct = None;
+            }
+        }
+        Ok(templates)
     }
 
-    /// The text of a conversation, in `text`, whose memory is used again.
-    pub(crate) fn render(&self, chat: &Chat<'_>, text: &mut String) -> Result<(), TokensError> {
+    /// Whether the direct form of a template renders some conversation, and all that it renders
+    /// like the engine.
+    fn is_direct(&self, known: &Known) -> bool {
+        let Some(program) = &known.direct else { return false };
+        let (mut rendered, mut want, mut got) = (0, String::new(), String::new());
+        for chat in probes() {
+            got.clear();
+            let mut scratch = Scratch::default();
+            if self.run_direct(program, known.facts, &chat, &mut scratch, &mut got).is_err() {
+                continue;
+            }
+            let engine = self.by_jinja(known, &chat, None, &mut want);
+            if engine.is_err() || got != want {
+                return false;
+            }
+            rendered += 1;
+        }
+        rendered > 0
+    }
+
+    /// Which ways were taken.
+    pub(crate) fn stats(&self) -> TemplateStats {
+        TemplateStats {
+            direct_forms: self.known.iter().filter(|known| known.direct.is_some()).count(),
+            direct: self.direct.load(Relaxed),
+            by_jinja: self.by_jinja.load(Relaxed),
+        }
+    }
+
+    /// The text of a conversation, in `text`, whose memory is used again, and that of `scratch`.
+    pub(crate) fn render(
+        &self,
+        chat: &Chat<'_>,
+        text: &mut String,
+        scratch: &mut Scratch<'static>,
+    ) -> Result<(), TokensError> {
         let tools = chat.tools.as_deref().map(|raw| raw.get()).filter(|json| *json != "null");
         let own = chat.chat_template.as_deref();
-        if let Some(known) = self.find(own, tools.is_some())? {
-            let template = self.env.get_template(&known.name).map_err(failed)?;
-            let in_parts = known.in_parts.as_deref();
-            let in_parts = in_parts.map(|name| self.env.get_template(name)).transpose();
-            let in_parts = in_parts.map_err(failed)?;
-            return self.run((&template, in_parts.as_ref()), known.facts, chat, tools, text);
+        let Some(known) = self.find(own, tools.is_some())? else {
+            return self.by_own(chat, tools, text);
+        };
+        if let (Some(program), None) = (&known.direct, tools) {
+            let mut used = std::mem::take(scratch).emptied();
+            text.clear();
+            let rendered = self.run_direct(program, known.facts, chat, &mut used, text);
+            *scratch = used.emptied();
+            if rendered.is_ok() {
+                self.direct.fetch_add(1, Relaxed);
+                return Ok(());
+            }
         }
+        self.by_jinja.fetch_add(1, Relaxed);
+        self.by_jinja(known, chat, tools, text)
+    }
+
+    /// Appends the text of a conversation of roles and texts. After an error, `text` holds nothing
+    /// of worth.
+    fn run_direct<'v>(
+        &'v self,
+        program: &'v Program,
+        facts: Facts,
+        chat: &'v Chat<'_>,
+        scratch: &mut Scratch<'v>,
+        text: &mut String,
+    ) -> Result<(), Unhandled> {
+        let Messages::Plain { turns, .. } = &chat.messages else {
+            return Err(Unhandled("messages with more than roles and texts"));
+        };
+        if chat.continue_final_message || chat.documents.is_some() {
+            return Err(Unhandled("an open final message, or documents"));
+        }
+        let format = self.options.content_format.unwrap_or(facts.format);
+        let conversation = Conversation::of(turns, format, facts.knows_developer);
+        let conversation = conversation.ok_or(Unhandled("messages that are rewritten"))?;
+        let given = (chat, self.special_tokens.as_slice());
+        program.run(conversation, given, &self.options, scratch, text)
+    }
+
+    fn by_jinja(
+        &self,
+        known: &Known,
+        chat: &Chat<'_>,
+        tools: Option<&str>,
+        text: &mut String,
+    ) -> Result<(), TokensError> {
+        let template = self.env.get_template(&known.name).map_err(failed)?;
+        self.run(&template, known.facts, chat, tools, text)
+    }
+
+    /// By the template that the request brings along.
+    fn by_own(
+        &self,
+        chat: &Chat<'_>,
+        tools: Option<&str>,
+        text: &mut String,
+    ) -> Result<(), TokensError> {
         if !self.options.trust_request_template {
             return Err(TokensError::RequestTemplate);
         }
         let wrong = |message: String| TokensError::Template { message };
-        let source = prepare(own.unwrap_or_default()).map_err(wrong)?;
+        let source = prepare(chat.chat_template.as_deref().unwrap_or_default()).map_err(wrong)?;
         let facts = facts_of(&source, &self.options).map_err(failed)?;
         let template = self.env.template_from_str(&source).map_err(failed)?;
-        self.run((&template, None), facts, chat, tools, text)
+        self.by_jinja.fetch_add(1, Relaxed);
+        self.run(&template, facts, chat, tools, text)
     }
 
     /// The template of a request; `None` when it brings its own. With tools, a template named
@@ -161,7 +276,7 @@ impl Templates {
 
     fn run(
         &self,
-        (template, in_parts): (&Template<'_, '_>, Option<&Template<'_, '_>>),
+        template: &Template<'_, '_>,
         facts: Facts,
         chat: &Chat<'_>,
         tools: Option<&str>,
@@ -177,17 +292,14 @@ impl Templates {
             false => None,
         };
         let context = self.context(turns, chat, tools)?;
-        let bytes = std::mem::take(text).into_bytes();
+        let mut bytes = std::mem::take(text).into_bytes();
+        bytes.clear();
         let mut out = Limited { bytes, bytes_max: self.options.output_bytes_max };
-        let mut render = |template: &Template<'_, '_>| {
-            out.bytes.clear();
-            let result = template.render_captured_to(context.clone(), &mut out).map(drop);
-            result.map_err(|error| self.stopped(&out, &error))
-        };
-        // An error in parts says nothing yet.
-        if in_parts.is_none_or(|template| render(template).is_err()) {
-            render(template)?;
-        }
+        // The engine has indexing of its own, which `messages[::-1]` without messages gets wrong.
+        let render = || template.render_captured_to(context, &mut out).map(drop);
+        let rendered = catch_unwind(AssertUnwindSafe(render));
+        let panicked = |_| TokensError::Template { message: JINJA_PANICKED.to_owned() };
+        rendered.map_err(panicked)?.map_err(|error| self.stopped(&out, &error))?;
         *text = String::from_utf8(out.bytes)
             .map_err(|error| TokensError::Template { message: error.to_string() })?;
         open.map_or(Ok(()), |final_text| cut_final(text, &final_text))
@@ -203,7 +315,7 @@ impl Templates {
         let mut variables: Vec<(Value, Value)> = Vec::new();
         let mut set = |key: &str, value: Value| variables.push((Value::from(key), value));
         for (key, value) in &self.special_tokens {
-            set(key, value.clone());
+            set(key, Value::from(value.as_str()));
         }
         set("documents", Value::from(()));
         set("tools", tools.map_or(Ok(Value::from(())), messages::tools)?);
@@ -252,16 +364,17 @@ fn environment(options: &RenderOptions) -> Environment<'static> {
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_fuel(Some(options.steps_max));
     methods::install(&mut env);
-    sums::install(&mut env);
     env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
     });
     let clock = options.clock;
-    env.add_function("strftime_now", move |format: &str| {
-        python::strftime(format, clock.seconds()).ok_or_else(|| {
+    env.add_function("strftime_now", move |format: &str| -> Result<String, Error> {
+        let mut text = String::new();
+        python::strftime(&mut text, format, clock.seconds()).ok_or_else(|| {
             let message = format!("strftime_now: a code in {format:?} is not implemented");
             Error::new(ErrorKind::InvalidOperation, message)
-        })
+        })?;
+        Ok(text)
     });
     env
 }
@@ -411,5 +524,33 @@ impl io::Write for Limited {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Templates {
+    /// By the direct form alone, even where the engine would be asked.
+    pub(crate) fn render_direct(
+        &self,
+        chat: &Chat<'_>,
+        text: &mut String,
+        scratch: &mut Scratch<'static>,
+    ) -> Result<(), Unhandled> {
+        let known = &self.known[0];
+        let program = known.direct.as_ref().ok_or(Unhandled("a template without direct form"))?;
+        let mut used = std::mem::take(scratch).emptied();
+        text.clear();
+        let rendered = self.run_direct(program, known.facts, chat, &mut used, text);
+        *scratch = used.emptied();
+        rendered
+    }
+
+    /// By the engine alone.
+    pub(crate) fn render_by_jinja(
+        &self,
+        chat: &Chat<'_>,
+        text: &mut String,
+    ) -> Result<(), TokensError> {
+        self.by_jinja(&self.known[0], chat, None, text)
     }
 }

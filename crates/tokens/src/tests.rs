@@ -1,4 +1,5 @@
 mod chains;
+mod direct;
 
 use std::path::{Path, PathBuf};
 
