@@ -32,6 +32,7 @@ mod proxy;
 mod recorder;
 #[doc(hidden)]
 pub mod rehearse;
+mod reuse;
 mod rewrite;
 mod route;
 mod scrape;
@@ -317,6 +318,7 @@ fn share(
         tokenizers: config.tokenizers,
         default_model: config.default_model,
         rewriter,
+        memory: tokenize::Memory::new(),
         tokenize_room: Arc::new(Semaphore::new(room)),
         tokenize_ns_per_kib: AtomicU64::new(tokenize::NS_PER_KIB_AT_START),
         complaints: shared::Complaints::new(settings.label_values_max),

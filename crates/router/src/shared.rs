@@ -72,6 +72,8 @@ pub(crate) struct Shared {
     pub parsers: Parsers,
     /// Request headers that the plan's plugins read, lower case.
     pub scheduling_headers: Vec<String>,
+    /// What bodies are read in.
+    pub memory: crate::tokenize::Memory,
     pub tokenize_room: Arc<Semaphore>,
     /// How long reading a body takes, learned.
     pub tokenize_ns_per_kib: AtomicU64,

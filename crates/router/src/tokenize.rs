@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use http::HeaderMap;
-use kvroute_core::blocks::{Root, TokenSpace};
+use kvroute_core::blocks::{BlockKey, Root, TokenSpace};
 use kvroute_core::decision::{NoTokens, PromptChains, TokensKnown};
 use kvroute_core::fleet::RootKind;
 use kvroute_core::plan::TokensNeed;
@@ -21,11 +21,12 @@ use kvroute_core::produce::{AUDIO_TOKENS, TokenEstimate, VideoHints};
 use kvroute_tokens::{Counts, Tokenizer, TokensError, Wanted, chains_of_ids};
 use kvroute_wire::api::Api;
 use kvroute_wire::media::{MediaItem, MediaKind};
-use kvroute_wire::request::{self, NoPrompt, Prompt, RequestBody};
+use kvroute_wire::request::{self, Lists, NoPrompt, Prompt, RequestBody};
 use tracing::warn;
 
 use crate::error::RouteError;
 use crate::metrics::{ReasonLabel, cut};
+use crate::reuse::{Pool, Reused};
 use crate::rewrite::{self, Rewrite, Unreachable};
 use crate::shared::Shared;
 
@@ -47,7 +48,7 @@ const SESSION_ID_BYTES_MAX: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Asked {
     /// The model that serves the request.
-    pub model: String,
+    pub model: Reused<String>,
     /// How it came to that, if the request may have named another one.
     pub rewrite: Option<Rewrite>,
     pub max_tokens: Option<u32>,
@@ -55,7 +56,7 @@ pub(crate) struct Asked {
     pub skips_cache: bool,
     /// vLLM's `session_id`.
     pub session_id: Option<String>,
-    pub prompts: Vec<PromptChains>,
+    pub prompts: Reused<Vec<PromptChains>>,
     /// Characters of the text that the engine will see; `None`: it was not rendered.
     pub rendered_chars: Option<u64>,
     pub prompt_tokens: u32,
@@ -80,18 +81,39 @@ impl Asked {
     /// For requests whose body is not read.
     pub fn nothing() -> Asked {
         Asked {
-            model: String::new(),
+            model: Reused::default(),
             rewrite: None,
             max_tokens: None,
             skips_cache: false,
             session_id: None,
-            prompts: Vec::new(),
+            prompts: Reused::default(),
             rendered_chars: None,
             prompt_tokens: 0,
             media: Vec::new(),
             known: TokensKnown::None(NoTokens::NoPrompt),
             request_at_fault: false,
             body_bytes: 0,
+        }
+    }
+}
+
+/// Memory that bodies are read in, and what comes of them.
+pub(crate) struct Memory {
+    read: Arc<Pool<(Vec<u8>, Lists)>>,
+    models: Arc<Pool<String>>,
+    prompts: Arc<Pool<Vec<PromptChains>>>,
+}
+
+impl Memory {
+    pub fn new() -> Memory {
+        let of_prompts = |prompts: &Vec<PromptChains>| {
+            let chains = prompts.iter().flat_map(|prompt| &prompt.chains);
+            chains.map(|chain| chain.keys.capacity() * size_of::<BlockKey>()).sum()
+        };
+        Memory {
+            read: Arc::new(Pool::new(|(texts, _)| texts.capacity())),
+            models: Arc::new(Pool::new(String::capacity)),
+            prompts: Arc::new(Pool::new(of_prompts)),
         }
     }
 }
@@ -194,24 +216,39 @@ async fn read_elsewhere(
 }
 
 fn read_now(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Asked, RouteError> {
-    let parsed = request::parse(api, body)?;
-    let named = model_of(shared, api, &parsed, hints)?;
-    let model = named.model.as_str();
+    let mut memory = shared.memory.read.get();
+    let (texts, lists) = &mut *memory;
+    if texts.len() < body.len() {
+        texts.resize(body.len(), 0);
+    }
+    let parsed = request::parse_in(api, body, texts, lists)?;
+    let asked = asked_by(shared, (api, &parsed), body.len(), hints);
+    lists.take_back(parsed);
+    asked
+}
+
+fn asked_by(
+    shared: &Shared,
+    (api, parsed): (Api, &RequestBody<'_>),
+    body_bytes: usize,
+    hints: &Hints,
+) -> Result<Asked, RouteError> {
+    let named = model_of(shared, api, parsed, hints)?;
     let estimator = Estimator { estimate: &shared.estimate, videos: hints.videos };
     if shared.tokens == TokensNeed::None {
         let why = NoTokens::NotNeeded;
-        return Ok(without_tokens(&parsed, named, body.len(), &estimator, why));
+        return Ok(without_tokens(parsed, named, body_bytes, &estimator, why));
     }
-    let mut prompts = Vec::new();
-    let found = chains_of(shared, model, &parsed, &estimator, &mut prompts);
-    match found.map_err(|error| failure(shared, model, &error, hints)) {
+    let mut prompts = shared.memory.prompts.get();
+    let found = chains_of(shared, &named.model, parsed, &estimator, &mut prompts);
+    match found.map_err(|error| failure(shared, &named.model, &error, hints)) {
         Ok((Counts { tokens, chars }, known)) => {
             let prompt_tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
-            let about = about(&parsed, named);
+            let about = about(parsed, named);
             Ok(Asked { prompts, rendered_chars: chars, prompt_tokens, known, ..about })
         }
         Err(Missing { why, request_at_fault }) => {
-            let asked = without_tokens(&parsed, named, body.len(), &estimator, why);
+            let asked = without_tokens(parsed, named, body_bytes, &estimator, why);
             Ok(Asked { request_at_fault, ..asked })
         }
     }
@@ -220,7 +257,7 @@ fn read_now(shared: &Shared, api: Api, body: &[u8], hints: &Hints) -> Result<Ask
 /// The model that serves a request. Empty where the API has no place for a model and the router was
 /// not told of one: any endpoint may serve it.
 struct Named {
-    model: String,
+    model: Reused<String>,
     rewrite: Option<Rewrite>,
 }
 
@@ -237,9 +274,15 @@ fn model_of(
         true => shared.rewriter.peek(model, wanted, parsed),
         false => shared.rewriter.rewrite(model, wanted, parsed),
     };
+    let owned = |name: &str| {
+        let mut model = shared.memory.models.get();
+        model.clear();
+        model.push_str(name);
+        model
+    };
     match rewritten {
         Ok(Some(rewrite)) => {
-            return Ok(Named { model: rewrite.to.clone(), rewrite: Some(rewrite) });
+            return Ok(Named { model: owned(&rewrite.to), rewrite: Some(rewrite) });
         }
         Ok(None) => {}
         Err(Unreachable) => {
@@ -253,7 +296,7 @@ fn model_of(
     if model.is_empty() && api.names_model() && api.reads_body() {
         return Err(RouteError::NoModel);
     }
-    Ok(Named { model: model.to_owned(), rewrite: None })
+    Ok(Named { model: owned(model), rewrite: None })
 }
 
 fn about(parsed: &RequestBody<'_>, named: Named) -> Asked {

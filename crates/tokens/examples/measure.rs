@@ -21,7 +21,7 @@ use kvroute_core::decision::PromptChains;
 use kvroute_core::rng::Rng;
 use kvroute_tokens::{Tokenizer, TokenizerOptions, Wanted};
 use kvroute_wire::api::Api;
-use kvroute_wire::request::{self, Prompt};
+use kvroute_wire::request::{self, Lists, Prompt};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -122,8 +122,8 @@ fn main() {
     let tokenizer = tokenizer.expect("the tokenizer loads");
     if let Some(count) = counted {
         let body = &bodies(&mut Rng::seeded(1), Api::ChatCompletions, kilobytes * 1000)[0][0];
-        let mut prompts = Vec::new();
-        (0..count).for_each(|_| _ = front(&tokenizer, Api::ChatCompletions, body, &mut prompts));
+        let mut memory = Memory::default();
+        (0..count).for_each(|_| _ = front(&tokenizer, Api::ChatCompletions, body, &mut memory));
         return;
     }
     println!("| step | p10 us | p50 us | p99 us | allocations | KiB |");
@@ -134,25 +134,38 @@ fn main() {
     }
 }
 
+/// What is kept from body to body.
+#[derive(Default)]
+struct Memory {
+    texts: Vec<u8>,
+    lists: Lists,
+    prompts: Vec<PromptChains>,
+}
+
 /// From a body to the keys of its prompt; how many tokens that has.
-fn front(tokenizer: &Tokenizer, api: Api, body: &str, prompts: &mut Vec<PromptChains>) -> usize {
+fn front(tokenizer: &Tokenizer, api: Api, body: &str, memory: &mut Memory) -> usize {
+    let Memory { texts, lists, prompts } = memory;
+    texts.resize(body.len().max(texts.len()), 0);
     let wanted = Wanted { specs: &SPECS, root: Root::Base };
-    let body = request::parse(api, body.as_bytes()).expect("a valid body");
-    tokenizer.chains_of(&body, wanted, prompts).expect("a prompt with tokens").tokens
+    let body = request::parse_in(api, body.as_bytes(), texts, lists).expect("a valid body");
+    let counts = tokenizer.chains_of(&body, wanted, prompts).expect("a prompt with tokens");
+    lists.take_back(body);
+    counts.tokens
 }
 
 fn measure(tokenizer: &Tokenizer, name: &str, api: Api, all: &[Vec<String>]) {
     let mut kinds: [Kind; 8] = Default::default();
-    let mut prompts = Vec::new();
+    let mut memory = Memory::default();
     let mut tokens = 0;
     for round in 0..4 {
         for (question, body) in all.iter().flat_map(|bodies| bodies.iter().enumerate()) {
             let kind = if round > 0 { 2 } else { question.min(1) };
-            tokens = kinds[kind].add(|| front(tokenizer, api, body, &mut prompts));
+            tokens = kinds[kind].add(|| front(tokenizer, api, body, &mut memory));
         }
     }
     for body in all.iter().flatten() {
-        let parsed = kinds[3].add(|| request::parse(api, body.as_bytes()));
+        let Memory { texts, lists, .. } = &mut memory;
+        let parsed = kinds[3].add(|| request::parse_in(api, body.as_bytes(), texts, lists));
         let parsed = parsed.expect("a valid body");
         let text = match &parsed.prompt {
             Prompt::Chat(chat) => {
@@ -161,6 +174,7 @@ fn measure(tokenizer: &Tokenizer, name: &str, api: Api, all: &[Vec<String>]) {
             Prompt::Texts(texts) => texts.concat(),
             _ => continue,
         };
+        lists.take_back(parsed);
         let ids = kinds[5].add(|| tokenizer.encode(&text, false)).expect("a text with ids");
         for (kind, spec) in kinds[6..].iter_mut().zip(SPECS) {
             kind.add(|| blocks::chain(spec, Root::Base, &ids, &PromptExtras::default()));

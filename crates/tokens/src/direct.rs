@@ -17,7 +17,6 @@ pub(crate) mod run;
 mod values;
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use kvroute_wire::request::{Chat, Messages, PlainTurn};
 use minijinja::Value;
@@ -560,7 +559,7 @@ pub(crate) fn probes() -> impl Iterator<Item = Chat<'static>> {
     ];
     let turn = |(role, content): &(&'static str, &'static str)| PlainTurn {
         role: Cow::Borrowed(role),
-        content: Arc::from(*content),
+        content: Cow::Borrowed(content),
     };
     CONVERSATIONS.into_iter().flat_map(move |turns| {
         [(true, None), (false, None), (true, Some("none"))].map(move |(opens, effort)| Chat {

@@ -202,8 +202,10 @@ impl Tokenizer {
     /// [`TokensError`].
     pub fn render_chat(&self, chat: &Chat<'_>) -> Result<String, TokensError> {
         let mut text = String::new();
-        self.inner.templates.render(chat, &mut text, &mut Scratch::default())?;
-        Ok(text)
+        let mut buffers = self.inner.buffers.lock().pop().unwrap_or_default();
+        let rendered = self.inner.templates.render(chat, &mut text, &mut buffers.scratch);
+        self.put_back(buffers);
+        rendered.map(|()| text)
     }
 
     /// The ids that the engine will see, one list per prompt of the request.
@@ -238,13 +240,17 @@ impl Tokenizer {
     ) -> Result<Counts, TokensError> {
         let mut buffers = self.inner.buffers.lock().pop().unwrap_or_default();
         let counted = self.chains_with(body, wanted, prompts, &mut buffers);
+        self.put_back(buffers);
+        counted
+    }
+
+    fn put_back(&self, buffers: Buffers) {
         let of_ids = buffers.work.ids.capacity() * size_of::<u32>();
-        let longest = of_ids.max(buffers.text.capacity());
+        let of_texts = buffers.text.capacity().max(buffers.scratch.bytes());
         let mut kept = self.inner.buffers.lock();
-        if longest <= BUFFER_BYTES_MAX && kept.len() < BUFFERS_MAX {
+        if of_ids.max(of_texts) <= BUFFER_BYTES_MAX && kept.len() < BUFFERS_MAX {
             kept.push(buffers);
         }
-        counted
     }
 
     fn chains_with(

@@ -180,7 +180,7 @@ pub(crate) fn conversation(
     if let Messages::Plain { turns, .. } = messages {
         let messages = turns.iter().map(|turn| Message {
             role: Some(turn.role.to_string()),
-            content: Content::Text(Value::from(&turn.content)),
+            content: Content::Text(Value::from(&*turn.content)),
             ..Message::default()
         });
         return messages.map(|message| turn_of(message, format)).collect();

@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::cut::CutRule;
 use crate::error::{LoadError, TokensError};
 use crate::files::{self, Source};
-use crate::prefixes::{Cut, Link, Prefixes, SPAN_BYTES_MIN, Work};
+use crate::prefixes::{Cut, Link, Prefixes, SPAN_BYTES_MIN, Shorts, Work};
 
 /// Texts that must come back unchanged from encoding and decoding. ASCII first: the others only
 /// for tokenizers that can write every byte.
@@ -85,6 +85,7 @@ pub(crate) struct Model {
     ids: u32,
     /// `None`: nothing is kept.
     prefixes: Option<Mutex<Prefixes>>,
+    shorts: Mutex<Shorts>,
 }
 
 /// The added tokens, as far as they look at what stands beside them.
@@ -177,7 +178,9 @@ impl Model {
         let added = Added::of(&fast);
         let prefixes =
             (cache_bytes_max > 0).then(|| Mutex::new(Prefixes::new(cache_bytes_max, &before)));
-        let model = Model { fast, rule, is_split_here, added, before, after, ids, prefixes };
+        let shorts = Mutex::new(Shorts::new());
+        let model =
+            Model { fast, rule, is_split_here, added, before, after, ids, prefixes, shorts };
         if !outline.decoder.is_null() {
             model.check_probes(outline.writes_every_byte())?;
         }
@@ -223,11 +226,24 @@ impl Model {
             None if add_special_tokens => work.ids.extend_from_slice(&self.before),
             None => {}
         }
+        let rest = text.get(work.bytes..).unwrap_or_default().as_bytes();
+        let is_short = self.prefixes.is_some() && rest.len() < SPAN_BYTES_MIN;
+        if is_short && self.shorts.lock().find(rest, &mut work.ids) {
+            work.bytes = text.len();
+        }
         if work.bytes < text.len() {
+            let had = work.ids.len();
             // The texts come from the network and the library has unsafe code and indexing of its
             // own: should it ever panic, one request loses its precise route and nothing else.
             let encoded = catch_unwind(AssertUnwindSafe(|| self.encode_rest(text, work)));
             encoded.map_err(|_| failed("it panicked on this text".to_owned()))??;
+            let last = work.cuts.last().map_or((work.bytes, had), |cut| (cut.at, cut.ids));
+            let (end, ids) = (text.get(last.0..), work.ids.get(last.1..));
+            if let (Some(_), Some(end), Some(ids)) = (&self.prefixes, end, ids)
+                && end.len() < SPAN_BYTES_MIN
+            {
+                self.shorts.lock().keep(end.as_bytes(), ids);
+            }
         }
         complete(links, keys, work);
         if let Some(prefixes) = prefixes.filter(|_| work.bytes < text.len()) {

@@ -113,6 +113,48 @@ impl Work {
     }
 }
 
+/// Texts too short for the tree, ends of prompts above all, and their ids. Each has one place,
+/// which the next one takes that has the same.
+#[derive(Debug)]
+pub(crate) struct Shorts {
+    places: Vec<(Vec<u8>, Vec<u32>)>,
+}
+
+impl Shorts {
+    /// Ids of so many texts are kept at most, of less than [`SPAN_BYTES_MIN`] bytes each.
+    const PLACES: usize = 256;
+
+    pub(crate) fn new() -> Shorts {
+        Shorts { places: vec![Default::default(); Shorts::PLACES] }
+    }
+
+    /// FNV-1a.
+    fn place(text: &[u8]) -> usize {
+        let hash = text.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        (hash ^ (hash >> 32)) as usize % Shorts::PLACES
+    }
+
+    /// Appends the ids of a text that is known.
+    pub(crate) fn find(&self, text: &[u8], ids: &mut Vec<u32>) -> bool {
+        let (known, known_ids) = &self.places[Shorts::place(text)];
+        let is_known = !text.is_empty() && known == text;
+        if is_known {
+            ids.extend_from_slice(known_ids);
+        }
+        is_known
+    }
+
+    pub(crate) fn keep(&mut self, text: &[u8], ids: &[u32]) {
+        let (known, known_ids) = &mut self.places[Shorts::place(text)];
+        known.clear();
+        known.extend_from_slice(text);
+        known_ids.clear();
+        known_ids.extend_from_slice(ids);
+    }
+}
+
 /// A span that is to be kept.
 struct New<'a> {
     /// With the guard.

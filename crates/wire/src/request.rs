@@ -30,7 +30,7 @@ use crate::model_name;
 use features::read_items;
 use loose::{Loose, LoosePrompt, Wrong};
 use plain::Conversation;
-pub use plain::PlainTurn;
+pub use plain::{Lists, PlainTurn, emptied};
 
 /// Most prompts of one request that are looked at. A request with more is routed by load: OpenAI
 /// allows 2,048 inputs of an embeddings request.
@@ -270,18 +270,34 @@ impl Messages<'_> {
 /// # Errors
 /// [`BodyError`], whose text can be shown to the client as it is.
 pub fn parse(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
+    parse_in(api, body, &mut [], &mut Lists::default())
+}
+
+/// The same in the memory of the caller: texts that cannot be used as they stand in the body are
+/// written to `lent`, if it is as long as the body, and lists are made of `lists`, which can
+/// [take](Lists::take_back) them back. Chats of roles and texts, and prompts that are one text,
+/// then ask for no memory.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_in<'a>(
+    api: Api,
+    body: &'a [u8],
+    lent: &'a mut [u8],
+    lists: &mut Lists,
+) -> Result<RequestBody<'a>, BodyError> {
+    let lent = if lent.len() < body.len() { &mut [] } else { lent };
     if !api.reads_body() {
         let is_object = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
-        let fields =
-            if is_object { read_fields(api, body).unwrap_or_default() } else { Fields::default() };
-        return Ok(fields.into_passed_through());
+        let fields = is_object.then(|| read_fields(api, body, lent, lists));
+        return Ok(fields.transpose().ok().flatten().unwrap_or_default().into_passed_through());
     }
     match api {
         Api::GrpcGenerate => grpc::generate(body),
         Api::GrpcEmbed => grpc::embed(body),
         Api::VertexChat => wrapped(Api::ChatCompletions, body),
         Api::VertexRaw | Api::VertexStreamRaw => wrapped(Api::Responses, body),
-        _ => read_fields(api, body)?.into_body(api),
+        _ => read_fields(api, body, lent, lists)?.into_body(api),
     }
 }
 
@@ -290,13 +306,14 @@ fn wrapped(api: Api, body: &[u8]) -> Result<RequestBody<'_>, BodyError> {
     Ok(RequestBody { model_place: None, ..parse(api, grpc::http_body(body)?)? })
 }
 
-fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
-    // What can be passed over is not always what can be read: half of a surrogate pair, say.
-    let read = match api {
-        Api::ChatCompletions => read_once(api, body, true).or_else(|_| read_once(api, body, false)),
-        _ => read_once(api, body, false),
-    };
-    match read {
+fn read_fields<'a>(
+    api: Api,
+    body: &'a [u8],
+    lent: &'a mut [u8],
+    lists: &mut Lists,
+) -> Result<Fields<'a>, BodyError> {
+    let in_one_pass = plain::attempt(api, body, lent, lists);
+    match in_one_pass.map_or_else(|| read_once(api, body), Ok) {
         Ok(fields) => {
             let model_place = fields.model_text.and_then(|text| model_name::place(body, text));
             Ok(Fields { model_place, ..fields })
@@ -310,9 +327,9 @@ fn read_fields(api: Api, body: &[u8]) -> Result<Fields<'_>, BodyError> {
     }
 }
 
-fn read_once(api: Api, body: &[u8], reads_turns: bool) -> Result<Fields<'_>, serde_json::Error> {
+fn read_once(api: Api, body: &[u8]) -> Result<Fields<'_>, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let read = deserializer.deserialize_map(FieldsVisitor { api, body, reads_turns });
+    let read = deserializer.deserialize_map(FieldsVisitor { api });
     read.and_then(|fields| deserializer.end().map(|()| fields))
 }
 
@@ -352,6 +369,8 @@ struct Fields<'a> {
     truncate_prompt_tokens: Loose<'a>,
     prompt_embeds: Loose<'a>,
     prompt: LoosePrompt<'a>,
+    /// An empty list for texts.
+    texts: Vec<Cow<'a, str>>,
     features: Option<&'a RawValue>,
     messages: Option<&'a RawValue>,
     conversation: Option<Conversation<'a>>,
@@ -389,11 +408,8 @@ struct Nested<'a> {
     kind: Loose<'a>,
 }
 
-struct FieldsVisitor<'b> {
+struct FieldsVisitor {
     api: Api,
-    body: &'b [u8],
-    /// Messages are looked into, as far as they are plain.
-    reads_turns: bool,
 }
 
 /// A key of the body; the text is needed for a comparison only.
@@ -411,7 +427,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-impl<'de> Visitor<'de> for FieldsVisitor<'de> {
+impl<'de> Visitor<'de> for FieldsVisitor {
     type Value = Fields<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -424,11 +440,7 @@ impl<'de> Visitor<'de> for FieldsVisitor<'de> {
         let is_messages = self.api == Api::Messages;
         let is_sglang = self.api == Api::SglangGenerate;
         while let Some(key) = map.next_key::<Key<'de>>()? {
-            fields.end_conversation(self.body, Some(&key))?;
             match &*key.0 {
-                "messages" if self.reads_turns => {
-                    fields.conversation = Some(Conversation::read(&mut map, self.body, &key)?);
-                }
                 "model" => {
                     let text = map.next_value::<&RawValue>()?.get();
                     fields.model = serde_json::from_str(text).map_err(serde::de::Error::custom)?;
@@ -484,7 +496,6 @@ impl<'de> Visitor<'de> for FieldsVisitor<'de> {
                 _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }
-        fields.end_conversation(self.body, None)?;
         Ok(fields)
     }
 }
@@ -568,16 +579,6 @@ fn hint(value: Loose<'_>) -> Option<Cow<'_, str>> {
 }
 
 impl<'a> Fields<'a> {
-    /// The messages end before `next`, or with the body.
-    fn end_conversation<E: serde::de::Error>(
-        &mut self,
-        body: &'a [u8],
-        next: Option<&Key<'_>>,
-    ) -> Result<(), E> {
-        let conversation = self.conversation.as_mut();
-        conversation.map_or(Ok(()), |conversation| conversation.end(body, next))
-    }
-
     fn into_passed_through(self) -> RequestBody<'a> {
         RequestBody {
             model: hint(self.model),
@@ -652,7 +653,14 @@ impl<'a> Fields<'a> {
         let is_truncated = self.truncate_prompt_tokens.is_set();
         let prompt = match api {
             Api::Completions if self.prompt_embeds.is_set() => Prompt::None(NoPrompt::PromptEmbeds),
-            Api::Completions => prompt_of("prompt", api, prompt, PROMPT_FORMS)?,
+            Api::Completions => match prompt {
+                LoosePrompt::Text(text) => {
+                    let mut texts = std::mem::take(&mut self.texts);
+                    texts.push(text);
+                    Prompt::Texts(texts)
+                }
+                prompt => prompt_of("prompt", api, prompt, PROMPT_FORMS)?,
+            },
             Api::Embeddings if present(self.messages).is_some() => self.into_chat(api)?,
             Api::Embeddings => prompt_of("input", api, prompt, PROMPT_FORMS)?,
             Api::VllmGenerate => token_ids_of(prompt, api)?,
@@ -724,21 +732,9 @@ impl<'a> Fields<'a> {
 
     /// The messages of a chat, which are JSON of an array at least.
     fn chat_messages(&mut self, api: Api) -> Result<Messages<'a>, BodyError> {
-        let Some(Conversation { turns, json, .. }) = self.conversation.take() else {
-            return self.messages_array(api).map(|messages| Messages::Raw(messages.get()));
-        };
-        let json = json.unwrap_or_default();
-        if let Some(turns) = turns {
-            return Ok(Messages::Plain { turns, json });
-        }
-        match std::str::from_utf8(json).unwrap_or_default() {
-            "null" => Err(BodyError::Missing { field: "messages", api: api.as_str() }),
-            json if json.starts_with('[') => Ok(Messages::Raw(json)),
-            json => Err(BodyError::WrongType {
-                field: "messages",
-                expected: "an array of messages",
-                found: type_name(json).to_owned(),
-            }),
+        match self.conversation.take() {
+            Some(Conversation { turns, json }) => Ok(Messages::Plain { turns, json }),
+            None => self.messages_array(api).map(|messages| Messages::Raw(messages.get())),
         }
     }
 

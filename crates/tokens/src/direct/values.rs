@@ -1,6 +1,6 @@
 //! What does an expression of a chat template give, in a few words and without owning anything?
 
-use kvroute_wire::request::PlainTurn;
+use kvroute_wire::request::{PlainTurn, emptied};
 
 use super::{CONTENT, Global, Name, ROLE, TEXT, TOOLS, TYPE};
 use crate::messages::{BILLING_HEADER, ContentFormat};
@@ -146,6 +146,12 @@ pub(crate) struct Scratch<'v> {
 }
 
 impl Scratch<'_> {
+    /// About how much memory it has.
+    pub(crate) fn bytes(&self) -> usize {
+        let values = self.items.capacity() + self.locals.capacity() + self.fields.capacity();
+        self.text.capacity() + values * size_of::<Val<'_>>()
+    }
+
     /// Empty, for values of any other request; the memory stays.
     pub(crate) fn emptied<'a>(mut self) -> Scratch<'a> {
         self.text.clear();
@@ -159,11 +165,4 @@ impl Scratch<'_> {
             fields: emptied(self.fields),
         }
     }
-}
-
-/// A list without items in the memory of another: the standard library collects in place where
-/// items are of one size.
-fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
-    list.clear();
-    list.into_iter().filter_map(|_| None).collect()
 }

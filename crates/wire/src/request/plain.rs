@@ -1,15 +1,18 @@
 //! Which conversations are nothing but roles and texts?
 //!
-//! Nearly all are. Their messages are read in the one pass over the body; others are left as JSON,
-//! to be read again by whoever needs what is in them.
+//! Nearly all are. Their messages, and the texts of other prompts, are read in one pass over the
+//! body that asks for no memory: a text stands in the body as it is, or, where it has escapes, in
+//! memory that the caller lends. Small values are left to the JSON library, and so is any body
+//! that this pass does not take: the library then reads it from the start and says what is wrong.
 
 use std::borrow::Cow;
-use std::fmt;
-use std::sync::Arc;
 
-use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::value::BorrowedStrDeserializer;
+use serde::de::{DeserializeSeed, Error as _, IntoDeserializer, MapAccess};
+use serde_json::{Deserializer, Error};
 
-use super::Key;
+use super::{Chat, Fields, FieldsVisitor, Messages, Prompt, RequestBody};
+use crate::api::Api;
 
 /// A message that is a role and a text, and nothing else.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,205 +20,346 @@ pub struct PlainTurn<'a> {
     /// Who says it.
     pub role: Cow<'a, str>,
     /// What is said.
-    pub content: Arc<str>,
+    pub content: Cow<'a, str>,
 }
 
-/// The messages of a conversation where all of them are plain; `None` for any other value.
-struct Turns<'a>(Option<Vec<PlainTurn<'a>>>);
-
-/// One message, if it is plain.
-struct Turn<'a>(Option<PlainTurn<'a>>);
-
-/// A string, if it is one.
-struct Role<'a>(Option<Cow<'a, str>>);
-
-/// The same, copied once and shared from then on.
-struct Content(Option<Arc<str>>);
-
-/// The values that a visitor finds and has no use for.
-macro_rules! nothing_of {
-    ($value:ident, [$($visit:ident: $type:ty),*]) => {
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("any JSON value")
-        }
-
-        fn visit_unit<E>(self) -> Result<Self::Value, E> {
-            Ok($value(None))
-        }
-
-        $(fn $visit<E>(self, _: $type) -> Result<Self::Value, E> {
-            Ok($value(None))
-        })*
-    };
+/// Lists that are used again by request after request.
+#[derive(Debug, Default)]
+pub struct Lists {
+    pub(super) turns: Vec<PlainTurn<'static>>,
+    pub(super) texts: Vec<Cow<'static, str>>,
 }
 
-/// Lists and objects among them.
-macro_rules! skipped {
-    (seq $value:ident) => {
-        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-            while seq.next_element::<IgnoredAny>()?.is_some() {}
-            Ok($value(None))
-        }
-    };
-    (map $value:ident) => {
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-            Ok($value(None))
-        }
-    };
-}
-
-impl<'de> Deserialize<'de> for Turns<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Turns<'de>, D::Error> {
-        struct TurnsVisitor;
-        impl<'de> Visitor<'de> for TurnsVisitor {
-            type Value = Turns<'de>;
-            nothing_of!(Turns, [visit_bool: bool, visit_u64: u64, visit_i64: i64, visit_f64: f64,
-                visit_str: &str]);
-            skipped!(map Turns);
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Turns<'de>, A::Error> {
-                let mut turns = Vec::new();
-                while let Some(Turn(turn)) = seq.next_element()? {
-                    let Some(turn) = turn else {
-                        while seq.next_element::<IgnoredAny>()?.is_some() {}
-                        return Ok(Turns(None));
-                    };
-                    turns.push(turn);
-                }
-                Ok(Turns(Some(turns)))
+impl Lists {
+    /// Takes the memory of the lists of a body back.
+    pub fn take_back(&mut self, body: RequestBody<'_>) {
+        match body.prompt {
+            Prompt::Chat(Chat { messages: Messages::Plain { turns, .. }, .. }) => {
+                self.turns = emptied(turns);
             }
+            Prompt::Texts(texts) => self.texts = emptied(texts),
+            _ => {}
         }
-        deserializer.deserialize_any(TurnsVisitor)
     }
 }
 
-impl<'de> Deserialize<'de> for Turn<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Turn<'de>, D::Error> {
-        struct TurnVisitor;
-        impl<'de> Visitor<'de> for TurnVisitor {
-            type Value = Turn<'de>;
-            nothing_of!(Turn, [visit_bool: bool, visit_u64: u64, visit_i64: i64, visit_f64: f64,
-                visit_str: &str]);
-            skipped!(seq Turn);
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Turn<'de>, A::Error> {
-                let (mut role, mut content, mut is_plain) = (None, None, true);
-                while let Some(key) = map.next_key::<Key<'de>>()? {
-                    match &*key.0 {
-                        "role" => role = map.next_value::<Role<'de>>()?.0,
-                        "content" => content = map.next_value::<Content>()?.0,
-                        _ => {
-                            is_plain = false;
-                            map.next_value::<IgnoredAny>()?;
-                        }
-                    }
-                }
-                let turn = role.zip(content).filter(|_| is_plain);
-                Ok(Turn(turn.map(|(role, content)| PlainTurn { role, content })))
-            }
-        }
-        deserializer.deserialize_any(TurnVisitor)
-    }
+/// A list without items in the memory of another: the standard library collects in place where
+/// items are of one size.
+pub fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
+    list.clear();
+    list.into_iter().filter_map(|_| None).collect()
 }
 
-impl<'de> Deserialize<'de> for Role<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Role<'de>, D::Error> {
-        struct RoleVisitor;
-        impl<'de> Visitor<'de> for RoleVisitor {
-            type Value = Role<'de>;
-            nothing_of!(Role, [visit_bool: bool, visit_u64: u64, visit_i64: i64, visit_f64: f64]);
-            skipped!(seq Role);
-            skipped!(map Role);
-            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Role<'de>, E> {
-                Ok(Role(Some(Cow::Borrowed(text))))
-            }
-            fn visit_str<E>(self, text: &str) -> Result<Role<'de>, E> {
-                Ok(Role(Some(Cow::Owned(text.to_owned()))))
-            }
-        }
-        deserializer.deserialize_any(RoleVisitor)
-    }
-}
-
-impl<'de> Deserialize<'de> for Content {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Content, D::Error> {
-        struct ContentVisitor;
-        impl<'de> Visitor<'de> for ContentVisitor {
-            type Value = Content;
-            nothing_of!(Content, [visit_bool: bool, visit_u64: u64, visit_i64: i64,
-                visit_f64: f64]);
-            skipped!(seq Content);
-            skipped!(map Content);
-            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
-                Ok(Content(Some(Arc::from(text))))
-            }
-        }
-        deserializer.deserialize_any(ContentVisitor)
-    }
-}
-
-/// A conversation in a body that is being read.
+/// The messages of a conversation that are all plain, and their JSON.
+#[derive(Debug)]
 pub(super) struct Conversation<'a> {
-    pub(super) turns: Option<Vec<PlainTurn<'a>>>,
-    /// Where its JSON begins in the body.
-    start: usize,
-    /// The JSON; `None` until its end has been passed.
-    pub(super) json: Option<&'a [u8]>,
+    pub(super) turns: Vec<PlainTurn<'a>>,
+    pub(super) json: &'a [u8],
 }
 
-impl<'a> Conversation<'a> {
-    /// Reads the value of `key`; an error where the key does not stand in `body` as it is.
-    pub(super) fn read<A: MapAccess<'a>>(
-        map: &mut A,
-        body: &[u8],
-        key: &Key<'_>,
-    ) -> Result<Conversation<'a>, A::Error> {
-        let turns = map.next_value()?;
-        Conversation::of(body, key, turns).ok_or_else(unplaced)
+/// Reads a body in one pass in memory of the caller; `None` for an API or a body that is read in
+/// the library's way.
+pub(super) fn attempt<'a>(
+    api: Api,
+    body: &'a [u8],
+    lent: &'a mut [u8],
+    lists: &mut Lists,
+) -> Option<Fields<'a>> {
+    match api {
+        Api::ChatCompletions => {
+            read(api, body, lent, emptied(std::mem::take(&mut lists.turns))).ok()
+        }
+        Api::Completions => {
+            let fields = read(api, body, lent, Vec::new()).ok()?;
+            Some(Fields { texts: emptied(std::mem::take(&mut lists.texts)), ..fields })
+        }
+        _ => None,
+    }
+}
+
+/// Reads a body in one pass. `lent` is what texts with escapes may fill, empty for none; `turns` is
+/// an empty list, whose memory is used.
+pub(super) fn read<'a>(
+    api: Api,
+    body: &'a [u8],
+    lent: &'a mut [u8],
+    turns: Vec<PlainTurn<'a>>,
+) -> Result<Fields<'a>, Error> {
+    let mut members = Members { api, body, at: 0, key: "", lent, turns, conversation: None };
+    let mut fields = members.all(FieldsVisitor { api })?;
+    fields.conversation = members.conversation;
+    Ok(fields)
+}
+
+/// The members of the object that a body is.
+struct Members<'a> {
+    api: Api,
+    body: &'a [u8],
+    /// The first byte that was not read.
+    at: usize,
+    /// Of the value that comes next.
+    key: &'a str,
+    lent: &'a mut [u8],
+    turns: Vec<PlainTurn<'a>>,
+    conversation: Option<Conversation<'a>>,
+}
+
+impl<'a> Members<'a> {
+    fn all(&mut self, visitor: FieldsVisitor) -> Result<Fields<'a>, Error> {
+        self.expect(b'{').ok_or_else(unread)?;
+        let fields = serde::de::Visitor::visit_map(visitor, &mut *self)?;
+        self.space();
+        if self.at < self.body.len() { Err(unread()) } else { Ok(fields) }
     }
 
-    fn of(body: &[u8], key: &Key<'_>, turns: Turns<'a>) -> Option<Conversation<'a>> {
-        let quote = place_of(body, key)? + key.0.len();
-        let behind = body.get(quote + 1..)?;
-        let value = behind.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start();
-        Some(Conversation { turns: turns.0, start: body.len() - value.len(), json: None })
+    fn next(&self) -> Option<u8> {
+        self.body.get(self.at).copied()
     }
 
-    /// Notes where the JSON ends: before `next`, or before the bracket that ends the body. An error
-    /// where that cannot be told, or what was passed over is no text.
-    pub(super) fn end<E: Error>(
+    fn space(&mut self) {
+        while matches!(self.next(), Some(b' ' | b'\n' | b'\r' | b'\t')) {
+            self.at += 1;
+        }
+    }
+
+    /// Passes over white space and this byte.
+    fn expect(&mut self, byte: u8) -> Option<()> {
+        self.space();
+        let is_next = self.next() == Some(byte);
+        self.at += usize::from(is_next);
+        is_next.then_some(())
+    }
+
+    /// A string, from its quote on.
+    fn string(&mut self) -> Option<Cow<'a, str>> {
+        self.expect(b'"')?;
+        let rest = self.body.get(self.at..)?;
+        let clean = clean_len(rest);
+        if rest.get(clean) == Some(&b'"') {
+            self.at += clean + 1;
+            return std::str::from_utf8(rest.get(..clean)?).ok().map(Cow::Borrowed);
+        }
+        let lent = std::mem::take(&mut self.lent);
+        if lent.is_empty() {
+            let start = self.at;
+            self.skip_string_from(start)?;
+            let mut own = vec![0; self.at - start];
+            let (_, written) = unescape(rest, &mut own)?;
+            own.truncate(written);
+            return String::from_utf8(own).ok().map(Cow::Owned);
+        }
+        let (read, written) = unescape(rest, lent)?;
+        self.at += read;
+        let (text, lent) = lent.split_at_mut_checked(written)?;
+        self.lent = lent;
+        std::str::from_utf8(text).ok().map(Cow::Borrowed)
+    }
+
+    /// Reads messages; `None` for any that are not plain.
+    fn messages(&mut self) -> Option<Conversation<'a>> {
+        let start = self.at;
+        let mut turns = std::mem::take(&mut self.turns);
+        turns.clear();
+        self.expect(b'[')?;
+        let mut is_first = true;
+        while self.expect(b']').is_none() {
+            if !is_first {
+                self.expect(b',')?;
+            }
+            is_first = false;
+            turns.push(self.message()?);
+        }
+        Some(Conversation { turns, json: self.body.get(start..self.at)? })
+    }
+
+    fn message(&mut self) -> Option<PlainTurn<'a>> {
+        let (mut role, mut content) = (None, None);
+        self.expect(b'{')?;
+        loop {
+            let key = self.string()?;
+            self.expect(b':')?;
+            let field = match &*key {
+                "role" => &mut role,
+                "content" => &mut content,
+                _ => return None,
+            };
+            // Of a key that is there twice, the last value counts.
+            if field.is_some() {
+                return None;
+            }
+            *field = Some(self.string()?);
+            if self.expect(b'}').is_some() {
+                return Some(PlainTurn { role: role?, content: content? });
+            }
+            self.expect(b',')?;
+        }
+    }
+
+    /// The JSON of the next value, whatever it is.
+    fn value(&mut self) -> Option<&'a [u8]> {
+        let start = self.at;
+        let mut depth = 0_usize;
+        loop {
+            match self.next()? {
+                b'"' => self.skip_string_from(self.at + 1)?,
+                b'{' | b'[' => {
+                    depth += 1;
+                    self.at += 1;
+                }
+                b'}' | b']' | b',' if depth == 0 => break,
+                b'}' | b']' => {
+                    depth -= 1;
+                    self.at += 1;
+                }
+                _ => self.at += 1,
+            }
+        }
+        self.body.get(start..self.at)
+    }
+
+    /// Passes over a string whose text begins at `start`.
+    fn skip_string_from(&mut self, start: usize) -> Option<()> {
+        self.at = start;
+        loop {
+            self.at += clean_len(self.body.get(self.at..)?);
+            let byte = self.next()?;
+            self.at += if byte == b'\\' { 2 } else { 1 };
+            if byte == b'"' {
+                return Some(());
+            }
+        }
+    }
+}
+
+impl<'a> MapAccess<'a> for Members<'a> {
+    type Error = Error;
+
+    fn next_key_seed<K: DeserializeSeed<'a>>(
         &mut self,
-        body: &'a [u8],
-        next: Option<&Key<'_>>,
-    ) -> Result<(), E> {
-        if self.json.is_none() {
-            self.json = Some(self.json_before(body, next).ok_or_else(unplaced)?);
+        seed: K,
+    ) -> Result<Option<K::Value>, Error> {
+        if self.expect(b'}').is_some() {
+            return Ok(None);
         }
-        Ok(())
+        if !self.key.is_empty() {
+            self.expect(b',').ok_or_else(unread)?;
+        }
+        let key = match self.string() {
+            Some(Cow::Borrowed(key)) if !key.is_empty() => key,
+            _ => return Err(unread()),
+        };
+        self.expect(b':').ok_or_else(unread)?;
+        self.space();
+        self.key = key;
+        seed.deserialize(BorrowedStrDeserializer::new(key)).map(Some)
     }
 
-    fn json_before(&self, body: &'a [u8], next: Option<&Key<'_>>) -> Option<&'a [u8]> {
-        let before = match next {
-            Some(next) => body.get(..place_of(body, next)?.checked_sub(1)?)?,
-            None => body.trim_ascii_end().strip_suffix(b"}")?,
-        };
-        let before = before.trim_ascii_end();
-        let before = before.strip_suffix(b",").unwrap_or(before);
-        let json = before.get(self.start..)?.trim_ascii_end();
-        if self.turns.is_none() {
-            std::str::from_utf8(json).ok()?;
+    fn next_value_seed<V: DeserializeSeed<'a>>(&mut self, seed: V) -> Result<V::Value, Error> {
+        let start = self.at;
+        match (self.api, self.key, self.next()) {
+            (Api::ChatCompletions, "messages", _) => {
+                self.conversation = self.messages();
+                if self.conversation.is_some() {
+                    return seed.deserialize(&mut Deserializer::from_slice(b"null"));
+                }
+                self.at = start;
+            }
+            (Api::Completions, "prompt", Some(b'"')) => match self.string() {
+                Some(Cow::Borrowed(text)) => {
+                    return seed.deserialize(BorrowedStrDeserializer::new(text));
+                }
+                Some(Cow::Owned(text)) => return seed.deserialize(text.into_deserializer()),
+                None => self.at = start,
+            },
+            _ => {}
         }
-        Some(json)
+        let json = self.value().ok_or_else(unread)?;
+        let mut deserializer = Deserializer::from_slice(json);
+        let value = seed.deserialize(&mut deserializer)?;
+        deserializer.end().map(|()| value)
     }
 }
 
 /// Ends the attempt to read a body in one pass.
-fn unplaced<E: Error>() -> E {
-    E::custom("the messages cannot be found in the body")
+fn unread() -> Error {
+    Error::custom("the body cannot be read in one pass")
 }
 
-/// Where the text of a key begins, behind its quote.
-fn place_of(body: &[u8], key: &Key<'_>) -> Option<usize> {
-    let Cow::Borrowed(text) = &key.0 else { return None };
-    let place = (text.as_ptr() as usize).checked_sub(body.as_ptr() as usize)?;
-    (body.get(place..place.checked_add(text.len())?) == Some(text.as_bytes())).then_some(place)
+/// How many bytes of a string come before its end, an escape, or what no string may hold.
+fn clean_len(bytes: &[u8]) -> usize {
+    const ONES: u64 = u64::MAX / 255;
+    // Eight at once. A bit may be set in error only above one that is set rightly: what is
+    // subtracted borrows from the byte above.
+    let below = |word: u64, least: u8| word.wrapping_sub(ONES * u64::from(least)) & !word;
+    let special = |word: u64| {
+        let (quote, escape) = (word ^ (ONES * u64::from(b'"')), word ^ (ONES * u64::from(b'\\')));
+        (below(quote, 1) | below(escape, 1) | below(word, b' ')) & (ONES << 7)
+    };
+    let (words, rest) = bytes.as_chunks::<8>();
+    for (at, word) in words.iter().enumerate() {
+        let found = special(u64::from_le_bytes(*word));
+        if found != 0 {
+            return at * 8 + found.trailing_zeros() as usize / 8;
+        }
+    }
+    let is_special = |byte: &u8| matches!(*byte, b'"' | b'\\' | 0..b' ');
+    words.len() * 8 + rest.iter().position(is_special).unwrap_or(rest.len())
+}
+
+/// Writes a string without its escapes, which is never longer, up to its closing quote; how many
+/// bytes were read, the quote included, and written. `None` for what no string may be.
+fn unescape(from: &[u8], to: &mut [u8]) -> Option<(usize, usize)> {
+    let (mut read, mut written) = (0, 0);
+    loop {
+        let rest = from.get(read..)?;
+        let clean = clean_len(rest);
+        to.get_mut(written..written + clean)?.copy_from_slice(rest.get(..clean)?);
+        read += clean;
+        written += clean;
+        match rest.get(clean)? {
+            b'"' => return Some((read + 1, written)),
+            b'\\' => {}
+            _ => return None,
+        }
+        let (width, character) = escaped(from.get(read + 1..)?)?;
+        read += 1 + width;
+        let mut utf8 = [0; 4];
+        let utf8 = character.encode_utf8(&mut utf8).as_bytes();
+        to.get_mut(written..written + utf8.len())?.copy_from_slice(utf8);
+        written += utf8.len();
+    }
+}
+
+/// What stands behind a backslash: how many bytes, and which character they mean.
+fn escaped(bytes: &[u8]) -> Option<(usize, char)> {
+    let simple = match bytes.first()? {
+        b'n' => '\n',
+        b'"' => '"',
+        b'\\' => '\\',
+        b't' => '\t',
+        b'r' => '\r',
+        b'/' => '/',
+        b'b' => '\u{8}',
+        b'f' => '\u{c}',
+        b'u' => return escaped_unit(bytes),
+        _ => return None,
+    };
+    Some((1, simple))
+}
+
+/// `u` with four digits, or two of that with a backslash between them for characters beyond 16
+/// bits.
+fn escaped_unit(bytes: &[u8]) -> Option<(usize, char)> {
+    let unit = |at: usize| {
+        let digits = bytes.get(at..at + 5)?.strip_prefix(b"u")?;
+        digits.iter().try_fold(0, |unit, digit| Some(unit * 16 + char::from(*digit).to_digit(16)?))
+    };
+    let first = unit(0)?;
+    if let Some(character) = char::from_u32(first) {
+        return Some((5, character));
+    }
+    let second = unit(6).filter(|second| bytes.get(5) == Some(&b'\\') && second >> 10 == 0x37)?;
+    let is_leading = first >> 10 == 0x36;
+    let character = char::from_u32(0x10000 + ((first & 0x3ff) << 10) + (second & 0x3ff));
+    is_leading.then_some((11, character?))
 }

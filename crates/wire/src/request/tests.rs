@@ -413,7 +413,7 @@ fn plain_conversations_are_read_as_any_other() {
         ];
         for body in &bodies {
             let one = parse(Api::ChatCompletions, body.as_bytes());
-            let two = read_once(Api::ChatCompletions, body.as_bytes(), false)
+            let two = read_once(Api::ChatCompletions, body.as_bytes())
                 .map(|fields| fields.into_body(Api::ChatCompletions));
             let Ok(two) = two else {
                 assert!(matches!(one, Err(BodyError::BadJson { .. })), "{body}: {one:?}");
@@ -449,4 +449,67 @@ fn a_conversation_must_be_text() {
         let refused = parse(Api::ChatCompletions, &with(bytes)).map(|_| ());
         assert!(matches!(refused, Err(BodyError::BadJson { .. })), "{refused:?}");
     }
+}
+
+/// The one pass reads what the library reads, or nothing, whatever bytes it is given.
+#[test]
+fn one_pass_agrees_with_the_library_on_damaged_bodies() {
+    const BODIES: [&str; 4] = [
+        r#"{"model":"m\/x","messages":[{"role":"system","content":
+            "long text, \"quoted\" \\ 0123456789 and so on\n\n"},
+            {"content":"\u00e9\ud83d\ude00\t","role":"us\u0065r"}],
+            "stream":true,"stop":["a","}"],"max_tokens":7}"#,
+        " {\"messages\" : [ {\"role\":\"user\" , \"content\":\"a\"} ] , \"tools\":[{\"type\":\"f\"}],\n\"n\":1.5e3, \"x\":{\"y\":[{}]}, \"cache_salt\":\"s\\n\"}\n",
+        r#"{"prompt":"one\ttext with 32 or more bytes before the end\u2028","echo":false,"model":null}"#,
+        r#"{"prompt":["a","b\n"],"messages":[{"role":"user","content":"x"}],"prompt":"last"}"#,
+    ];
+    const BYTES: &[u8] = b"\"\\{}[],: \nntu0d8e\x01\xc3\xa9x";
+    let seed = 3;
+    let mut rng = kvroute_core::rng::Rng::seeded(seed);
+    let mut lists = Lists::default();
+    let mut memory = vec![0; 1024];
+    let (mut read, mut plain) = (0, 0);
+    for round in 0..20_000 {
+        let at = rng.below(BODIES.len());
+        let api = if at < 2 { Api::ChatCompletions } else { Api::Completions };
+        let mut body = BODIES[at].as_bytes().to_vec();
+        for _ in 0..rng.below(4) {
+            let place = rng.below(body.len());
+            match rng.below(3) {
+                0 => _ = body.remove(place),
+                1 => body.insert(place, BYTES[rng.below(BYTES.len())]),
+                _ => body[place] = BYTES[rng.below(BYTES.len())],
+            }
+        }
+        let shown = String::from_utf8_lossy(&body).into_owned();
+        let turns = emptied(std::mem::take(&mut lists.turns));
+        let Ok(one) = plain::read(api, &body, &mut memory, turns) else { continue };
+        let two = read_once(api, &body);
+        let two = two.unwrap_or_else(|error| panic!("seed {seed} round {round}: {error}: {shown}"));
+        let (one, two) = (one.into_body(api), two.into_body(api));
+        read += 1;
+        let (mut one, two) = match (one, two) {
+            (Ok(one), Ok(two)) => (one, two),
+            (one, two) => {
+                assert_eq!(one.map(drop), two.map(drop), "seed {seed} round {round}: {shown}");
+                continue;
+            }
+        };
+        if let Prompt::Chat(chat) = &mut one.prompt
+            && let Messages::Plain { turns, json } = &chat.messages
+        {
+            let known: Vec<serde_json::Value> = serde_json::from_slice(json).unwrap();
+            let value = |text: &Cow<'_, str>| serde_json::Value::from(&**text);
+            let turn = |turn: &PlainTurn<'_>| {
+                let (role, content) = (value(&turn.role), value(&turn.content));
+                serde_json::json!({"role": role, "content": content})
+            };
+            assert!(turns.iter().map(turn).eq(known), "seed {seed} round {round}: {shown}");
+            chat.messages = Messages::Raw(std::str::from_utf8(json).unwrap());
+            plain += 1;
+        }
+        assert_eq!(format!("{one:?}"), format!("{two:?}"), "seed {seed} round {round}: {shown}");
+        lists.take_back(one);
+    }
+    assert!(read > 3000 && plain > 1000, "{read} read, {plain} of them plain");
 }
