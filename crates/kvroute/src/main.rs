@@ -2,6 +2,11 @@
 
 use std::process::ExitCode;
 
+/// What one thread takes another gives back, a connection's task goes where there is room: with
+/// glibc's allocator threads then wait for each other.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     kvroute::cli::main()
 }
