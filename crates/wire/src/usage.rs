@@ -11,6 +11,7 @@
 //! before it; text that a model generates cannot look like it.
 
 mod frames;
+mod plain;
 
 use std::sync::LazyLock;
 
@@ -223,22 +224,25 @@ impl JsonScanner {
     fn capture(&mut self, bytes: &[u8]) -> usize {
         let room = USAGE_BYTES_MAX - self.object.len();
         let here = bytes.len().min(room);
-        for (at, byte) in bytes[..here].iter().enumerate() {
-            match byte {
-                _ if self.escaped => self.escaped = false,
-                b'\\' if self.in_string => self.escaped = true,
-                b'"' => self.in_string = !self.in_string,
-                b'{' if !self.in_string => self.depth += 1,
-                b'}' if !self.in_string => {
-                    self.depth -= 1;
-                    if self.depth == 0 {
-                        self.object.extend_from_slice(&bytes[..=at]);
-                        self.merge();
-                        self.end_object();
-                        return at + 1;
-                    }
+        let mut next = 0;
+        while next < here {
+            if !std::mem::take(&mut self.escaped) {
+                let tells = |byte: &u8| TELLS[usize::from(*byte)];
+                let Some(step) = bytes[next..here].iter().position(tells) else { break };
+                next += step;
+                match bytes[next] {
+                    b'\\' => self.escaped = self.in_string,
+                    b'"' => self.in_string = !self.in_string,
+                    _ if self.in_string => {}
+                    b'{' => self.depth += 1,
+                    _ => self.depth -= 1,
                 }
-                _ => {}
+            }
+            next += 1;
+            if self.depth == 0 {
+                self.complete(&bytes[..next]);
+                self.end_object();
+                return next;
             }
         }
         self.object.extend_from_slice(&bytes[..here]);
@@ -254,9 +258,18 @@ impl JsonScanner {
         self.in_string = false;
     }
 
-    /// Takes over what the complete object says; one that is no usage object says nothing.
-    fn merge(&mut self) {
-        let Ok(object) = serde_json::from_slice::<UsageObject>(&self.object) else { return };
+    /// The object ends with `end`; most lie in one piece and are read where they are.
+    fn complete(&mut self, end: &[u8]) {
+        if self.object.is_empty() {
+            return self.merge(read_object(end));
+        }
+        self.object.extend_from_slice(end);
+        self.merge(read_object(&self.object));
+    }
+
+    /// Takes over what the object says; one that is no usage object says nothing.
+    fn merge(&mut self, object: Option<UsageObject>) {
+        let Some(object) = object else { return };
         self.left_out = object.left_out().or(self.left_out);
         self.found = object.merged_into(self.found, self.left_out);
     }
@@ -264,12 +277,26 @@ impl JsonScanner {
 
 /// Reads a usage object alone, as recordings keep it; `None` when it is none.
 pub fn parse_object(json: &[u8]) -> Option<Usage> {
-    let object = serde_json::from_slice::<UsageObject>(json).ok()?;
+    let object = read_object(json)?;
     let left_out = object.left_out();
     object.merged_into(None, left_out)
 }
 
-#[derive(Deserialize)]
+fn read_object(json: &[u8]) -> Option<UsageObject> {
+    plain::read(json).or_else(|| serde_json::from_slice(json).ok())
+}
+
+/// Bytes that tell where an object ends.
+const TELLS: [bool; 256] = {
+    let mut tells = [false; 256];
+    tells[b'"' as usize] = true;
+    tells[b'\\' as usize] = true;
+    tells[b'{' as usize] = true;
+    tells[b'}' as usize] = true;
+    tells
+};
+
+#[derive(Debug, Default, PartialEq, Deserialize)]
 struct UsageObject {
     prompt_tokens: Option<u32>,
     completion_tokens: Option<u32>,
@@ -312,7 +339,7 @@ impl UsageObject {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 struct Details {
     cached_tokens: Option<u32>,
 }
