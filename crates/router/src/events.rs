@@ -8,7 +8,8 @@
 //! that one drops shows as a gap.
 
 use std::fmt;
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -37,6 +38,9 @@ use replay::{Replay, ReplayItem};
 
 /// First and longest wait between two attempts to connect.
 const RECONNECT_MS: (u64, u64) = (100, 5_000);
+/// Publishers that say something this often are listened to this often: each time costs a thread's
+/// turn, which is more than most batches.
+const PAUSE: Duration = Duration::from_millis(5);
 /// How often a quiet stream is looked at.
 const TICK: Duration = Duration::from_millis(500);
 
@@ -167,16 +171,23 @@ impl Subscriber {
         let upstream = Arc::clone(&self.feed.upstream);
         self.obey(order, place, replay);
         let mut turns = self.turns.clone();
+        let mut displaced = pin!(turn(&mut turns, false));
+        let mut ordered = pin!(upstream.next_order());
         let mut tick = tokio::time::interval_at(Instant::now() + TICK, TICK);
+        let mut pause = Pause::new();
         loop {
             let order = tokio::select! {
-                _ = turn(&mut turns, false) => return End::Displaced,
-                message = socket.recv() => match message {
+                biased;
+                _ = &mut displaced => return End::Displaced,
+                message = pause.recv(socket) => match message {
                     Ok(frames) => self.message(&frames),
                     Err(error) => return End::Socket(error),
                 },
                 item = next_item(replay) => self.replayed(item, replay),
-                order = upstream.next_order() => order,
+                order = &mut ordered => {
+                    ordered.set(upstream.next_order());
+                    order
+                }
                 _ = tick.tick() => {
                     if self.feed.shared.upstreams.get(upstream.id).is_none() {
                         return End::Gone;
@@ -236,6 +247,44 @@ impl Subscriber {
             }
             None => self.feed.refuse(order),
         }
+    }
+}
+
+/// When a publisher is listened to: at once after a silence, else once in a while.
+struct Pause {
+    /// The times are multiples of [`PAUSE`] after this, the same for all publishers, so that one
+    /// wake-up serves them.
+    begin: Instant,
+    heard: Option<Instant>,
+    until: Option<Instant>,
+}
+
+impl Pause {
+    fn new() -> Pause {
+        static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+        Pause { begin: *BEGIN, heard: None, until: None }
+    }
+
+    /// The next message. Cancelling this loses none.
+    async fn recv(&mut self, socket: &mut Socket) -> Result<Vec<Bytes>, ZmtpError> {
+        if let Some(frames) = socket.recv_read().await? {
+            return Ok(frames);
+        }
+        if let Some(until) = self.until.filter(|_| !socket.has_more) {
+            tokio::time::sleep_until(until).await;
+        }
+        let frames = socket.recv().await?;
+        let now = Instant::now();
+        let before = self.heard.replace(now);
+        let is_busy = before.is_some_and(|before| now - before < 2 * PAUSE);
+        self.until = is_busy.then(|| self.next_turn(now));
+        Ok(frames)
+    }
+
+    fn next_turn(&self, now: Instant) -> Instant {
+        let since_ns = (now - self.begin).as_nanos();
+        let turns = since_ns / PAUSE.as_nanos() + 1;
+        self.begin + PAUSE.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX))
     }
 }
 

@@ -55,6 +55,15 @@ pub(crate) enum Role {
     Dealer,
 }
 
+/// What the bytes that are here hold.
+enum Read {
+    Message(Vec<Bytes>),
+    /// Body of a command frame.
+    Command(Bytes),
+    /// No whole frame.
+    Nothing,
+}
+
 /// A connected socket. Cancelling [`Socket::recv`] loses nothing.
 #[derive(Debug)]
 pub(crate) struct Socket {
@@ -63,6 +72,8 @@ pub(crate) struct Socket {
     message_bytes_max: usize,
     /// Frames of the message that is being received.
     frames: Vec<Bytes>,
+    /// The last read filled the buffer, so there may be more in the system's.
+    pub has_more: bool,
 }
 
 impl Socket {
@@ -102,7 +113,7 @@ impl Socket {
     ) -> Result<Socket, ZmtpError> {
         stream.set_nodelay(true)?;
         let (buf, frames) = (BytesMut::new(), Vec::new());
-        let mut socket = Socket { stream, buf, message_bytes_max, frames };
+        let mut socket = Socket { stream, buf, message_bytes_max, frames, has_more: false };
         socket.stream.write_all(&greeting()).await?;
         while socket.buf.len() < GREETING_BYTES {
             socket.fill().await?;
@@ -145,19 +156,41 @@ impl Socket {
     /// The next message.
     pub async fn recv(&mut self) -> Result<Vec<Bytes>, ZmtpError> {
         loop {
+            match self.read_message()? {
+                Read::Message(frames) => return Ok(frames),
+                Read::Command(body) => self.command(&body).await?,
+                Read::Nothing => self.fill().await?,
+            }
+        }
+    }
+
+    /// The next message that has been read from the system already.
+    pub async fn recv_read(&mut self) -> Result<Option<Vec<Bytes>>, ZmtpError> {
+        loop {
+            match self.read_message()? {
+                Read::Message(frames) => return Ok(Some(frames)),
+                Read::Command(body) => self.command(&body).await?,
+                Read::Nothing => return Ok(None),
+            }
+        }
+    }
+
+    fn read_message(&mut self) -> Result<Read, ZmtpError> {
+        loop {
             let so_far: usize = self.frames.iter().map(Bytes::len).sum();
-            match decode_frame(&mut self.buf, self.message_bytes_max.saturating_sub(so_far))? {
-                None => self.fill().await?,
-                Some((flags, body)) if flags & FLAG_COMMAND != 0 => self.command(&body).await?,
-                Some((flags, body)) => {
-                    self.frames.push(body);
-                    if self.frames.len() > FRAMES_MAX {
-                        return Err(ZmtpError::TooLarge);
-                    }
-                    if flags & FLAG_MORE == 0 {
-                        return Ok(std::mem::take(&mut self.frames));
-                    }
-                }
+            let room = self.message_bytes_max.saturating_sub(so_far);
+            let Some((flags, body)) = decode_frame(&mut self.buf, room)? else {
+                return Ok(Read::Nothing);
+            };
+            if flags & FLAG_COMMAND != 0 {
+                return Ok(Read::Command(body));
+            }
+            self.frames.push(body);
+            if self.frames.len() > FRAMES_MAX {
+                return Err(ZmtpError::TooLarge);
+            }
+            if flags & FLAG_MORE == 0 {
+                return Ok(Read::Message(std::mem::take(&mut self.frames)));
             }
         }
     }
@@ -176,9 +209,13 @@ impl Socket {
 
     async fn fill(&mut self) -> Result<(), ZmtpError> {
         self.buf.reserve(READ_BYTES);
+        let room = self.buf.capacity() - self.buf.len();
         match self.stream.read_buf(&mut self.buf).await? {
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            _ => Ok(()),
+            n => {
+                self.has_more = n == room;
+                Ok(())
+            }
         }
     }
 }
