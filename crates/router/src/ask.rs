@@ -184,8 +184,9 @@ pub(crate) async fn once(
     let head = head + "connection: close\r\n\r\n";
     let exchange = async {
         let mut connection = Connection::open(address, timeout.min(CONNECT_MAX)).await?;
-        connection.send(head.as_bytes(), body).await?;
-        let mut head = connection.read_head(false).await?;
+        let late = || UpstreamError::FirstByteTimeout(timeout);
+        connection.send(head.as_bytes(), body, timeout).await.ok_or_else(late)??;
+        let mut head = connection.read_head(false, timeout).await?;
         let mut page = Vec::new();
         connection.read_body(&mut head.framing, &mut page, bytes_max).await?;
         Ok((head, page))

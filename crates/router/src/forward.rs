@@ -183,17 +183,13 @@ async fn attempt(
         &outgoing.headers,
         &mut head,
     );
-    let late = || UpstreamError::FirstByteTimeout(limit);
     let sent = match &mut outgoing.payload {
-        Payload::Whole(bytes) => tokio::time::timeout(limit, connection.send(&head, bytes))
-            .await
-            .map_err(|_| late())?
-            .map_err(UpstreamError::Broken),
-        Payload::Renamed(pieces) => {
-            tokio::time::timeout(limit, send_pieces(&mut connection, &head, pieces))
-                .await
-                .map_err(|_| late())?
-                .map_err(UpstreamError::Broken)
+        Payload::Whole(bytes) => within(limit, connection.send(&head, bytes, limit).await)?,
+        Payload::Renamed([before, name, after]) => {
+            match within(limit, connection.send(&head, before, limit).await)? {
+                Ok(()) => within(limit, connection.send(name, after, limit).await)?,
+                broken => broken,
+            }
         }
         Payload::Stream(body) => {
             let body = body.take();
@@ -203,12 +199,20 @@ async fn attempt(
     };
     // An engine may refuse a request before it has read all of it, and say why.
     let limit = if sent.is_ok() { limit } else { EARLY_ANSWER };
-    let answered = tokio::time::timeout(limit, connection.read_head(to_head)).await;
-    match (sent, answered) {
-        (Ok(()), answered) => Ok((answered.map_err(|_| late())??, connection)),
-        (Err(_), Ok(Ok(head))) => Ok((Head { keep_alive: false, ..head }, connection)),
-        (Err(error), _) => Err(error.into()),
+    match (sent, connection.read_head(to_head, limit).await) {
+        (Ok(()), answered) => Ok((answered?, connection)),
+        (Err(_), Ok(head)) => Ok((Head { keep_alive: false, ..head }, connection)),
+        (Err(error), Err(_)) => Err(error.into()),
     }
+}
+
+/// The inner result is that of the writes: the endpoint may have stopped reading and still answer.
+fn within(
+    limit: Duration,
+    sent: Option<io::Result<()>>,
+) -> Result<Result<(), UpstreamError>, UpstreamError> {
+    let sent = sent.ok_or(UpstreamError::FirstByteTimeout(limit))?;
+    Ok(sent.map_err(UpstreamError::Broken))
 }
 
 fn length_of(outgoing: &Outgoing) -> BodyLength {
@@ -230,15 +234,6 @@ pub(crate) fn known_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-async fn send_pieces(
-    connection: &mut Connection,
-    head: &[u8],
-    [before, name, after]: &[Bytes; 3],
-) -> io::Result<()> {
-    connection.send(head, before).await?;
-    connection.send(name, after).await
-}
-
 /// A connection that must take each piece within a limit.
 struct Sink<'a> {
     connection: &'a mut Connection,
@@ -247,8 +242,8 @@ struct Sink<'a> {
 
 impl Sink<'_> {
     async fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        let sent = tokio::time::timeout(self.limit, self.connection.send(head, body)).await;
-        sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        let sent = self.connection.send(head, body, self.limit).await;
+        sent.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 

@@ -40,6 +40,15 @@ pub(crate) const DROPPED_REASON: &str = "x-llm-d-request-dropped-reason";
 pub(crate) const MODEL_REWRITE: [&str; 2] =
     ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"];
 
+/// How headers begin that tell the scheduler something about a request, those above among them.
+const HINT_PREFIXES: [&str; 2] = ["x-llm-d-", "x-gateway-"];
+
+/// Whether there is any: most requests have none, and each look for one costs a hash.
+pub(crate) fn has_hints(headers: &HeaderMap) -> bool {
+    let is_hint = |name: &HeaderName| HINT_PREFIXES.iter().any(|p| name.as_str().starts_with(p));
+    headers.keys().any(is_hint)
+}
+
 /// Chooses a data parallel rank behind one address (vLLM, SGLang). A client's own choice is
 /// replaced only where the router has chosen.
 pub(crate) const RANK: &str = "x-data-parallel-rank";
@@ -117,23 +126,23 @@ pub(crate) fn request_id(headers: &HeaderMap) -> (Name, HeaderValue) {
         return (Name::from(text), value.clone());
     }
     let id = new_request_id();
-    let value = HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("-"));
-    (Name::from(id.as_str()), value)
+    let text = std::str::from_utf8(&id).unwrap_or("-");
+    let value = HeaderValue::from_bytes(&id).unwrap_or(HeaderValue::from_static("-"));
+    (Name::from(text), value)
 }
 
 /// A random UUID, version 4, written by hand: formatting takes several times as long.
-fn new_request_id() -> String {
+fn new_request_id() -> [u8; 36] {
     let random = fastrand::u128(..);
     let random = random & !(0xF << 76) | (4 << 76);
     let random = random & !(0x3 << 62) | (2 << 62);
-    let mut id = String::with_capacity(36);
-    for (at, byte) in random.to_be_bytes().into_iter().enumerate() {
-        if matches!(at, 4 | 6 | 8 | 10) {
-            id.push('-');
-        }
-        for digit in [byte >> 4, byte & 0xF] {
-            id.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
-        }
+    let mut id = [b'-'; 36];
+    // Where a byte's digits stand, between the dashes.
+    const PLACES: [u8; 16] = [0, 2, 4, 6, 9, 11, 14, 16, 19, 21, 24, 26, 28, 30, 32, 34];
+    for (place, byte) in PLACES.into_iter().zip(random.to_be_bytes()) {
+        let digit = |value: u8| b"0123456789abcdef"[usize::from(value & 0xF)];
+        let at = usize::from(place);
+        (id[at], id[at + 1]) = (digit(byte >> 4), digit(byte));
     }
     id
 }
@@ -213,12 +222,41 @@ fn write_forwarded_for(client: IpAddr, headers: &HeaderMap, out: &mut Vec<u8>) {
         out.extend_from_slice(value.as_bytes());
         out.extend_from_slice(b", ");
     }
-    // Writing to memory does not fail.
-    let _ = write!(out, "{}\r\n", client.to_canonical());
+    match client.to_canonical() {
+        IpAddr::V4(address) => {
+            for (at, byte) in address.octets().into_iter().enumerate() {
+                if at > 0 {
+                    out.push(b'.');
+                }
+                number(out, u64::from(byte));
+            }
+        }
+        // Writing to memory does not fail.
+        IpAddr::V6(address) => drop(write!(out, "{address}")),
+    }
+    out.extend_from_slice(b"\r\n");
 }
 
 fn number_line(out: &mut Vec<u8>, name: &str, value: u64) {
-    let _ = write!(out, "{name}: {value}\r\n");
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b": ");
+    number(out, value);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// By hand: formatting takes several times as long, and every request has some.
+fn number(out: &mut Vec<u8>, mut value: u64) {
+    let mut digits = [0; 20];
+    let mut begin = digits.len();
+    loop {
+        begin -= 1;
+        digits[begin] = b'0' + (value % 10) as u8;
+        value /= 10;
+        if value == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[begin..]);
 }
 
 fn line(out: &mut Vec<u8>, name: &str, value: &[u8]) {

@@ -18,7 +18,6 @@ use kvroute_core::fleet::Name;
 use kvroute_core::load::Ticket;
 use kvroute_wire::model_name::Restorer;
 use kvroute_wire::usage::{Usage, UsageScanner};
-use tokio::time::Sleep;
 use tracing::debug;
 
 use crate::decisions::Outcome;
@@ -99,7 +98,6 @@ pub(crate) struct AnswerBody {
     /// What it has passed on and the client's connection has not taken yet.
     restored: VecDeque<Bytes>,
     idle_timeout: Duration,
-    idle: Option<Pin<Box<Sleep>>>,
     last_read: Instant,
     /// What broke the answer, to be told at the next poll.
     broken: Option<UpstreamError>,
@@ -127,7 +125,6 @@ impl AnswerBody {
             restorer,
             restored: VecDeque::new(),
             idle_timeout,
-            idle: None,
             last_read: Instant::now(),
             broken: None,
             writes_first: false,
@@ -189,18 +186,9 @@ impl AnswerBody {
             }
             Poll::Ready(Err(error)) => self.fail(error, cx),
             Poll::Pending => {
-                // Answers that are there at once need no timer. It is set again only when it
-                // fires: most chunks come long before it.
                 let limit = self.idle_timeout;
-                let idle = self.idle.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
-                while idle.as_mut().poll(cx).is_ready() {
-                    let silence = self.last_read.elapsed();
-                    if silence >= limit {
-                        return self.fail(UpstreamError::IdleTimeout(limit), cx);
-                    }
-                    idle.as_mut().reset(tokio::time::Instant::now() + (limit - silence));
-                }
-                Poll::Pending
+                ready!(connection.poll_silence(self.last_read, limit, cx));
+                self.fail(UpstreamError::IdleTimeout(limit), cx)
             }
         }
     }

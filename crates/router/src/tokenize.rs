@@ -25,6 +25,7 @@ use kvroute_wire::request::{self, Lists, NoPrompt, Prompt, RequestBody};
 use tracing::warn;
 
 use crate::error::RouteError;
+use crate::headers;
 use crate::metrics::{ReasonLabel, cut};
 use crate::reuse::{Pool, Reused};
 use crate::rewrite::{self, Rewrite, Unreachable};
@@ -131,6 +132,10 @@ pub(crate) struct Hints {
 impl Hints {
     /// Of these headers.
     pub fn of(headers: &HeaderMap) -> Hints {
+        if !headers::has_hints(headers) {
+            let videos = VideoHints::default();
+            return Hints { videos, model: None, leaves_no_trace: false };
+        }
         Hints {
             videos: VideoHints::read(|name| headers.get(name)?.to_str().ok()),
             model: rewrite::wanted(headers).map(str::to_owned),

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
@@ -24,6 +24,7 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
+use tokio::time::Sleep;
 
 use crate::discover::Target;
 use crate::events::Subscription;
@@ -85,40 +86,9 @@ enum Stream {
     Tls(Box<TlsStream>),
 }
 
-/// One HTTP/1.1 connection.
-#[derive(Debug)]
-pub(crate) struct Connection {
-    stream: Stream,
-    buf: BytesMut,
-    /// It has carried an exchange before, so the peer may have closed it meanwhile.
-    pub reused: bool,
-    idle_since: Instant,
-}
-
-impl Connection {
-    /// Connects within `timeout`.
-    pub async fn open(address: SocketAddr, timeout: Duration) -> Result<Connection, UpstreamError> {
-        let stream = tokio::time::timeout(timeout, TcpStream::connect(address))
-            .await
-            .map_err(|_| UpstreamError::ConnectTimeout(timeout))?
-            .map_err(UpstreamError::Connect)?;
-        stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
-        let (stream, buf) = (Stream::Tcp(stream), BytesMut::new());
-        Ok(Connection { stream, buf, reused: false, idle_since: Instant::now() })
-    }
-
-    /// Shakes hands over a new connection, with a server that is to be `host`.
-    pub async fn encrypt(self, tls: &Tls, host: &str) -> Result<Connection, UpstreamError> {
-        let stream = match self.stream {
-            Stream::Tcp(tcp) => Stream::Tls(Box::new(tls.connect(host, tcp).await?)),
-            encrypted @ Stream::Tls(_) => encrypted,
-        };
-        Ok(Connection { stream, ..self })
-    }
-
-    /// Sends a request, or a part of one, in as few writes as the socket takes.
-    pub async fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        let stream = match &mut self.stream {
+impl Stream {
+    async fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let stream = match self {
             Stream::Tcp(stream) => stream,
             Stream::Tls(stream) => {
                 stream.write_all(head).await?;
@@ -136,22 +106,124 @@ impl Connection {
         }
         stream.write_all(&body[sent - head.len()..]).await
     }
+}
+
+/// One timer for all waits over a connection. It is set again only when it fires or is too late:
+/// nearly all of them end long before.
+#[derive(Debug, Default)]
+struct Alarm {
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Alarm {
+    /// Ready when `due` is over.
+    fn poll(&mut self, due: tokio::time::Instant, cx: &mut Context<'_>) -> Poll<()> {
+        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+        if sleep.deadline() > due {
+            sleep.as_mut().reset(due);
+        }
+        while sleep.as_mut().poll(cx).is_ready() {
+            if tokio::time::Instant::now() >= due {
+                return Poll::Ready(());
+            }
+            sleep.as_mut().reset(due);
+        }
+        Poll::Pending
+    }
+}
+
+/// One HTTP/1.1 connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    stream: Stream,
+    buf: BytesMut,
+    alarm: Alarm,
+    /// It has carried an exchange before, so the peer may have closed it meanwhile.
+    pub reused: bool,
+    idle_since: Instant,
+}
+
+impl Connection {
+    /// Connects within `timeout`.
+    pub async fn open(address: SocketAddr, timeout: Duration) -> Result<Connection, UpstreamError> {
+        let stream = tokio::time::timeout(timeout, TcpStream::connect(address))
+            .await
+            .map_err(|_| UpstreamError::ConnectTimeout(timeout))?
+            .map_err(UpstreamError::Connect)?;
+        stream.set_nodelay(true).map_err(UpstreamError::Connect)?;
+        let (stream, buf, alarm) = (Stream::Tcp(stream), BytesMut::new(), Alarm::default());
+        Ok(Connection { stream, buf, alarm, reused: false, idle_since: Instant::now() })
+    }
+
+    /// Shakes hands over a new connection, with a server that is to be `host`.
+    pub async fn encrypt(self, tls: &Tls, host: &str) -> Result<Connection, UpstreamError> {
+        let stream = match self.stream {
+            Stream::Tcp(tcp) => Stream::Tls(Box::new(tls.connect(host, tcp).await?)),
+            encrypted @ Stream::Tls(_) => encrypted,
+        };
+        Ok(Connection { stream, ..self })
+    }
+
+    /// Sends a request, or a part of one, in as few writes as the socket takes. `None`: not within
+    /// `limit`.
+    pub async fn send(
+        &mut self,
+        head: &[u8],
+        body: &[u8],
+        limit: Duration,
+    ) -> Option<io::Result<()>> {
+        let Connection { stream, alarm, .. } = self;
+        let mut sending = pin!(stream.send(head, body));
+        let mut due = None;
+        std::future::poll_fn(|cx| match sending.as_mut().poll(cx) {
+            Poll::Ready(sent) => Poll::Ready(Some(sent)),
+            Poll::Pending => {
+                let due = due.get_or_insert_with(|| tokio::time::Instant::now() + limit);
+                alarm.poll(*due, cx).map(|()| None)
+            }
+        })
+        .await
+    }
 
     /// Makes room for an answer of so many bytes, which is read at once then.
     pub fn expect_bytes(&mut self, bytes: usize) {
         self.buf.reserve(bytes);
     }
 
-    /// Waits for the head of the response.
-    pub async fn read_head(&mut self, to_head: bool) -> Result<Head, UpstreamError> {
-        loop {
-            if let Some(head) = http1::parse_head(&mut self.buf, to_head)? {
-                return Ok(head);
+    /// Waits for the head of the response, for `limit`.
+    pub async fn read_head(
+        &mut self,
+        to_head: bool,
+        limit: Duration,
+    ) -> Result<Head, UpstreamError> {
+        let mut due = None;
+        std::future::poll_fn(|cx| {
+            loop {
+                if let Some(head) = http1::parse_head(&mut self.buf, to_head)? {
+                    return Poll::Ready(Ok(head));
+                }
+                match self.poll_fill(cx)? {
+                    Poll::Ready(0) => return Poll::Ready(Err(UpstreamError::Closed)),
+                    Poll::Ready(_) => {}
+                    Poll::Pending => {
+                        let due = due.get_or_insert_with(|| tokio::time::Instant::now() + limit);
+                        let late = UpstreamError::FirstByteTimeout(limit);
+                        return self.alarm.poll(*due, cx).map(|()| Err(late));
+                    }
+                }
             }
-            if std::future::poll_fn(|cx| self.poll_fill(cx)).await? == 0 {
-                return Err(UpstreamError::Closed);
-            }
-        }
+        })
+        .await
+    }
+
+    /// Ready when nothing has come for `limit` since `last`.
+    pub fn poll_silence(
+        &mut self,
+        last: Instant,
+        limit: Duration,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        self.alarm.poll(tokio::time::Instant::from_std(last) + limit, cx)
     }
 
     /// The next piece of the body; empty when it is complete.

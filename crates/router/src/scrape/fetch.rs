@@ -12,6 +12,10 @@ use crate::upstream::{Connection, Upstream, UpstreamError};
 /// reached is told from one that is slow.
 const CONNECT_SHARE: f64 = 0.9;
 
+/// Longest wait for one step of an exchange. The exchange as a whole has a limit of its own, and the
+/// connection's timer is not to wake the task in between.
+const STEP_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Room for the head of an answer, and for a page that is a little longer than the last.
 const HEAD_BYTES: usize = 4 << 10;
 /// Room for a page at most; longer ones come in several reads.
@@ -149,9 +153,10 @@ impl Fetch {
         for part in ["GET ", path, " HTTP/1.1\r\nhost: ", &place.authority, "\r\n\r\n"] {
             self.head.extend_from_slice(part.as_bytes());
         }
-        connection.send(&self.head, b"").await?;
+        let late = || UpstreamError::FirstByteTimeout(timeout);
+        connection.send(&self.head, b"", STEP_MAX).await.ok_or_else(late)??;
         connection.expect_bytes((self.page.len() + HEAD_BYTES).min(ROOM_BYTES_MAX));
-        let mut head = connection.read_head(false).await?;
+        let mut head = connection.read_head(false, STEP_MAX).await?;
         connection.read_body(&mut head.framing, &mut self.page, bytes_max).await?;
         if head.keep_alive {
             self.connection = Some(connection);
