@@ -49,6 +49,14 @@ impl Body {
     pub fn full(bytes: Bytes) -> Body {
         Body::Full(Some(bytes).filter(|b| !b.is_empty()))
     }
+
+    /// The same, holding `life` as long as it passes on an answer.
+    pub fn holding(mut self, life: Arc<()>) -> Body {
+        if let Body::Answer(answer) = &mut self {
+            answer.life = Some(life);
+        }
+        self
+    }
 }
 
 impl http_body::Body for Body {
@@ -103,6 +111,8 @@ pub(crate) struct AnswerBody {
     broken: Option<UpstreamError>,
     /// What was passed on last is to be written before the error is told.
     writes_first: bool,
+    /// Tells the client's connection that it is in use.
+    life: Option<Arc<()>>,
 }
 
 impl AnswerBody {
@@ -128,6 +138,7 @@ impl AnswerBody {
             last_read: Instant::now(),
             broken: None,
             writes_first: false,
+            life: None,
         };
         if body.framing.is_done() {
             body.finish();

@@ -4,15 +4,18 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use http::{Request, Version};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use kvroute_core::settings::{Settings, ms};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::accept::Failure;
 use crate::error::HEAD_TOO_LARGE;
@@ -22,8 +25,8 @@ use crate::shared::{Phase, Shared};
 
 /// Streams of one HTTP/2 connection at once.
 const HTTP2_STREAMS_MAX: u32 = 1_000;
-/// A connection without a request is closed after this. Longer than the pools of common clients
-/// keep theirs, so that it is not closed just as the next request is sent.
+/// A connection without a request is closed after this, or up to as much later. Longer than the
+/// pools of common clients keep theirs, so that it is not closed just as the next request is sent.
 const CLIENT_IDLE: Duration = Duration::from_secs(90);
 /// hyper's smallest read buffer.
 const HYPER_BUFFER_BYTES_MIN: usize = 8 << 10;
@@ -51,19 +54,22 @@ pub(crate) async fn converse<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let asked = AtomicBool::new(false);
-    let service = service_fn(|request| {
-        asked.store(true, Ordering::Relaxed);
-        let shared = Arc::clone(shared);
-        async move { Ok::<_, Infallible>(route::serve(shared, request, client).await) }
+    let presence = Presence::default();
+    let service = service_fn(|request: Request<Incoming>| {
+        let (shared, request_lives) = (Arc::clone(shared), presence.asked(request.version()));
+        async move {
+            let response = route::serve(shared, request, client).await;
+            Ok::<_, Infallible>(response.map(|body| body.holding(request_lives)))
+        }
     });
     let server = server(&shared.settings);
     let silence_s = shared.settings.response_idle_timeout_s.max(1);
     let stream = Patient::new(stream, Duration::from_secs(u64::from(silence_s)));
     let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
     let patience = ms(shared.settings.client_header_timeout_ms.max(1));
-    let mut head_due = pin!(tokio::time::sleep(patience));
-    let mut waiting = true;
+    let mut look_due = pin!(tokio::time::sleep(patience));
+    let mut asked_before = 0;
+    let mut is_watched = true;
     loop {
         let draining = *phase.borrow_and_update();
         match draining {
@@ -72,17 +78,46 @@ where
             Phase::Stopped => return Ok(()),
         }
         tokio::select! {
+            biased;
             ended = connection.as_mut() => return ended,
             changed = phase.changed() => changed?,
-            // hyper has one timer for a head and for an idle connection; the first head has this
-            // one, and a client that dawdles later costs no more than one that is idle.
-            () = head_due.as_mut(), if waiting => {
-                waiting = false;
-                if !asked.load(Ordering::Relaxed) {
+            // The first head has a limit of its own. Later a client that dawdles costs no more than
+            // one that is idle, and a timer of hyper's would be set again for each request.
+            () = look_due.as_mut(), if is_watched => {
+                let asked = presence.requests.load(Ordering::Relaxed);
+                if asked == asked_before && !presence.is_busy() {
                     return Ok(());
                 }
+                asked_before = asked;
+                // HTTP/2 asks its clients whether they are there.
+                is_watched = !presence.is_http2.load(Ordering::Relaxed);
+                look_due.as_mut().reset(Instant::now() + CLIENT_IDLE.max(patience));
             }
         }
+    }
+}
+
+/// What is known of a connection's use.
+#[derive(Default)]
+struct Presence {
+    requests: AtomicU64,
+    is_http2: AtomicBool,
+    /// Every request that is not answered to its end holds one more.
+    lives: Arc<()>,
+}
+
+impl Presence {
+    /// A request has come; what it must hold until its answer is complete.
+    fn asked(&self, version: Version) -> Arc<()> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        if version == Version::HTTP_2 {
+            self.is_http2.store(true, Ordering::Relaxed);
+        }
+        Arc::clone(&self.lives)
+    }
+
+    fn is_busy(&self) -> bool {
+        Arc::strong_count(&self.lives) > 1
     }
 }
 
@@ -93,8 +128,7 @@ fn server(settings: &Settings) -> auto::Builder<TokioExecutor> {
     let header_bytes = settings.header_bytes_max.max(1 << 10);
     server
         .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(CLIENT_IDLE.max(ms(settings.client_header_timeout_ms)))
+        .header_read_timeout(None)
         // Twice the limit, so that the router itself can refuse what is slightly too large.
         .max_buf_size((2 * header_bytes).max(HYPER_BUFFER_BYTES_MIN));
     server

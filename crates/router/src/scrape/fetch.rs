@@ -12,8 +12,8 @@ use crate::upstream::{Connection, Upstream, UpstreamError};
 /// reached is told from one that is slow.
 const CONNECT_SHARE: f64 = 0.9;
 
-/// Longest wait for one step of an exchange. The exchange as a whole has a limit of its own, and the
-/// connection's timer is not to wake the task in between.
+/// Longest wait for one step of an exchange. The exchange as a whole has a limit of its own, and
+/// the connection's timer is not to wake the task in between.
 const STEP_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Room for the head of an answer, and for a page that is a little longer than the last.
