@@ -5,8 +5,9 @@
 //! ```
 //!
 //! FOLDER holds a `tokenizer.json` (`-`: the demo tokenizer). Chats with a system prompt of
-//! KILOBYTES (25) and questions of 5 KB, and the same as plain text; chains of 16 and 64 tokens a
-//! block. Times are the middle of all requests of a kind, on one thread; allocations are the mean.
+//! KILOBYTES (25) and questions of 5 KB, the same with a tool, and as plain text; chains of 16 and
+//! 64 tokens a block. Times are the middle of all requests of a kind, on one thread; allocations
+//! are the mean.
 //! With `--count N` after these two, N requests of the kind `again` are made and nothing is
 //! printed, for tools that count instructions.
 
@@ -31,6 +32,10 @@ const SPECS: [ChainSpec; 2] = [
     ChainSpec { block_size: 16, space: TokenSpace::Exact, partial_tail: false },
     ChainSpec { block_size: 64, space: TokenSpace::Exact, partial_tail: false },
 ];
+/// Of a chat that the direct form of a template leaves to Jinja.
+const TOOLS: &str = r#","tools":[{"type":"function","function":{"name":"weather",
+    "description":"The weather of a place.","parameters":{"type":"object",
+    "properties":{"place":{"type":"string"}},"required":["place"]}}}]"#;
 const SYSTEMS: usize = 24;
 const QUESTIONS: usize = 8;
 const QUESTION_BYTES: usize = 5_000;
@@ -57,10 +62,10 @@ fn prose(rng: &mut Rng, bytes: usize) -> String {
 }
 
 /// For each system prompt its questions.
-fn bodies(rng: &mut Rng, api: Api, system_bytes: usize) -> Vec<Vec<String>> {
+fn bodies(rng: &mut Rng, api: Api, tools: &str, system_bytes: usize) -> Vec<Vec<String>> {
     let body = |system: &str, question: &str| match api {
         Api::ChatCompletions => format!(
-            r#"{{"model":"m","stream":true,"max_tokens":100,"messages":[{{"role":"system","content":{system:?}}},{{"role":"user","content":{question:?}}}]}}"#
+            r#"{{"model":"m","stream":true,"max_tokens":100{tools},"messages":[{{"role":"system","content":{system:?}}},{{"role":"user","content":{question:?}}}]}}"#
         ),
         _ => format!(r#"{{"model":"m","prompt":{:?}}}"#, format!("{system}{question}")),
     };
@@ -121,15 +126,18 @@ fn main() {
     };
     let tokenizer = tokenizer.expect("the tokenizer loads");
     if let Some(count) = counted {
-        let body = &bodies(&mut Rng::seeded(1), Api::ChatCompletions, kilobytes * 1000)[0][0];
+        let body = &bodies(&mut Rng::seeded(1), Api::ChatCompletions, "", kilobytes * 1000)[0][0];
         let mut memory = Memory::default();
         (0..count).for_each(|_| _ = front(&tokenizer, Api::ChatCompletions, body, &mut memory));
         return;
     }
     println!("| step | p10 us | p50 us | p99 us | allocations | KiB |");
     println!("|---|---|---|---|---|---|");
-    for (name, api) in [("chat", Api::ChatCompletions), ("text", Api::Completions)] {
-        let all = bodies(&mut Rng::seeded(1), api, kilobytes * 1000);
+    let chat = Api::ChatCompletions;
+    for (name, api, tools) in
+        [("chat", chat, ""), ("with tools", chat, TOOLS), ("text", Api::Completions, "")]
+    {
+        let all = bodies(&mut Rng::seeded(1), api, tools, kilobytes * 1000);
         measure(&tokenizer, name, api, &all);
     }
 }

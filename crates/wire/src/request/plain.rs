@@ -221,12 +221,12 @@ impl<'a> Members<'a> {
     fn skip_string_from(&mut self, start: usize) -> Option<()> {
         self.at = start;
         loop {
-            self.at += clean_len(self.body.get(self.at..)?);
-            let byte = self.next()?;
-            self.at += if byte == b'\\' { 2 } else { 1 };
-            if byte == b'"' {
+            self.at += memchr::memchr2(b'"', b'\\', self.body.get(self.at..)?)?;
+            if self.next() == Some(b'"') {
+                self.at += 1;
                 return Some(());
             }
+            self.at += 2;
         }
     }
 }
@@ -288,22 +288,27 @@ fn unread() -> Error {
 /// How many bytes of a string come before its end, an escape, or what no string may hold.
 fn clean_len(bytes: &[u8]) -> usize {
     const ONES: u64 = u64::MAX / 255;
-    // Eight at once. A bit may be set in error only above one that is set rightly: what is
-    // subtracted borrows from the byte above.
+    // The highest bit of each byte that is special. One may be set in error, but only above one
+    // that is set rightly: what is subtracted borrows from the byte above.
     let below = |word: u64, least: u8| word.wrapping_sub(ONES * u64::from(least)) & !word;
-    let special = |word: u64| {
+    let special = |word: &[u8; 8]| {
+        let word = u64::from_le_bytes(*word);
         let (quote, escape) = (word ^ (ONES * u64::from(b'"')), word ^ (ONES * u64::from(b'\\')));
         (below(quote, 1) | below(escape, 1) | below(word, b' ')) & (ONES << 7)
     };
-    let (words, rest) = bytes.as_chunks::<8>();
-    for (at, word) in words.iter().enumerate() {
-        let found = special(u64::from_le_bytes(*word));
-        if found != 0 {
-            return at * 8 + found.trailing_zeros() as usize / 8;
+    let (pairs, rest) = bytes.as_chunks::<16>();
+    for (at, pair) in pairs.iter().enumerate() {
+        // Two words at once are one in a vector.
+        let (words, _) = pair.as_chunks::<8>();
+        let [one, two] = words else { break };
+        let (one, two) = (special(one), special(two));
+        if one | two != 0 {
+            let zeros = if one != 0 { one.trailing_zeros() } else { 64 + two.trailing_zeros() };
+            return at * 16 + zeros as usize / 8;
         }
     }
     let is_special = |byte: &u8| matches!(*byte, b'"' | b'\\' | 0..b' ');
-    words.len() * 8 + rest.iter().position(is_special).unwrap_or(rest.len())
+    pairs.len() * 16 + rest.iter().position(is_special).unwrap_or(rest.len())
 }
 
 /// Writes a string without its escapes, which is never longer, up to its closing quote; how many
