@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::pin::pin;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use kvroute_core::settings::ms;
 use kvroute_core::stream::{StreamInput, StreamOrder};
 use kvroute_wire::kv_event;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
@@ -174,20 +174,20 @@ impl Subscriber {
         let mut displaced = pin!(turn(&mut turns, false));
         let mut ordered = pin!(upstream.next_order());
         let mut tick = tokio::time::interval_at(Instant::now() + TICK, TICK);
-        let mut pause = Pause::new();
+        let (mut pause, shared) = (Pause::default(), Arc::clone(&self.feed.shared));
         loop {
             let order = tokio::select! {
                 biased;
                 _ = &mut displaced => return End::Displaced,
-                message = pause.recv(socket) => match message {
-                    Ok(frames) => self.message(&frames),
-                    Err(error) => return End::Socket(error),
-                },
                 item = next_item(replay) => self.replayed(item, replay),
                 order = &mut ordered => {
                     ordered.set(upstream.next_order());
                     order
                 }
+                message = pause.recv(socket, &shared.pulse) => match message {
+                    Ok(frames) => self.message(&frames),
+                    Err(error) => return End::Socket(error),
+                },
                 _ = tick.tick() => {
                     if self.feed.shared.upstreams.get(upstream.id).is_none() {
                         return End::Gone;
@@ -250,41 +250,55 @@ impl Subscriber {
     }
 }
 
+/// Tells all subscribers that pause when to go on. One timer for all: to set one costs a thread's
+/// turn, too.
+#[derive(Debug, Default)]
+pub(crate) struct Pulse {
+    wanted: Notify,
+    beat: Notify,
+}
+
+impl Pulse {
+    /// Beats as long as anybody waits for it.
+    pub async fn run(shared: Arc<Shared>) {
+        let pulse = &shared.pulse;
+        loop {
+            pulse.wanted.notified().await;
+            tokio::time::sleep(PAUSE).await;
+            pulse.beat.notify_waiters();
+        }
+    }
+
+    /// Waits for at most [`PAUSE`].
+    async fn wait(&self) {
+        let beat = self.beat.notified();
+        self.wanted.notify_one();
+        beat.await;
+    }
+}
+
 /// When a publisher is listened to: at once after a silence, else once in a while.
+#[derive(Default)]
 struct Pause {
-    /// The times are multiples of [`PAUSE`] after this, the same for all publishers, so that one
-    /// wake-up serves them.
-    begin: Instant,
     heard: Option<Instant>,
-    until: Option<Instant>,
+    is_due: bool,
 }
 
 impl Pause {
-    fn new() -> Pause {
-        static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
-        Pause { begin: *BEGIN, heard: None, until: None }
-    }
-
     /// The next message. Cancelling this loses none.
-    async fn recv(&mut self, socket: &mut Socket) -> Result<Vec<Bytes>, ZmtpError> {
+    async fn recv(&mut self, socket: &mut Socket, pulse: &Pulse) -> Result<Vec<Bytes>, ZmtpError> {
         if let Some(frames) = socket.recv_read().await? {
             return Ok(frames);
         }
-        if let Some(until) = self.until.filter(|_| !socket.has_more) {
-            tokio::time::sleep_until(until).await;
+        if self.is_due && !socket.has_more {
+            pulse.wait().await;
         }
+        self.is_due = false;
         let frames = socket.recv().await?;
         let now = Instant::now();
         let before = self.heard.replace(now);
-        let is_busy = before.is_some_and(|before| now - before < 2 * PAUSE);
-        self.until = is_busy.then(|| self.next_turn(now));
+        self.is_due = before.is_some_and(|before| now - before < 2 * PAUSE);
         Ok(frames)
-    }
-
-    fn next_turn(&self, now: Instant) -> Instant {
-        let since_ns = (now - self.begin).as_nanos();
-        let turns = since_ns / PAUSE.as_nanos() + 1;
-        self.begin + PAUSE.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX))
     }
 }
 

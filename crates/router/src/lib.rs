@@ -200,6 +200,7 @@ pub async fn start(mut config: RouterConfig) -> Result<RouterHandle, StartError>
         tasks.push(tokio::spawn(events::bound::serve(Arc::clone(&shared), engines)));
     }
     tasks.push(tokio::spawn(tick(Arc::clone(&shared))));
+    tasks.push(tokio::spawn(events::Pulse::run(Arc::clone(&shared))));
     tasks.extend(acceptor.watch(&shared.metrics));
     tasks.extend(grpc_acceptor.watch(&shared.metrics));
     tasks.extend(serve_people(&shared, admin, monitor));
@@ -311,6 +312,7 @@ fn share(
         brain: Mutex::new(brain),
         recorder,
         upstreams: upstream::Upstreams::default(),
+        pulse: events::Pulse::default(),
         bound,
         metrics,
         decisions: decisions::Decisions::new(settings.decisions_bytes_max),

@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::config::Tokenizers;
 use crate::decisions::Decisions;
 use crate::error::RouteError;
+use crate::events::Pulse;
 use crate::events::bound::Bound;
 use crate::metrics::{Metrics, cut};
 use crate::recorder::Recorder;
@@ -46,6 +47,8 @@ pub(crate) struct Shared {
     /// Writes down what the brain hears.
     pub recorder: Option<Recorder>,
     pub upstreams: Upstreams,
+    /// For subscribers of busy engines.
+    pub pulse: Pulse,
     /// Where engines connect to tell their KV events.
     pub bound: Option<Bound>,
     pub metrics: Metrics,

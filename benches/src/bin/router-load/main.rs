@@ -111,6 +111,11 @@ struct Bench {
     #[arg(long, value_name = "S", default_value_t = 5)]
     saturate_seconds: u64,
 
+    /// How often the targets take turns at the closed loops; of each loop the one with the median
+    /// CPU counts.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    rounds: u32,
+
     /// Seconds without requests.
     #[arg(long, value_name = "S", default_value_t = 10)]
     idle_seconds: u64,
@@ -223,13 +228,19 @@ async fn bench(args: Bench) -> anyhow::Result<bool> {
     let long = wants_long.then(|| Work::new(&args.long(), args.tokenizer.as_deref()));
     let long = long.transpose()?;
     let mut report = Report::new(args.conditions(&work));
-    for kind in args.kinds(&paths) {
-        let mut row = Row::new(kind.name());
-        if let Err(error) = args.measure(kind, &paths, (&work, long.as_ref()), &mut row).await {
-            eprintln!("{}: {error:#}", kind.name());
-            row.broken = Some(format!("{error:#}"));
+    let kinds = args.kinds(&paths);
+    report.rows.extend(kinds.iter().map(|kind| Row::new(kind.name())));
+    for round in 0..args.rounds.max(1) {
+        for (kind, row) in kinds.iter().zip(&mut report.rows) {
+            let works = (&work, long.as_ref());
+            if let Err(error) = args.measure(*kind, &paths, works, round, row).await {
+                eprintln!("{}: {error:#}", kind.name());
+                row.broken = Some(format!("{error:#}"));
+            }
         }
-        report.rows.push(row);
+    }
+    for row in &mut report.rows {
+        row.closed = saturate::medians(std::mem::take(&mut row.closed));
     }
     println!("{}", report.markdown());
     if let Some(path) = &args.json {
@@ -240,10 +251,16 @@ async fn bench(args: Bench) -> anyhow::Result<bool> {
 
 impl Bench {
     fn shape(&self) -> work::Shape {
+        // Prompts take long to make, and the other parts send none of these.
+        let is_sent = |part: &Part| matches!(part, Part::Open | Part::Closed | Part::Paced);
+        let (groups, users) = match self.parts.iter().any(is_sent) {
+            true => (self.groups, self.users),
+            false => (self.engines, 1),
+        };
         work::Shape {
             engines: self.engines,
-            groups: self.groups,
-            users: self.users,
+            groups,
+            users,
             prompt: work::Length::Bytes(self.prompt_bytes),
             output_tokens: self.output_tokens,
         }
@@ -328,14 +345,16 @@ impl Bench {
         kind: Kind,
         paths: &Paths,
         (work, long): (&Work, Option<&Work>),
+        round: u32,
         row: &mut Row,
     ) -> anyhow::Result<()> {
         for part in &self.parts {
             match part {
+                part if round > 0 && *part != Part::Closed => {}
                 Part::Open => self.open(kind, paths, work, row).await?,
                 Part::Closed => {
                     eprintln!("{}: closed loops", kind.name());
-                    row.closed = self.loops(kind, paths, work, &Shape::CLOSED, 0).await?;
+                    row.closed.extend(self.loops(kind, paths, work, &Shape::CLOSED, 0).await?);
                 }
                 Part::Paced => {
                     eprintln!("{}: streams, tokens {PACED_GAP_MS} ms apart", kind.name());

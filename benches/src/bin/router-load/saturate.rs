@@ -121,6 +121,20 @@ pub struct Measured {
     pub engines_cpu_us: f64,
 }
 
+/// Of each shape the loop with the median CPU, with the errors of all.
+pub fn medians(mut all: Vec<Measured>) -> Vec<Measured> {
+    let mut medians = Vec::new();
+    while let Some(first) = all.first() {
+        let shape = first.shape;
+        let (mut same, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|m| m.shape == shape);
+        all = others;
+        same.sort_by(|a, b| a.cpu_us.total_cmp(&b.cpu_us));
+        let errors = same.iter().map(|measured| measured.errors).sum();
+        medians.push(Measured { errors, ..same.swap_remove(same.len() / 2) });
+    }
+    medians
+}
+
 /// One connection's client.
 pub struct Sender {
     http: Client<HttpConnector, Full<Bytes>>,
