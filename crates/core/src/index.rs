@@ -18,6 +18,7 @@
 //!   removed. Nothing else is left behind.
 //! - Nothing depends on the order of a randomly seeded map: the same calls give the same answers.
 
+mod along;
 mod applied;
 mod apply;
 mod budget;
@@ -154,6 +155,8 @@ pub struct Index {
     evicted: Evicted,
     /// Endpoints with several KV cache groups.
     hybrids: usize,
+    /// Blocks that fit into the budget for certain.
+    room_left: usize,
     /// Of the endpoints, by slot; 0 where there is none.
     generations: Vec<u32>,
     scratch: Scratch,
@@ -189,6 +192,7 @@ impl Index {
             stamp: 0,
             evicted: Evicted::default(),
             hybrids: 0,
+            room_left: 0,
             generations: Vec::new(),
             scratch: Scratch::default(),
         }
@@ -215,6 +219,7 @@ impl Index {
         self.slots[slot] = Some(endpoint);
         self.generations[slot] = id.generation;
         self.tree.share(id.slot, true);
+        self.room_left = 0;
         // Into a full index it comes at the cost of others.
         while self.bytes() > self.limits.bytes_max && self.evict(Class::Resident) {
             self.trim();

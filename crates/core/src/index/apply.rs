@@ -13,9 +13,9 @@ use crate::blocks::{self, BlockKey, Root, TokenSpace};
 use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent};
 
 /// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
-const COMPARED_MIN: u32 = 64;
+pub(super) const COMPARED_MIN: u32 = 64;
 /// From then on the names of one event of so many are compared.
-const COMPARED_EVERY: u32 = 16;
+pub(super) const COMPARED_EVERY: u32 = 16;
 
 impl Index {
     /// Applies one event of an endpoint's engine. Events must come in the order of its stream.
@@ -45,6 +45,7 @@ impl Index {
         let kind = (!event.tokens.is_empty()).then_some(event.kind);
         if event.group.is_none() && kind.is_none_or(|kind| kind == GroupKind::Full) {
             match kind {
+                Some(_) if self.store_along(slot, event, applied) => {}
                 Some(_) => self.content(slot, event, applied),
                 None => self.retiered(slot, event, applied),
             }
@@ -244,6 +245,13 @@ impl Index {
             }
             all.store(endpoint, tree, event.tier, applied)
         });
+        let last = all.parts.last().filter(|_| gone.is_empty());
+        if let (Some(part), Some(&name)) = (last, all.names.last()) {
+            let place = part.span.place(part.span.len() - 1);
+            if let Some(endpoint) = self.slots[usize::from(slot)].as_deref_mut() {
+                endpoint.latest.put(name, place);
+            }
+        }
         self.scratch = scratch;
         self.tree.sweep_if_due();
         awaited
@@ -259,9 +267,9 @@ impl Index {
         if endpoint.has_own_names() || endpoint.compared < COMPARED_MIN {
             return false;
         }
-        endpoint.compared = endpoint.compared.wrapping_add(blocks as u32).max(COMPARED_MIN);
-        endpoint.events = endpoint.events.wrapping_add(1);
-        !endpoint.events.is_multiple_of(COMPARED_EVERY)
+        let takes = endpoint.is_trusted();
+        endpoint.trust(blocks);
+        takes
     }
 
     /// Learns whether an endpoint's names are keys.
@@ -340,7 +348,7 @@ impl Index {
     }
 
     /// Ends the speculations of an endpoint whose last block is resident by now.
-    fn confirm(&mut self, slot: u16) {
+    pub(super) fn confirm(&mut self, slot: u16) {
         let Some(endpoint) = self.slots[usize::from(slot)].as_deref() else { return };
         let filled = |id: &&_| {
             let spans = self.speculations.get(**id).map(|speculation| &speculation.spans);
@@ -355,6 +363,9 @@ impl Index {
     }
 
     fn removed(&mut self, slot: u16, event: &BlockRemoved, applied: &mut Applied) {
+        if self.remove_along(slot, event, applied) {
+            return;
+        }
         let mut found = std::mem::take(&mut self.scratch.found);
         let blocks = event.hashes.len();
         self.change(slot, |endpoint, tree| {

@@ -47,9 +47,16 @@ impl Index {
         extra: usize,
         class: Class,
     ) -> bool {
+        if self.has_room_left(blocks + extra / BLOCK_BYTES_MAX + 1) {
+            return true;
+        }
         // Nothing grows by more than half of what there is: mostly that is answer enough.
-        let much = blocks * BLOCK_BYTES_MAX + extra + self.bytes() / 2 + (64 << 10);
-        if self.bytes() + much <= self.limits.bytes_max {
+        let bytes = self.bytes();
+        let much = blocks * BLOCK_BYTES_MAX + extra + bytes / 2 + (64 << 10);
+        if bytes + much <= self.limits.bytes_max {
+            // It is for the next ones, too, when there is room for all to grow twice.
+            let far = self.limits.bytes_max.saturating_sub(bytes * 9 / 4 + much + (64 << 10));
+            self.room_left = far / (BLOCK_BYTES_MAX * 9 / 4);
             return true;
         }
         let mut is_trimmed = true;
@@ -73,6 +80,13 @@ impl Index {
             }
             is_trimmed = !is_trimmed;
         }
+    }
+
+    /// Whether so many more blocks are known to fit, without a look at what there is.
+    pub(super) fn has_room_left(&mut self, blocks: usize) -> bool {
+        let left = self.room_left.checked_sub(blocks);
+        self.room_left = left.unwrap_or(self.room_left);
+        left.is_some()
     }
 
     /// Drives out the least that may go; whether there was anything.

@@ -1,21 +1,24 @@
 //! What the index knows about one endpoint: its engine's names for blocks and the copies of each.
 
+mod latest;
 mod own;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::apply::{COMPARED_EVERY, COMPARED_MIN};
 use super::history::History;
 use super::names::Found;
 use super::pending::Pending;
 use super::removals::Removals;
 use super::runs::{Place, Span};
-use super::sets::Plane;
+use super::sets::{Plane, SetId};
 use super::speculations::SpeculationId;
 use super::table::{Cell, Table, btree_bytes};
 use super::tree::{Hold, Part, Tree};
 use super::{GroupState, SkipReason};
 use crate::blocks::BlockKey;
 use crate::event::{EngineHash, GroupKind, Tier};
+use latest::Latest;
 use own::Own;
 pub(super) use own::OwnBlock;
 
@@ -91,6 +94,8 @@ pub(super) struct Endpoint {
     pub compared: u32,
     /// Events since then whose names were not all compared.
     pub events: u32,
+    /// Of the blocks that it holds under the names of all.
+    pub latest: Latest,
     /// Key to engine hash, once there is a group beside the indexed one.
     hashes: Table<HashOf>,
     pub by_tier: [u32; 4],
@@ -116,6 +121,7 @@ impl Endpoint {
             copies: BTreeMap::new(),
             compared: 0,
             events: 0,
+            latest: Latest::new(),
             hashes: Table::new(),
             by_tier: [0; 4],
             removals: Removals::new(removals_begin),
@@ -128,6 +134,27 @@ impl Endpoint {
     /// Engine hashes with at least one copy.
     pub fn resident(&self) -> usize {
         self.resident
+    }
+
+    /// Whether its events can be applied without a look at copies, groups, what waits, and names of
+    /// its own.
+    pub fn is_plain(&self) -> bool {
+        self.own.is_none()
+            && self.groups.is_empty()
+            && self.copies.is_empty()
+            && self.pending.blocks() == 0
+    }
+
+    /// Whether the names of its next event are taken for keys without a comparison, where names
+    /// are keys.
+    pub fn is_trusted(&self) -> bool {
+        self.compared >= COMPARED_MIN && !self.events.wrapping_add(1).is_multiple_of(COMPARED_EVERY)
+    }
+
+    /// An event has come, of so many blocks.
+    pub fn trust(&mut self, blocks: usize) {
+        self.compared = self.compared.wrapping_add(blocks as u32).max(COMPARED_MIN);
+        self.events = self.events.wrapping_add(1);
     }
 
     /// Whether it has names of its own.
@@ -151,7 +178,7 @@ impl Endpoint {
             + self.groups.capacity() * size_of::<Group>()
             + groups
             + self.own.as_ref().map_or(0, |own| own.bytes())
-            + self.runs.capacity() * 4
+            + self.runs_bytes()
             + btree_bytes(self.copies.len(), COPIES_ENTRY_BYTES)
             + self.hashes.bytes()
             + self.pending.bytes()
@@ -234,9 +261,12 @@ impl Endpoint {
         match &self.own {
             Some(own) => own.names.get(hash.0).map(|named| (named.place, named.key)),
             None => {
-                let place = tree.place_of(hash.0)?;
-                let is_held = tree.set(place).of(self.slot) & Plane::TIERS != 0;
-                is_held.then(|| (place, tree.key_of(place, hash.0)))
+                let place = self.latest.get(hash).or_else(|| {
+                    let place = tree.names.get(hash.0)?;
+                    // What it holds has its name: no need to ask whether the name is alive.
+                    (tree.set(place).of(self.slot) & Plane::TIERS != 0).then_some(place)
+                })?;
+                Some((place, tree.key_of(place, hash.0)))
             }
         }
     }
@@ -246,7 +276,7 @@ impl Endpoint {
         match &self.own {
             Some(own) => own.names.get(hash.0).is_some_and(|named| named.tiers & bit != 0),
             None => {
-                let place = tree.place_of(hash.0);
+                let place = tree.names.get(hash.0);
                 place.is_some_and(|place| tree.set(place).of(self.slot) & bit != 0)
             }
         }
@@ -284,6 +314,18 @@ impl Endpoint {
         self.enter(tree, part.span.run);
         self.note_hashes(tree, part.span, names);
         (first, awaited)
+    }
+
+    /// The first copies in their tier of so many blocks of a run, held in these ways so far.
+    pub fn holds(&mut self, tree: &Tree, run: u32, blocks: usize, tier: Tier, planes: u8) {
+        self.resident += if planes & Plane::TIERS == 0 { blocks } else { 0 };
+        self.by_tier[tier.index()] += blocks as u32;
+        self.enter(tree, run);
+    }
+
+    /// Bytes of the one list that grows when a block is held for the first time.
+    pub fn runs_bytes(&self) -> usize {
+        self.runs.capacity() * 4
     }
 
     fn note_hashes(&mut self, tree: &Tree, span: Span, names: &[u64]) {
@@ -336,95 +378,78 @@ impl Endpoint {
         tier: Tier,
         found: &mut Vec<Found>,
     ) -> usize {
+        let mut missing = 0;
         if self.own.is_some() {
-            let mut missing = 0;
             for &hash in hashes {
                 let known = self.remove_own(tree, hash, tier) || self.pending.remove(hash, tier);
                 missing += usize::from(!known);
             }
             return missing;
         }
-        let (mut missing, mut seen) = (0, 0);
-        found.clear();
         if hashes.len() > 1 {
             tree.names.warm(hashes.iter().map(|hash| hash.0));
         }
-        for &hash in hashes {
-            if found.len() == FOUND_MAX {
-                self.remove_found(tree, found, tier);
-                found.clear();
-                tree.names.settle();
-                seen = 0;
-            }
-            // A name that comes twice is a block's second copy, or means nothing any more.
-            let known = tree.names.find(hash.0).filter(|known| {
-                let planes = tree.set(known.place).of(self.slot);
-                planes & 1 << Plane::tier(tier) != 0
-            });
-            match known {
-                Some(known) if !is_among(found, &mut seen, known.place) => found.push(known),
-                Some(_) => {
-                    self.remove_found(tree, found, tier);
-                    found.clear();
-                    missing += self.remove(tree, &[hash], tier, found);
-                    found.clear();
-                }
+        let mut rest = hashes;
+        while let Some((&hash, others)) = rest.split_first() {
+            rest = others;
+            match self.gather(tree, hash, others, tier, found) {
                 None => missing += usize::from(!self.pending.remove(hash, tier)),
+                Some(_) if take_one(&mut self.copies, (hash.0, 1 << Plane::tier(tier))) => {}
+                Some(stretch) => {
+                    rest = &others[found.len() - 1..];
+                    self.drop_found(tree, stretch, found, tier);
+                }
             }
         }
-        self.remove_found(tree, found, tier);
         tree.names.settle();
         missing
     }
 
-    /// One copy less of each of some different blocks, all of which it holds.
-    fn remove_found(&mut self, tree: &mut Tree, mut found: &[Found], tier: Tier) {
-        while let Some((first, others)) = found.split_first() {
-            let mut span = Span::of(first.place);
-            let mut count = 1;
-            for Found { place, .. } in others {
-                match u16::from(place.at) {
-                    _ if place.run != span.run => break,
-                    at if at == span.to => span.to += 1,
-                    at if at + 1 == span.from => span.from -= 1,
-                    _ => break,
-                }
-                count += 1;
-            }
-            let (these, rest) = found.split_at(count);
-            match self.copies.is_empty() {
-                true => self.drop_span(tree, span, these, tier),
-                false => {
-                    for one in these {
-                        if !take_one(&mut self.copies, (one.name, 1 << Plane::tier(tier))) {
-                            self.drop_span(tree, Span::of(one.place), &[*one], tier);
-                        }
-                    }
-                }
-            }
-            found = rest;
+    /// The block that is called so, and with it those that come next in the event and lie beside
+    /// it, all held by the same. `None` if the endpoint does not hold it.
+    fn gather(
+        &self,
+        tree: &Tree,
+        hash: EngineHash,
+        others: &[EngineHash],
+        tier: Tier,
+        found: &mut Vec<Found>,
+    ) -> Option<Stretch> {
+        let first = tree.names.find(hash.0)?;
+        let (held, set) = tree.runs.stretch(first.place);
+        let planes = tree.sets.get(set).of(self.slot);
+        if planes & 1 << Plane::tier(tier) == 0 {
+            return None;
         }
+        found.clear();
+        found.push(first);
+        let mut span = Span::of(first.place);
+        // Each of its own where a block may have several copies.
+        for other in others.iter().take_while(|_| self.copies.is_empty()) {
+            let Some(next) = tree.names.find(other.0).filter(|n| held.has(n.place)) else { break };
+            match u16::from(next.place.at) {
+                at if at + 1 == span.from => span.from = at,
+                at if at == span.to => span.to += 1,
+                _ => break,
+            }
+            found.push(next);
+        }
+        Some(Stretch { span, set, planes })
     }
 
     /// All copies of neighbours are gone from one tier.
-    fn drop_span(&mut self, tree: &mut Tree, span: Span, found: &[Found], tier: Tier) {
-        let bit = 1 << Plane::tier(tier);
+    fn drop_found(&mut self, tree: &mut Tree, stretch: Stretch, found: &[Found], tier: Tier) {
         self.by_tier[tier.index()] -= found.len() as u32;
-        let step = tree.runs.get(span.run).step(span.from);
-        let planes = tree.sets.get(step.set).of(self.slot);
-        for one in found {
-            let planes = match span.to <= step.end {
-                true => planes,
-                false => tree.set(one.place).of(self.slot),
-            };
-            if planes & Plane::TIERS == bit {
-                self.resident -= 1;
+        if stretch.planes & Plane::TIERS == 1 << Plane::tier(tier) {
+            self.resident -= found.len();
+            for one in found {
                 let key = tree.key_of(one.place, one.name);
                 self.removals.note(key.0);
+                self.latest.forget(one.name);
                 self.forget_hash(key.0, one.name);
             }
         }
-        tree.unhold_named(span, self.hold(tier), found);
+        tree.unhold_found(stretch.span, stretch.set, self.hold(tier), found);
     }
 
     fn forget_hash(&mut self, key: u64, hash: u64) {
@@ -507,6 +532,7 @@ impl Endpoint {
         self.own = None;
         tree.share(self.slot, true);
         self.removals.note_all();
+        self.latest.clear();
         self.copies.clear();
         self.hashes = Table::new();
         self.by_tier = [0; 4];
@@ -540,6 +566,7 @@ impl Endpoint {
         self.runs.drain(..self.runs.len() - left);
         self.runs_left = left;
         self.removals.note_all();
+        self.latest.clear();
         named.retain(|(_, place)| gone.contains(&place.run));
         self.forget_evicted(&named, out);
         self.trim(2);
@@ -665,17 +692,14 @@ impl Endpoint {
     }
 }
 
-/// Whether a place is among those found. `seen` has bits of all of them, so that they are seldom
-/// looked through.
-fn is_among(found: &[Found], seen: &mut u64, place: Place) -> bool {
-    let bit = 1 << ((place.run ^ u32::from(place.at)) % 64);
-    let may_be = *seen & bit != 0;
-    *seen |= bit;
-    may_be && found.iter().any(|other| other.place == place)
+/// Neighbours that are held by the same.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    span: Span,
+    set: SetId,
+    /// How the endpoint holds them.
+    planes: u8,
 }
-
-/// Blocks that are removed together.
-const FOUND_MAX: usize = 32;
 
 const COPIES_ENTRY_BYTES: usize = size_of::<((u64, u8), u32)>();
 

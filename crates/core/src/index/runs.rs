@@ -197,6 +197,22 @@ impl Runs {
         run.map_or(EMPTY, |run| run.step(place.at.into()).set)
     }
 
+    /// The blocks around a place that are held by the same, and the set that holds them.
+    #[inline]
+    pub fn stretch(&self, place: Place) -> (Span, SetId) {
+        let at = u16::from(place.at);
+        let nobody = (Span { run: place.run, from: at, to: at }, EMPTY);
+        let Some(run) = self.runs.get(place.run as usize) else { return nobody };
+        let mut from = 0;
+        for step in run.steps() {
+            if at < step.end {
+                return (Span { run: place.run, from, to: step.end }, step.set);
+            }
+            from = step.end;
+        }
+        nobody
+    }
+
     /// A new run without blocks.
     pub fn open(&mut self) -> u32 {
         if let Some(run) = self.free.pop() {
@@ -337,6 +353,28 @@ impl Runs {
         self.scratch = made;
     }
 
+    /// Drops the last blocks of a run, of which all and the one before are held by the same; whether
+    /// they are these.
+    pub fn shorten(&mut self, span: Span) -> bool {
+        let run = &mut self.runs[span.run as usize];
+        if span.to != run.len || span.from == 0 {
+            return false;
+        }
+        match &mut run.cover {
+            Cover::Whole(_) => {}
+            Cover::Steps(steps) => {
+                let [.., before, last] = &mut steps[..] else { return false };
+                if before.end >= span.from {
+                    return false;
+                }
+                last.end = span.from;
+            }
+        }
+        run.len = span.from;
+        self.cut_keys(span.run);
+        true
+    }
+
     /// Drops the blocks at the end that nobody holds; how many are left.
     pub fn cut(&mut self, id: u32) -> u16 {
         let run = &mut self.runs[id as usize];
@@ -358,6 +396,13 @@ impl Runs {
         }
         let len = run.len;
         self.heap = self.heap + run.bytes() - before;
+        self.cut_keys(id);
+        len
+    }
+
+    /// Keys only of the blocks that are left.
+    fn cut_keys(&mut self, id: u32) {
+        let len = self.runs[id as usize].len;
         if let Some(keys) = self.keys.get_mut(id as usize) {
             let before = keys.capacity();
             keys.truncate(len.into());
@@ -366,7 +411,6 @@ impl Runs {
             }
             self.heap -= (before - keys.capacity()) * size_of::<BlockKey>();
         }
-        len
     }
 
     /// Marks a run, whether it was not marked before.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::names::{Found, Names};
 use super::runs::{Place, RUN_BLOCKS_MAX, Runs, Span};
-use super::sets::{EMPTY, Plane, Set, Sets};
+use super::sets::{EMPTY, Plane, Set, SetId, Sets};
 use super::table::{Number, Table};
 use crate::blocks::BlockKey;
 
@@ -140,17 +140,11 @@ impl Tree {
 
     /// Whether some endpoint holds blocks of a set under the names of all.
     #[inline]
-    fn is_named(&self, set: &Set) -> bool {
+    pub fn is_named(&self, set: &Set) -> bool {
         match self.naming {
             Naming::Portable => set.meets(Plane::TIERS, &self.sharing),
             Naming::Native => set.planes != 0,
         }
-    }
-
-    /// The block that engines which share names call so.
-    #[inline]
-    pub fn place_of(&self, name: u64) -> Option<Place> {
-        self.names.get(name).filter(|place| self.is_named(self.set(*place)))
     }
 
     /// Where a prompt's first key, or the first one that leaves a run, is found.
@@ -278,8 +272,7 @@ impl Tree {
         if self.naming == Naming::Portable && from == 0 {
             self.starts.insert(keys[0].0, Number(run));
         }
-        self.blocks += count;
-        self.holders += count;
+        self.note_made(count);
         (place(0), count)
     }
 
@@ -294,6 +287,17 @@ impl Tree {
             }
             None => true,
         }
+    }
+
+    /// So many blocks are new, with one holder.
+    pub fn note_made(&mut self, blocks: usize) {
+        self.blocks += blocks;
+        self.holders += blocks;
+    }
+
+    /// Somebody more holds so many blocks.
+    pub fn note_holders(&mut self, blocks: usize) {
+        self.holders += blocks;
     }
 
     /// Blocks are held in one more way; `before` is told how the endpoint held them so far.
@@ -362,36 +366,23 @@ impl Tree {
         }
     }
 
-    /// The same for blocks by their names, in one way; names go with their last holders. The blocks
-    /// are neighbours, and all are held so.
-    pub fn unhold_named(&mut self, span: Span, hold: Hold, names: &[Found]) {
-        let Hold { slot, plane } = hold;
-        let (mut blocks, mut holders) = (0, 0);
-        let mut nameless: [u64; RUN_BLOCKS_MAX as usize / 64] = Default::default();
-        let (naming, sharing) = (self.naming, &self.sharing);
-        let is_named = |set: &Set| match naming {
-            Naming::Portable => set.meets(Plane::TIERS, sharing),
-            Naming::Native => set.planes != 0,
-        };
-        self.runs.change(&mut self.sets, span, |sets, set, range| {
-            let left = sets.change(set, slot, plane, false);
-            blocks += if left == EMPTY { range.len() } else { 0 };
-            let still = sets.get(left);
-            holders += if still.of(slot) == 0 { range.len() } else { 0 };
-            if left == EMPTY || !is_named(still) {
-                range.for_each(|at| nameless[usize::from(at) / 64] |= 1 << (at % 64));
-            }
-            left
-        });
-        self.blocks -= blocks;
-        self.holders -= holders;
-        for found in names {
-            let at = found.place.at;
-            if nameless[usize::from(at) / 64] & 1 << (at % 64) != 0 {
-                self.names.take(*found);
-            }
+    /// The same for neighbours of one set by their names, in one way; names go with their last
+    /// holders.
+    pub fn unhold_found(&mut self, span: Span, set: SetId, hold: Hold, found: &[Found]) {
+        let left = self.sets.change(set, hold.slot, hold.plane, false);
+        let still = self.sets.get(left);
+        let is_nameless = left == EMPTY || !self.is_named(still);
+        self.holders -= if still.of(hold.slot) == 0 { span.len() } else { 0 };
+        if is_nameless {
+            found.iter().for_each(|found| self.names.take(*found));
         }
-        if blocks > 0 {
+        if left != EMPTY {
+            self.runs.change(&mut self.sets, span, |_, _, _| left);
+            return;
+        }
+        self.blocks -= span.len();
+        if !self.runs.shorten(span) {
+            self.runs.change(&mut self.sets, span, |_, _, _| EMPTY);
             self.settle(span.run);
         }
     }
