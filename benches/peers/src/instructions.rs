@@ -8,7 +8,7 @@ use dynamo_kv_router::RadixTree;
 use crate::Options;
 use crate::built::{COLLECTED, KINDS};
 use crate::lookup::CASES;
-use crate::subjects::Subject;
+use crate::subjects::{MESSAGE_EVENTS, Subject};
 use crate::subjects::kv_index::Chains;
 use crate::subjects::naive::Naive;
 use crate::subjects::ours::Ours;
@@ -41,27 +41,41 @@ pub enum Pass {
     Remove,
 }
 
-/// Applies events under the profiler's eyes.
-#[inline(never)]
-fn collected_applies<S: Subject, E>(index: &mut S, events: Vec<E>, prepare: fn(E) -> S::Event) {
-    for event in events {
-        index.apply(prepare(event));
+/// Applies events under the profiler's eyes, some at a time.
+fn collected_applies<S: Subject, E>(
+    index: &mut S,
+    mut events: impl Iterator<Item = E>,
+    prepare: fn(E) -> S::Event,
+) {
+    let mut message = Vec::new();
+    loop {
+        message.extend(events.by_ref().take(MESSAGE_EVENTS));
+        if message.is_empty() {
+            return;
+        }
+        collected_message(index, &mut message, prepare);
     }
+}
+
+#[inline(never)]
+fn collected_message<S: Subject, E>(
+    index: &mut S,
+    message: &mut Vec<E>,
+    prepare: fn(E) -> S::Event,
+) {
+    message.drain(..).for_each(|event| index.apply(prepare(event)));
 }
 
 fn store_and_remove<S: Subject>(work: &Workload, names: Names, per_event: usize, pass: Pass) {
     let mut index = S::new(work.endpoints);
     let stores = work.stores(names, per_event);
     match pass {
-        Pass::StoreTokens => collected_applies(&mut index, stores.collect(), S::prepare),
-        Pass::Store => {
-            let events = stores.map(S::prepare).collect();
-            collected_applies(&mut index, events, |event: S::Event| event);
-        }
+        Pass::StoreTokens => collected_applies(&mut index, stores, S::prepare),
+        Pass::Store => collected_applies(&mut index, stores.map(S::prepare), |event| event),
         Pass::Remove => {
             stores.for_each(|raw| index.apply(S::prepare(raw)));
-            let events = work.removals(names, per_event).map(S::prepare).collect();
-            collected_applies(&mut index, events, |event: S::Event| event);
+            let removals = work.removals(names, per_event).map(S::prepare);
+            collected_applies(&mut index, removals, |event: S::Event| event);
         }
     }
 }
@@ -130,7 +144,7 @@ pub fn run(options: &Options) -> Result<()> {
     for (kind, ..) in APPLIERS.iter().filter(|(name, ..)| options.wants(name)) {
         for size in ["16", "1"] {
             for pass in ["store-tokens", "store", "remove"] {
-                let number = count(options, "collected_applies", &["apply", kind, size, pass])?;
+                let number = count(options, "collected_message", &["apply", kind, size, pass])?;
                 let column = format!("{size}/event, {}", pass.replace('-', " from "));
                 table.put(kind, &column, Cell::new(number as f64, grouped(number)));
             }

@@ -44,16 +44,42 @@ pub trait Subject: Sized {
     /// may be consumed.
     fn lookup(&self, query: &mut Self::Query, scratch: &mut Self::Scratch, scores: &mut [u32]);
 
-    /// CPU time of applying events to a new index, phase by phase, on this thread.
-    fn timed(endpoints: u16, phases: Vec<Vec<Self::Event>>) -> Vec<Duration> {
+    /// CPU time of applying events to a new index, phase by phase, on this thread. Events come as
+    /// from a socket, some at a time: what makes them is not in the time, freeing them is.
+    fn timed<'a>(
+        endpoints: u16,
+        phases: [Box<dyn Iterator<Item = Raw> + 'a>; 2],
+        what: Timed,
+    ) -> [Duration; 2] {
         let mut index = Self::new(endpoints);
-        let phase = |events: Vec<Self::Event>| {
-            let begin = thread_cpu();
-            for event in events {
-                index.apply(event);
+        let (mut raws, mut events) = (Vec::new(), Vec::new());
+        phases.map(|mut phase| {
+            let mut time = Duration::ZERO;
+            loop {
+                raws.extend(phase.by_ref().take(MESSAGE_EVENTS));
+                if raws.is_empty() {
+                    return time;
+                }
+                if what == Timed::Applying {
+                    events.extend(raws.drain(..).map(Self::prepare));
+                }
+                let begin = thread_cpu();
+                raws.drain(..).for_each(|raw| index.apply(Self::prepare(raw)));
+                events.drain(..).for_each(|event| index.apply(event));
+                time += thread_cpu() - begin;
             }
-            thread_cpu() - begin
-        };
-        phases.into_iter().map(phase).collect()
+        })
     }
 }
+
+/// What is timed of an event's way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timed {
+    /// What a caller does before, such as hashing tokens, and applying.
+    Whole,
+    /// Applying alone.
+    Applying,
+}
+
+/// Events that are there before the first of them is applied.
+pub const MESSAGE_EVENTS: usize = 128;

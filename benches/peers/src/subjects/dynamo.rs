@@ -15,7 +15,7 @@ use dynamo_kv_router::protocols::{
 use dynamo_kv_router::{ConcurrentRadixTreeCompressed, PositionalIndexer, RadixTree};
 use tokio::sync::oneshot;
 
-use super::Subject;
+use super::{Subject, Timed};
 use crate::clock::thread_cpu;
 use crate::workload::Raw;
 
@@ -156,20 +156,34 @@ impl<B: Backend> Subject for Pooled<B> {
     }
 
     /// The worker loop, run here over a full queue: neither waiting nor waking is in the time.
-    fn timed(_: u16, phases: Vec<Vec<RouterEvent>>) -> Vec<Duration> {
+    /// Events are prepared before.
+    fn timed<'a>(
+        _: u16,
+        phases: [Box<dyn Iterator<Item = Raw> + 'a>; 2],
+        what: Timed,
+    ) -> [Duration; 2] {
         let stamps = Arc::new(Stamps::default());
         let (tasks, receiver) = flume::unbounded();
         let mut markers = vec![mark(&tasks, &stamps)];
-        for phase in phases {
-            for event in phase {
+        let preparing = phases.map(|phase| {
+            let mut time = Duration::ZERO;
+            for raw in phase {
+                let begin = thread_cpu();
+                let event = event(raw);
+                time += thread_cpu() - begin;
                 tasks.send(WorkerTask::Event(event)).expect("the receiver is held here");
             }
             markers.push(mark(&tasks, &stamps));
-        }
+            time
+        });
         tasks.send(WorkerTask::Terminate).expect("the receiver is held here");
         B::make().worker(receiver, None).expect("the worker loop ends when it is told to");
         let stamps = stamps.0.lock().expect("nothing panics while it is held");
-        stamps.windows(2).map(|pair| pair[1] - pair[0]).collect()
+        let applied = [stamps[1] - stamps[0], stamps[2] - stamps[1]];
+        match what {
+            Timed::Whole => [preparing[0] + applied[0], preparing[1] + applied[1]],
+            Timed::Applying => applied,
+        }
     }
 }
 

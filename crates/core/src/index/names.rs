@@ -15,6 +15,8 @@ const BITS_MAX: u32 = 26;
 const SEGMENT_NAMES_MAX: usize = 128;
 /// Names that a full segment makes room for: what lies idle is half of it on average.
 const STEP: usize = 8;
+/// Names around the computed place that are looked at together.
+const NEAR: usize = 16;
 /// Names of a segment that may be gone before their room is taken back, at most.
 const GONE_MAX: usize = 1 << 14;
 /// Run of a name that is gone. Its room is taken back when there is reason to.
@@ -98,6 +100,15 @@ impl Segment {
     fn lower_bound(&self, mixed: u64) -> usize {
         let (words, word) = (self.words(), mixed << 8);
         let mut at = self.guess(mixed);
+        // Mostly it is near enough to be counted without a branch that nobody could foresee.
+        let from = at.saturating_sub(NEAR / 2).min(words.len().saturating_sub(NEAR));
+        if let Some(near) = words[from..].first_chunk::<NEAR>() {
+            let below: usize = near.iter().map(|near| usize::from(*near < word)).sum();
+            at = from + below;
+            if (below > 0 || from == 0) && (below < NEAR || at == words.len()) {
+                return at;
+            }
+        }
         while at < words.len() && words[at] < word {
             at += 1;
         }
