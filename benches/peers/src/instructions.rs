@@ -47,13 +47,13 @@ fn collected_applies<S: Subject, E>(
     mut events: impl Iterator<Item = E>,
     prepare: fn(E) -> S::Event,
 ) {
-    let mut message = Vec::new();
+    let (mut message, mut prepared) = (Vec::new(), Vec::new());
     loop {
         message.extend(events.by_ref().take(MESSAGE_EVENTS));
         if message.is_empty() {
             return;
         }
-        collected_message(index, &mut message, prepare);
+        collected_message(index, &mut message, &mut prepared, prepare);
     }
 }
 
@@ -61,9 +61,11 @@ fn collected_applies<S: Subject, E>(
 fn collected_message<S: Subject, E>(
     index: &mut S,
     message: &mut Vec<E>,
+    prepared: &mut Vec<S::Event>,
     prepare: fn(E) -> S::Event,
 ) {
-    message.drain(..).for_each(|event| index.apply(prepare(event)));
+    prepared.extend(message.drain(..).map(prepare));
+    index.apply_message(prepared);
 }
 
 fn store_and_remove<S: Subject>(work: &Workload, names: Names, per_event: usize, pass: Pass) {

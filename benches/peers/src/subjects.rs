@@ -34,6 +34,11 @@ pub trait Subject: Sized {
     /// Applies an event and frees it.
     fn apply(&mut self, event: Self::Event);
 
+    /// Applies the events of a message and frees them.
+    fn apply_message(&mut self, events: &mut Vec<Self::Event>) {
+        events.drain(..).for_each(|event| self.apply(event));
+    }
+
     /// Waits until everything applied is visible.
     fn settle(&mut self) {}
 
@@ -64,8 +69,8 @@ pub trait Subject: Sized {
                     events.extend(raws.drain(..).map(Self::prepare));
                 }
                 let begin = thread_cpu();
-                raws.drain(..).for_each(|raw| index.apply(Self::prepare(raw)));
-                events.drain(..).for_each(|event| index.apply(event));
+                events.extend(raws.drain(..).map(Self::prepare));
+                index.apply_message(&mut events);
                 time += thread_cpu() - begin;
             }
         })

@@ -191,17 +191,26 @@ pub fn extend(
     }
     let mut key = parent.0;
     for (index, block) in tokens.chunks_exact(block_size as usize).enumerate() {
-        let mut seed = key;
-        for extra in extras.get(index).into_iter().flatten() {
-            // An untagged string may be a salt or an item: old engines do not say which.
-            seed = match extra {
-                Extra::Text(text) | Extra::Multimodal(text) => fold(seed, text.as_bytes()),
-                Extra::Digest(bytes) => fold(seed, bytes),
-            };
-        }
-        key = hash(block, seed);
+        key = hash(block, extras.get(index).map_or(key, |extras| folded(key, extras)));
         keys.push(BlockKey(key));
     }
+}
+
+/// The same for blocks of which only the [`content`] is known.
+pub fn follow(parent: BlockKey, contents: &[u64], extras: &[Vec<Extra>], keys: &mut Vec<BlockKey>) {
+    let mut key = parent.0;
+    for (index, content) in contents.iter().enumerate() {
+        key = chained(extras.get(index).map_or(key, |extras| folded(key, extras)), *content);
+        keys.push(BlockKey(key));
+    }
+}
+
+fn folded(seed: u64, extras: &[Extra]) -> u64 {
+    extras.iter().fold(seed, |seed, extra| match extra {
+        // An untagged string may be a salt or an item: old engines do not say which.
+        Extra::Text(text) | Extra::Multimodal(text) => fold(seed, text.as_bytes()),
+        Extra::Digest(bytes) => fold(seed, bytes),
+    })
 }
 
 fn overlaps(item: &MultimodalSpan, start: u64, end: u64) -> bool {
@@ -234,6 +243,18 @@ fn product(a: u64, b: u64) -> u64 {
 
 #[inline]
 fn hash(tokens: &[u32], seed: u64) -> u64 {
+    chained(seed, content(tokens))
+}
+
+/// The key of a block after another.
+#[inline]
+fn chained(seed: u64, content: u64) -> u64 {
+    product(seed ^ S[4], content ^ S[5])
+}
+
+/// What a block's tokens alone hash to: with the key before it, that gives the block's own.
+#[inline]
+pub fn content(tokens: &[u32]) -> u64 {
     let mut sums = [S[0], S[1], S[2], S[3]];
     let (stripes, rest) = tokens.as_chunks::<STRIPE>();
     stripes.iter().for_each(|stripe| add(&mut sums, stripe));
@@ -243,8 +264,7 @@ fn hash(tokens: &[u32], seed: u64) -> u64 {
         add(&mut sums, &stripe);
     }
     let content = product(sums[0] ^ S[2], sums[1] ^ S[3]) ^ product(sums[2] ^ S[0], sums[3] ^ S[1]);
-    let content = content ^ (tokens.len() as u64) << 32;
-    product(seed ^ S[4], content ^ S[5])
+    content ^ (tokens.len() as u64) << 32
 }
 
 #[inline]

@@ -3,6 +3,9 @@
 //! The wire crate produces these from msgpack (`wire::kv_event`), the simulated engine directly.
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+
+use crate::blocks;
 
 /// Where in an endpoint's memory hierarchy a block lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -99,17 +102,74 @@ pub enum Extra {
     Digest(Vec<u8>),
 }
 
+/// Names of blocks. Most events have one or two: an answer's next block, an evicted one.
+pub type Hashes = SmallVec<[EngineHash; 2]>;
+
+/// The tokens of an event's blocks, or what the index needs of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tokens {
+    /// Their ids, as the engine sent them.
+    Ids(Vec<u32>),
+    /// Nothing but what each block's tokens hash to: see [`BlockStored::hash_tokens`].
+    Hashed {
+        /// Of each block, a partly filled last one included ([`blocks::content`]).
+        #[serde(with = "crate::journal::packed")]
+        blocks: SmallVec<[u64; 2]>,
+        /// How many tokens there were.
+        count: u32,
+    },
+}
+
+impl Tokens {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            Tokens::Ids(ids) => ids.len(),
+            Tokens::Hashed { count, .. } => *count as usize,
+        }
+    }
+
+    /// Whether there are none: an update without content.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Their ids; none once they are hashed.
+    pub fn ids(&self) -> &[u32] {
+        match self {
+            Tokens::Ids(ids) => ids,
+            Tokens::Hashed { .. } => &[],
+        }
+    }
+
+    /// Bytes on the heap.
+    pub fn heap_bytes(&self) -> usize {
+        match self {
+            Tokens::Ids(ids) => size_of_val(&ids[..]),
+            Tokens::Hashed { blocks, .. } if blocks.spilled() => size_of_val(&blocks[..]),
+            Tokens::Hashed { .. } => 0,
+        }
+    }
+}
+
+impl From<Vec<u32>> for Tokens {
+    fn from(ids: Vec<u32>) -> Tokens {
+        Tokens::Ids(ids)
+    }
+}
+
 /// Blocks entered an endpoint's cache.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockStored {
     /// Names of the blocks, in chain order.
     #[serde(with = "crate::journal::packed")]
-    pub hashes: Vec<EngineHash>,
+    pub hashes: Hashes,
     /// The block before the first; `None` when the first block opens a prompt.
     pub parent: Option<EngineHash>,
     /// The tokens of the new blocks; empty for a tier update without content.
-    pub tokens: Vec<u32>,
+    pub tokens: Tokens,
     /// Tokens per block; 0 when the event carries no content.
     pub block_size: u32,
     /// Adapter whose weights filled the blocks.
@@ -125,13 +185,24 @@ pub struct BlockStored {
     pub kind: GroupKind,
 }
 
+impl BlockStored {
+    /// Hashes the tokens and forgets them. What takes the time of an event, and most of its
+    /// memory, is then done with before anybody waits for the index.
+    pub fn hash_tokens(&mut self) {
+        if let (Tokens::Ids(ids), 1..) = (&self.tokens, self.block_size) {
+            let blocks = ids.chunks(self.block_size as usize).map(blocks::content).collect();
+            self.tokens = Tokens::Hashed { blocks, count: ids.len() as u32 };
+        }
+    }
+}
+
 /// Blocks left an endpoint's cache.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockRemoved {
     /// Names of the blocks.
     #[serde(with = "crate::journal::packed")]
-    pub hashes: Vec<EngineHash>,
+    pub hashes: Hashes,
     /// Memory tier.
     pub tier: Tier,
     /// KV cache group, when the engine has several.
@@ -163,4 +234,15 @@ pub struct EventBatch {
     pub rank: Option<u32>,
     /// Events of this batch that could not be decoded and were left out.
     pub events_bad: u32,
+}
+
+impl EventBatch {
+    /// Hashes the tokens of all events: see [`BlockStored::hash_tokens`].
+    pub fn hash_tokens(&mut self) {
+        for event in &mut self.events {
+            if let KvEvent::Stored(stored) = event {
+                stored.hash_tokens();
+            }
+        }
+    }
 }

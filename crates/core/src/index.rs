@@ -160,6 +160,9 @@ pub struct Index {
     /// Of the endpoints, by slot; 0 where there is none.
     generations: Vec<u32>,
     scratch: Scratch,
+    /// Events that were stored and removed the short way.
+    #[cfg(test)]
+    along: [u64; 2],
 }
 
 /// Memory that is used again.
@@ -195,6 +198,8 @@ impl Index {
             room_left: 0,
             generations: Vec::new(),
             scratch: Scratch::default(),
+            #[cfg(test)]
+            along: [0; 2],
         }
     }
 

@@ -31,7 +31,7 @@ use crate::produce::HeldId;
 use crate::stream::StreamInput;
 
 /// Version of what is written. A change of any recorded type raises it.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 /// Longest entry that is written, and that is read, in bytes of its text.
 pub const ENTRY_BYTES_MAX: usize = 512 << 20;
@@ -461,7 +461,7 @@ fn batch_bytes(batch: &EventBatch) -> usize {
                 KvEvent::Stored(stored) => {
                     let lora = stored.lora_name.as_ref().map_or(0, String::len);
                     let extras: usize = stored.extras.iter().map(list).sum();
-                    8 * stored.hashes.len() + 4 * stored.tokens.len() + lora + extras
+                    8 * stored.hashes.len() + stored.tokens.heap_bytes() + lora + extras
                 }
                 KvEvent::Removed(removed) => 8 * removed.hashes.len(),
                 KvEvent::Cleared => 0,

@@ -52,7 +52,7 @@ impl Replayer {
                     let mut parent = event.parent;
                     for (i, hash) in event.hashes.iter().enumerate() {
                         let size = event.block_size as usize;
-                        let tokens = event.tokens[i * size..(i + 1) * size].to_vec();
+                        let tokens = event.tokens.ids()[i * size..(i + 1) * size].to_vec();
                         stored.push((parent, tokens, *hash));
                         parent = Some(*hash);
                     }

@@ -302,10 +302,14 @@ impl Pause {
     }
 }
 
-/// A batch of events; `None` when it cannot be read as a whole.
+/// A batch of events; `None` when it cannot be read as a whole. Its tokens are hashed here, where
+/// nobody waits for the brain.
 fn decode(payload: &[u8]) -> Option<EventBatch> {
     let decoded = kv_event::decode_batch(payload);
-    decoded.inspect_err(|error| debug!(%error, "A batch of events is unreadable.")).ok()
+    let decoded = decoded.inspect_err(|error| debug!(%error, "A batch of events is unreadable."));
+    let mut batch = decoded.ok()?;
+    batch.hash_tokens();
+    Some(batch)
 }
 
 async fn next_item(replay: &mut Option<Replay>) -> ReplayItem {

@@ -72,7 +72,7 @@ fn enter(rehearsal: &Rehearsal, endpoints: usize, tokens: &[u32]) -> Vec<Endpoin
         let stored = BlockStored {
             hashes: (1..=full as u64).map(EngineHash).collect(),
             parent: None,
-            tokens: tokens[..full * BLOCK].to_vec(),
+            tokens: tokens[..full * BLOCK].to_vec().into(),
             block_size: BLOCK as u32,
             lora_name: None,
             tier: Tier::Gpu,

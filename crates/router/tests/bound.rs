@@ -139,7 +139,7 @@ async fn engines_of_one_host_that_connect_make_routing_precise() {
     ready(&router, 2).await;
     for (hash, holder) in [(3, 1), (1, 0), (2, 1), (4, 0)] {
         let mut prompt = match &stored(hash).events[0] {
-            kvroute_core::event::KvEvent::Stored(stored) => stored.tokens.clone(),
+            kvroute_core::event::KvEvent::Stored(stored) => stored.tokens.ids().to_vec(),
             other => panic!("{other:?}"),
         };
         prompt.push(7);

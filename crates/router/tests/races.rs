@@ -41,9 +41,9 @@ fn stored(
     block_size: u32,
 ) -> KvEvent {
     KvEvent::Stored(BlockStored {
-        hashes,
+        hashes: hashes.into(),
         parent,
-        tokens: tokens.to_vec(),
+        tokens: tokens.to_vec().into(),
         block_size,
         lora_name: None,
         tier: Tier::Gpu,
@@ -92,7 +92,9 @@ fn event(rng: &mut Rng, id: EndpointId, prompts: &[Vec<u32>]) -> KvEvent {
     let hashes = names[from..to].to_vec();
     match rng.below(200) {
         0 => KvEvent::Cleared,
-        1..90 => KvEvent::Removed(BlockRemoved { hashes, tier: Tier::Gpu, group: None }),
+        1..90 => {
+            KvEvent::Removed(BlockRemoved { hashes: hashes.into(), tier: Tier::Gpu, group: None })
+        }
         _ => {
             let parent = from.checked_sub(1).map(|before| names[before]);
             stored(hashes, parent, &tokens[from * BLOCK..to * BLOCK], BLOCK as u32)

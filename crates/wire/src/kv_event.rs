@@ -311,7 +311,7 @@ impl<'a> Parts<'a> {
         match self.tag.ok_or(EventFault::Missing("type"))? {
             Tag::Cleared => Ok(KvEvent::Cleared),
             Tag::Removed => Ok(KvEvent::Removed(BlockRemoved {
-                hashes: self.hashes.ok_or(EventFault::Missing("block_hashes"))?,
+                hashes: self.hashes.ok_or(EventFault::Missing("block_hashes"))?.into(),
                 tier: self.medium.map_or(Tier::Gpu, Tier::from_medium),
                 group: self.group,
             })),
@@ -357,8 +357,8 @@ impl<'a> Parts<'a> {
             extras,
             group: self.group,
             kind: kind_of(self.kind, self.window),
-            hashes,
-            tokens,
+            hashes: hashes.into(),
+            tokens: tokens.into(),
         }))
     }
 }
@@ -559,7 +559,8 @@ pub fn encode_batch(batch: &EventBatch, out: &mut Vec<u8>) {
 
 fn encode_stored(stored: &BlockStored, out: &mut Vec<u8>) {
     let (kind, window) = kind_name(stored);
-    let has_blocks = !stored.tokens.is_empty() && !stored.hashes.is_empty();
+    let tokens = stored.tokens.ids();
+    let has_blocks = !tokens.is_empty() && !stored.hashes.is_empty();
     let optional = [has_blocks, stored.group.is_some(), kind.is_some(), window.is_some()];
     msgpack::write_map(out, 8 + optional.iter().filter(|present| **present).count());
     write_entry_str(out, "type", "BlockStored");
@@ -570,8 +571,8 @@ fn encode_stored(stored: &BlockStored, out: &mut Vec<u8>) {
         None => msgpack::write_nil(out),
     }
     msgpack::write_str(out, "token_ids");
-    msgpack::write_array(out, stored.tokens.len());
-    for token in &stored.tokens {
+    msgpack::write_array(out, tokens.len());
+    for token in tokens {
         msgpack::write_uint(out, u64::from(*token));
     }
     write_entry_uint(out, "block_size", stored.block_size);
@@ -645,7 +646,8 @@ fn encode_extras(stored: &BlockStored, out: &mut Vec<u8>) {
 
 /// Name and window of the group's kind; an event without group or without content has none.
 fn kind_name(stored: &BlockStored) -> (Option<&'static str>, Option<u32>) {
-    if stored.tokens.is_empty() || (stored.group.is_none() && stored.kind == GroupKind::Full) {
+    if stored.tokens.ids().is_empty() || (stored.group.is_none() && stored.kind == GroupKind::Full)
+    {
         return (None, None);
     }
     match stored.kind {

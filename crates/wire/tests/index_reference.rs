@@ -77,7 +77,7 @@ impl Reference {
 
     fn place(&mut self, event: &BlockStored, gone: &[usize]) {
         let mut prefix = self.parent(event).unwrap();
-        let blocks = event.tokens.chunks_exact(event.block_size as usize);
+        let blocks = event.tokens.ids().chunks_exact(event.block_size as usize);
         for (at, (&hash, tokens)) in event.hashes.iter().zip(blocks).enumerate() {
             push_block(&mut prefix, tokens, event.extras.get(at).map_or(&[], Vec::as_slice));
             if !gone.contains(&at) {
@@ -170,7 +170,7 @@ fn prompts(batches: &Batches) -> Vec<Prompt> {
             block_size: event.block_size,
             tokens: Vec::new(),
         });
-        let blocks = event.tokens.chunks_exact(event.block_size as usize);
+        let blocks = event.tokens.ids().chunks_exact(event.block_size as usize);
         for (at, (&hash, tokens)) in event.hashes.iter().zip(blocks).enumerate() {
             match event.extras.get(at).map(Vec::as_slice) {
                 None | Some([]) => {}
@@ -219,7 +219,7 @@ fn native(batches: &Batches) -> Batches {
         let root = blocks::root(event.block_size, TokenSpace::Exact, root);
         let mut added = Vec::new();
         let parent = event.parent.map_or(root, |parent| keys[&parent]);
-        blocks::extend(parent, event.block_size, &event.tokens, &event.extras, &mut added);
+        blocks::extend(parent, event.block_size, event.tokens.ids(), &event.extras, &mut added);
         keys.extend(event.hashes.iter().copied().zip(added));
     }
     renamed(batches, |hash| EngineHash(keys.get(&hash).map_or(hash.0, |key| key.0)))
@@ -229,7 +229,7 @@ fn native(batches: &Batches) -> Batches {
 fn offloading(batches: &Batches) -> Batches {
     let copied = |(at, event): (usize, &KvEvent)| match event {
         KvEvent::Stored(event) if at.is_multiple_of(2) => Some(KvEvent::Stored(BlockStored {
-            tokens: Vec::new(),
+            tokens: Vec::new().into(),
             extras: Vec::new(),
             parent: None,
             tier: Tier::Cpu,

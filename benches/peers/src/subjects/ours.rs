@@ -2,14 +2,17 @@
 
 use kvroute_core::EndpointId;
 use kvroute_core::blocks::{self, Chain, ChainSpec, PromptExtras, Root};
-use kvroute_core::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent, Tier};
-use kvroute_core::index::{Hits, Index, IndexLimits, TierWeights};
+use kvroute_core::event::{
+    BlockRemoved, BlockStored, EngineHash, GroupKind, Hashes, KvEvent, Tier,
+};
+use kvroute_core::index::{Applied, Hits, Index, IndexLimits, TierWeights};
 
 use super::Subject;
 use crate::workload::Raw;
 
 pub struct Ours {
     index: Index,
+    applied: Applied,
 }
 
 #[derive(Default)]
@@ -22,7 +25,7 @@ fn id(slot: u16) -> EndpointId {
     EndpointId { slot, generation: 0 }
 }
 
-fn hashes(names: Vec<u64>) -> Vec<EngineHash> {
+fn hashes(names: Vec<u64>) -> Hashes {
     names.into_iter().map(EngineHash).collect()
 }
 
@@ -38,17 +41,16 @@ impl Subject for Ours {
         let limits = IndexLimits { bytes_max: 1 << 36, ..IndexLimits::default() };
         let mut index = Index::new(limits);
         (0..endpoints).for_each(|slot| index.add_endpoint(id(slot)));
-        Ours { index }
+        Ours { index, applied: Applied::default() }
     }
 
-    /// Hashes nothing: `Index::apply` takes the tokens.
     fn prepare(raw: Raw) -> (EndpointId, KvEvent) {
         match raw {
             Raw::Stored { endpoint, block_size, parent, names, tokens } => {
-                let stored = BlockStored {
+                let mut stored = BlockStored {
                     hashes: hashes(names),
                     parent: parent.map(EngineHash),
-                    tokens,
+                    tokens: tokens.into(),
                     block_size,
                     lora_name: None,
                     tier: Tier::Gpu,
@@ -56,6 +58,7 @@ impl Subject for Ours {
                     group: None,
                     kind: GroupKind::Full,
                 };
+                stored.hash_tokens();
                 (id(endpoint), KvEvent::Stored(stored))
             }
             Raw::Removed { endpoint, names } => {
@@ -66,7 +69,13 @@ impl Subject for Ours {
     }
 
     fn apply(&mut self, (id, event): (EndpointId, KvEvent)) {
-        self.index.apply(id, &event);
+        self.index.apply_to(id, &event, &mut self.applied);
+    }
+
+    fn apply_message(&mut self, events: &mut Vec<(EndpointId, KvEvent)>) {
+        self.index.expect(events.iter().map(|(_, event)| event));
+        events.iter().for_each(|(id, event)| self.index.apply_to(*id, event, &mut self.applied));
+        events.clear();
     }
 
     fn query(tokens: &[u32], block_size: u32) -> Chain {

@@ -78,7 +78,7 @@ impl Fleet {
         let stored = BlockStored {
             hashes: (0..full as u64).map(|i| EngineHash(first.wrapping_add(i))).collect(),
             parent: None,
-            tokens: tokens[..full * BLOCK].to_vec(),
+            tokens: tokens[..full * BLOCK].to_vec().into(),
             block_size: BLOCK as u32,
             lora_name: None,
             tier: Tier::Gpu,

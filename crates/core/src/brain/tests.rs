@@ -52,7 +52,7 @@ fn stored(tokens: &[u32], block: usize) -> KvEvent {
     KvEvent::Stored(BlockStored {
         hashes: (0..full).map(|i| EngineHash(hash(tokens, i, block))).collect(),
         parent: None,
-        tokens: tokens[..full * block].to_vec(),
+        tokens: tokens[..full * block].to_vec().into(),
         block_size: block as u32,
         lora_name: None,
         tier: Tier::Gpu,

@@ -7,10 +7,11 @@
 
 use super::Index;
 use super::applied::Applied;
+use super::apply::keys_of;
 use super::runs::{Place, RUN_BLOCKS_MAX, Span};
 use super::sets::{EMPTY, Plane};
 use super::tree::{Hold, Naming, Tree};
-use crate::blocks::{self, BlockKey};
+use crate::blocks::BlockKey;
 use crate::event::{BlockRemoved, BlockStored, EngineHash};
 
 /// Blocks to be held, all behind one place.
@@ -50,7 +51,7 @@ impl Index {
             }
             scratch.keys.extend(event.hashes.iter().map(|hash| BlockKey(hash.0)));
         } else {
-            blocks::extend(key, event.block_size, &event.tokens, &[], &mut scratch.keys);
+            keys_of(key, event, &mut scratch.keys);
         }
         let hold = Hold { slot, plane: Plane::tier(event.tier) };
         let blocks = Blocks { names: &event.hashes, keys: &scratch.keys, hold };
@@ -67,6 +68,10 @@ impl Index {
         if planes & 1 << Plane::SPECULATIVE != 0 {
             self.confirm(slot);
         }
+        #[cfg(test)]
+        {
+            self.along[0] += 1;
+        }
         true
     }
 }
@@ -80,15 +85,19 @@ impl Index {
         applied: &mut Applied,
     ) -> bool {
         let Index { slots, tree, scratch, .. } = self;
-        let endpoint = slots[usize::from(slot)].as_deref_mut();
-        let Some(endpoint) = endpoint.filter(|e| event.group.is_none() && e.is_plain()) else {
+        let Some(endpoint) = slots[usize::from(slot)].as_deref_mut() else { return false };
+        if event.group.is_some() || !endpoint.is_plain() || endpoint.has_copies() {
             return false;
-        };
+        }
         // Of what a plain endpoint has, nothing grows or shrinks when a block goes.
         let missing = endpoint.remove(tree, &event.hashes, event.tier, &mut scratch.found);
         applied.removed += (event.hashes.len() - missing) as u64;
         applied.unknown += missing as u64;
         tree.sweep_if_due();
+        #[cfg(test)]
+        {
+            self.along[1] += 1;
+        }
         true
     }
 }
@@ -105,9 +114,6 @@ impl Tree {
             from: next.at.into(),
             to: u16::from(next.at) + blocks.keys.len() as u16,
         };
-        if blocks.keys.len() > 1 {
-            self.names.warm(blocks.names.iter().map(|name| name.0));
-        }
         match len == usize::from(next.at) {
             true => self.add_behind(span, blocks).then_some(0),
             false if usize::from(span.to) <= len => self.join(span, blocks),
@@ -141,7 +147,11 @@ impl Tree {
         self.runs.change(&mut self.sets, span, |sets, set, _| {
             sets.change(set, hold.slot, hold.plane, true)
         });
-        self.note_holders(if planes == 0 { span.len() } else { 0 });
+        match planes {
+            _ if step.set == EMPTY => self.note_made(span.len()),
+            0 => self.note_holders(span.len()),
+            _ => {}
+        }
         Some(planes)
     }
 

@@ -10,10 +10,12 @@ use super::sets::Plane;
 use super::tree::{Hold, Naming, Part};
 use crate::EndpointId;
 use crate::blocks::{self, BlockKey, Root, TokenSpace};
-use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent};
+use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent, Tokens};
 
 /// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
 pub(super) const COMPARED_MIN: u32 = 64;
+/// Names that are looked for in advance: more would drive one another out of the nearest caches.
+const EXPECTED_MAX: usize = 512;
 /// From then on the names of one event of so many are compared.
 pub(super) const COMPARED_EVERY: u32 = 16;
 
@@ -21,6 +23,12 @@ impl Index {
     /// Applies one event of an endpoint's engine. Events must come in the order of its stream.
     pub fn apply(&mut self, id: EndpointId, event: &KvEvent) -> Applied {
         let mut applied = Applied::default();
+        self.apply_to(id, event, &mut applied);
+        applied
+    }
+
+    /// The same, where `applied` is a sum.
+    pub fn apply_to(&mut self, id: EndpointId, event: &KvEvent, applied: &mut Applied) {
         if self.endpoint(id).is_none() {
             let blocks = match event {
                 KvEvent::Stored(stored) => stored.hashes.len(),
@@ -28,17 +36,27 @@ impl Index {
                 KvEvent::Cleared => 0,
             };
             applied.skip(SkipReason::UnknownEndpoint, blocks);
-            return applied;
+            return;
         }
         match event {
-            KvEvent::Stored(stored) => self.stored(id.slot, stored, &mut applied),
-            KvEvent::Removed(removed) => self.removed(id.slot, removed, &mut applied),
+            KvEvent::Stored(stored) => self.stored(id.slot, stored, applied),
+            KvEvent::Removed(removed) => self.removed(id.slot, removed, applied),
             KvEvent::Cleared => {
-                applied.cleared = 1;
+                applied.cleared += 1;
                 self.clear_resident(id);
             }
         }
-        applied
+    }
+
+    /// Gets what these events will need from memory, all at once, so that applying them does not
+    /// wait for it one after the other.
+    pub fn expect<'a>(&self, events: impl Iterator<Item = &'a KvEvent>) {
+        let names = events.flat_map(|event| match event {
+            KvEvent::Stored(stored) => &stored.hashes[..],
+            KvEvent::Removed(removed) => &removed.hashes[..],
+            KvEvent::Cleared => &[],
+        });
+        self.tree.names.warm(names.map(|hash| hash.0).take(EXPECTED_MAX));
     }
 
     fn stored(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
@@ -227,16 +245,12 @@ impl Index {
         if self.takes_names_for_keys(slot, blocks) {
             scratch.keys.extend(scratch.names.iter().map(|&name| BlockKey(name)));
         } else {
-            let size = event.block_size;
-            blocks::extend(parent, size, &event.tokens, &event.extras, &mut scratch.keys);
+            keys_of(parent, event, &mut scratch.keys);
             self.compare(slot, &scratch.keys, &scratch.names);
         }
         let keys: &[BlockKey] = &scratch.keys;
         let hold = Hold { slot, plane: Plane::tier(event.tier) };
         scratch.parts.clear();
-        if blocks > 1 {
-            self.tree.names.warm(scratch.names.iter().copied());
-        }
         self.tree.path(after, keys, hold, &mut scratch.parts);
         let all = Placed { parts: &scratch.parts, keys, names: &scratch.names, gone };
         let awaited = self.change(slot, |endpoint, tree| {
@@ -388,6 +402,17 @@ impl Index {
         });
         self.scratch.found = found;
         self.tree.sweep_if_due();
+    }
+}
+
+/// The keys of an event's blocks behind the one with key `parent`.
+pub(super) fn keys_of(parent: BlockKey, event: &BlockStored, keys: &mut Vec<BlockKey>) {
+    match &event.tokens {
+        Tokens::Ids(ids) => blocks::extend(parent, event.block_size, ids, &event.extras, keys),
+        Tokens::Hashed { blocks: contents, count } => {
+            let full = (*count / event.block_size.max(1)) as usize;
+            blocks::follow(parent, &contents[..full.min(contents.len())], &event.extras, keys);
+        }
     }
 }
 

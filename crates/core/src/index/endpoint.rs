@@ -136,13 +136,15 @@ impl Endpoint {
         self.resident
     }
 
-    /// Whether its events can be applied without a look at copies, groups, what waits, and names of
-    /// its own.
+    /// Whether its events can be applied without a look at groups, what waits, and names of its
+    /// own.
     pub fn is_plain(&self) -> bool {
-        self.own.is_none()
-            && self.groups.is_empty()
-            && self.copies.is_empty()
-            && self.pending.blocks() == 0
+        self.own.is_none() && self.groups.is_empty() && self.pending.blocks() == 0
+    }
+
+    /// Whether it holds some block twice.
+    pub fn has_copies(&self) -> bool {
+        !self.copies.is_empty()
     }
 
     /// Whether the names of its next event are taken for keys without a comparison, where names
@@ -338,10 +340,14 @@ impl Endpoint {
     }
 
     /// It holds something of a run from now on.
+    #[inline]
     fn enter(&mut self, tree: &Tree, run: u32) {
-        if self.runs.last() == Some(&run) {
-            return;
+        if self.runs.last() != Some(&run) {
+            self.enter_another(tree, run);
         }
+    }
+
+    fn enter_another(&mut self, tree: &Tree, run: u32) {
         if self.runs.len() == self.runs.capacity() {
             if self.runs.len() > 2 * self.runs_left + 64 {
                 self.look_through_runs(tree);
@@ -385,9 +391,6 @@ impl Endpoint {
                 missing += usize::from(!known);
             }
             return missing;
-        }
-        if hashes.len() > 1 {
-            tree.names.warm(hashes.iter().map(|hash| hash.0));
         }
         let mut rest = hashes;
         while let Some((&hash, others)) = rest.split_first() {
@@ -529,7 +532,7 @@ impl Endpoint {
         }
         self.runs_left = 0;
         self.resident = 0;
-        self.own = None;
+        tree.apart -= usize::from(self.own.take().is_some());
         tree.share(self.slot, true);
         self.removals.note_all();
         self.latest.clear();

@@ -32,7 +32,8 @@ pub(super) fn heap_bytes(event: &BlockStored) -> usize {
         event.extras.iter().flatten().map(|e| text(e) + size_of::<Extra>()).sum::<usize>()
             + event.extras.len() * size_of::<Vec<Extra>>();
     let name = event.lora_name.as_ref().map_or(0, String::len);
-    event.hashes.len() * 8 + event.tokens.len() * 4 + extras + name
+    let hashes = if event.hashes.spilled() { event.hashes.len() * 8 } else { 0 };
+    hashes + event.tokens.heap_bytes() + extras + name
 }
 
 #[derive(Debug)]

@@ -69,7 +69,7 @@ impl Endpoint {
         gone: &[usize],
         added: &mut Vec<Prefix>,
     ) {
-        let chunks = event.tokens.chunks(event.block_size as usize);
+        let chunks = event.tokens.ids().chunks(event.block_size as usize);
         for (i, (&hash, chunk)) in event.hashes.iter().zip(chunks).enumerate() {
             let extras = event.extras.get(i).into_iter().flatten().map(text).collect();
             prefix.blocks.push((chunk.to_vec(), extras));

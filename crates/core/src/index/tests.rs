@@ -46,9 +46,9 @@ fn hashes(tokens: &[u32]) -> Vec<EngineHash> {
 fn stored(tokens: &[u32], from: usize) -> BlockStored {
     let all = hashes(tokens);
     BlockStored {
-        hashes: all[from..].to_vec(),
+        hashes: all[from..].to_vec().into(),
         parent: from.checked_sub(1).map(|parent| all[parent]),
-        tokens: tokens[from * SIZE as usize..all.len() * SIZE as usize].to_vec(),
+        tokens: tokens[from * SIZE as usize..all.len() * SIZE as usize].to_vec().into(),
         block_size: SIZE,
         lora_name: None,
         tier: Tier::Gpu,
@@ -63,7 +63,7 @@ fn store(index: &mut Index, slot: u16, tokens: &[u32], from: usize) -> Applied {
 }
 
 fn remove(index: &mut Index, slot: u16, hashes: &[EngineHash], tier: Tier) -> Applied {
-    let removed = BlockRemoved { hashes: hashes.to_vec(), tier, group: None };
+    let removed = BlockRemoved { hashes: hashes.to_vec().into(), tier, group: None };
     index.apply(id(slot), &KvEvent::Removed(removed))
 }
 

@@ -53,6 +53,8 @@ pub(super) struct Tree {
     naming: Naming,
     /// Endpoints that use the names of all.
     sharing: Vec<u64>,
+    /// Endpoints that have names of their own.
+    pub apart: usize,
     blocks: usize,
     holders: usize,
     /// Names of blocks that nobody holds under them.
@@ -69,6 +71,7 @@ impl Tree {
             starts: Table::new(),
             naming: Naming::Portable,
             sharing: Vec::new(),
+            apart: 0,
             blocks: 0,
             holders: 0,
             dead: 0,
@@ -142,6 +145,7 @@ impl Tree {
     #[inline]
     pub fn is_named(&self, set: &Set) -> bool {
         match self.naming {
+            Naming::Portable if self.apart == 0 => set.planes & Plane::TIERS != 0,
             Naming::Portable => set.meets(Plane::TIERS, &self.sharing),
             Naming::Native => set.planes != 0,
         }

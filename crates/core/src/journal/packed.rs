@@ -22,24 +22,24 @@ where
     serializer.serialize_str(&text)
 }
 
-pub(crate) fn deserialize<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub(crate) fn deserialize<'de, L, D>(deserializer: D) -> Result<L, D::Error>
 where
-    T: From<u64>,
+    L: IntoIterator<Item: From<u64>> + FromIterator<L::Item>,
     D: Deserializer<'de>,
 {
     deserializer.deserialize_str(Names(PhantomData))
 }
 
-struct Names<T>(PhantomData<T>);
+struct Names<L>(PhantomData<L>);
 
-impl<T: From<u64>> Visitor<'_> for Names<T> {
-    type Value = Vec<T>;
+impl<L: IntoIterator<Item: From<u64>> + FromIterator<L::Item>> Visitor<'_> for Names<L> {
+    type Value = L;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a string of {DIGITS} hexadecimal digits for each name")
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<Vec<T>, E> {
+    fn visit_str<E: Error>(self, text: &str) -> Result<L, E> {
         let name = |digits: &[u8]| {
             digits.iter().try_fold(0, |name: u64, digit| {
                 let digit = char::from(*digit).to_digit(16)?;
@@ -48,7 +48,7 @@ impl<T: From<u64>> Visitor<'_> for Names<T> {
         };
         let names = text.as_bytes().chunks(DIGITS);
         let whole = text.len().is_multiple_of(DIGITS);
-        let names: Option<Vec<T>> = names.map(|digits| name(digits).map(T::from)).collect();
+        let names: Option<L> = names.map(|digits| name(digits).map(L::Item::from)).collect();
         names.filter(|_| whole).ok_or_else(|| E::invalid_length(text.len(), &self))
     }
 }

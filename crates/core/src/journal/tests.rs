@@ -120,7 +120,11 @@ impl Chaos {
             (0..full).map(|i| EngineHash((u64::from(tokens[0]) << 40) + i as u64 + 1)).collect();
         let event = match self.rng.below(6) {
             0 => KvEvent::Cleared,
-            1 => KvEvent::Removed(BlockRemoved { hashes, tier: Tier::Gpu, group: None }),
+            1 => KvEvent::Removed(BlockRemoved {
+                hashes: hashes.into(),
+                tier: Tier::Gpu,
+                group: None,
+            }),
             _ => KvEvent::Stored(stored(hashes, &tokens[..full * BLOCK])),
         };
         let timestamp_s = self.rng.next_f64() * 1e9;
@@ -201,9 +205,9 @@ impl Chaos {
 
 fn stored(hashes: Vec<EngineHash>, tokens: &[u32]) -> BlockStored {
     BlockStored {
-        hashes,
+        hashes: hashes.into(),
         parent: None,
-        tokens: tokens.to_vec(),
+        tokens: tokens.to_vec().into(),
         block_size: BLOCK as u32,
         lora_name: None,
         tier: Tier::Gpu,
@@ -349,7 +353,8 @@ fn every_event() -> Vec<KvEvent> {
     with_extras.group = Some(2);
     let mut bare = stored(Vec::new(), &[]);
     (bare.kind, bare.tier) = (GroupKind::Mamba, Tier::Disk);
-    let removed = BlockRemoved { hashes: vec![EngineHash(7)], tier: Tier::Other, group: Some(1) };
+    let removed =
+        BlockRemoved { hashes: vec![EngineHash(7)].into(), tier: Tier::Other, group: Some(1) };
     let mut last = stored(vec![EngineHash(1 << 63)], &[5]);
     (last.kind, last.tier) = (GroupKind::NotIndexable, Tier::Cpu);
     let stored = [with_extras, bare, last].map(KvEvent::Stored);

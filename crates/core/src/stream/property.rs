@@ -55,9 +55,9 @@ impl Engine {
         *self.blocks.entry(path.clone()).or_insert(0) += 1;
         let parent = path[..path.len() - 1].to_vec();
         KvEvent::Stored(BlockStored {
-            hashes: vec![hash(self.run, &path)],
+            hashes: vec![hash(self.run, &path)].into(),
             parent: (!parent.is_empty()).then(|| hash(self.run, &parent)),
-            tokens: vec![path[path.len() - 1]; 2],
+            tokens: vec![path[path.len() - 1]; 2].into(),
             block_size: 2,
             lora_name: None,
             tier: Tier::Gpu,
@@ -75,7 +75,11 @@ impl Engine {
             self.blocks.remove(&path);
         }
         let hashes = vec![hash(self.run, &path)];
-        Some(KvEvent::Removed(BlockRemoved { hashes, tier: Tier::Gpu, group: Some(0) }))
+        Some(KvEvent::Removed(BlockRemoved {
+            hashes: hashes.into(),
+            tier: Tier::Gpu,
+            group: Some(0),
+        }))
     }
 
     fn clear(&mut self) -> KvEvent {

@@ -7,8 +7,11 @@ use crate::event::{BlockRemoved, EngineHash, Tier};
 
 /// A batch of one run of an engine; batches of different runs differ.
 fn batch(run: u64, seq: u64) -> EventBatch {
-    let removed =
-        BlockRemoved { hashes: vec![EngineHash(run * 1000 + seq)], tier: Tier::Gpu, group: None };
+    let removed = BlockRemoved {
+        hashes: vec![EngineHash(run * 1000 + seq)].into(),
+        tier: Tier::Gpu,
+        group: None,
+    };
     EventBatch {
         timestamp_s: (run * 1000 + seq) as f64,
         events: vec![KvEvent::Removed(removed)],

@@ -182,7 +182,7 @@ impl EngineModel {
             request.blocks.push(block);
             if let Some(name) = evicted.filter(|_| self.config.events) {
                 self.events.push(KvEvent::Removed(BlockRemoved {
-                    hashes: vec![name],
+                    hashes: vec![name].into(),
                     tier: Tier::Gpu,
                     group: Some(0),
                 }));
@@ -216,9 +216,9 @@ impl EngineModel {
             extras[0].push(Extra::Text(salt.clone()));
         }
         KvEvent::Stored(BlockStored {
-            hashes: request.names[from..to].to_vec(),
+            hashes: request.names[from..to].to_vec().into(),
             parent: from.checked_sub(1).map(|parent| request.names[parent]),
-            tokens: request.tokens[from * size..to * size].to_vec(),
+            tokens: request.tokens[from * size..to * size].to_vec().into(),
             block_size: self.config.block_size,
             lora_name: request.adapter.map(|i| self.config.adapters[i].name.clone()),
             tier: Tier::Gpu,

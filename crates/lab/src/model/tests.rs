@@ -118,7 +118,7 @@ fn a_prefill_is_one_event_and_each_block_filled_by_decoding_is_another() {
     let KvEvent::Stored(second) = &events[1] else { panic!("{events:?}") };
     let KvEvent::Stored(first) = &events[0] else { panic!("{events:?}") };
     assert_eq!(second.parent, Some(first.hashes[1]));
-    assert_eq!(second.tokens[..2], [8, 9]);
+    assert_eq!(second.tokens.ids()[..2], [8, 9]);
 }
 
 #[test]

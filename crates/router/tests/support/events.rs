@@ -15,11 +15,11 @@ use super::eventually;
 
 /// One full block of its own, opening a prompt.
 pub fn stored(hash: u64) -> EventBatch {
-    let tokens = (0..16).map(|t| t + 1000 * u32::try_from(hash).unwrap()).collect();
+    let tokens: Vec<u32> = (0..16).map(|t| t + 1000 * u32::try_from(hash).unwrap()).collect();
     let event = BlockStored {
-        hashes: vec![EngineHash(hash)],
+        hashes: vec![EngineHash(hash)].into(),
         parent: None,
-        tokens,
+        tokens: tokens.into(),
         block_size: 16,
         lora_name: None,
         tier: Tier::Gpu,

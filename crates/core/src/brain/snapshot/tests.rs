@@ -108,7 +108,7 @@ fn stored(group: u32, kind: GroupKind, hashes: &[u64], tokens: &[u32], tier: Tie
     KvEvent::Stored(BlockStored {
         hashes: hashes.iter().map(|hash| EngineHash(*hash)).collect(),
         parent: None,
-        tokens: tokens.to_vec(),
+        tokens: tokens.to_vec().into(),
         block_size: 4,
         lora_name: None,
         tier,

@@ -160,6 +160,7 @@ impl Endpoint {
         }
         self.resident = names.len();
         self.own = Some(Box::new(Own { names, aliases: BTreeMap::new() }));
+        tree.apart += 1;
         tree.share(self.slot, false);
         tree.sweep(|_, _| true);
     }

@@ -1,5 +1,7 @@
 //! Thousands of random steps, after each of which index and model agree.
 
+use std::collections::BTreeSet;
+
 use super::super::reference::{Model, Prefix};
 use super::super::*;
 use crate::Rng;
@@ -45,6 +47,13 @@ impl Prompt {
         blocks::chain(ChainSpec::exact(size), root, &self.tokens, &extras)
     }
 
+    /// Long prompts of few kinds, with nothing but tokens.
+    fn long(rng: &mut Rng) -> Prompt {
+        let token = |rng: &mut Rng| u32::from(rng.below(12) == 0);
+        let tokens = (0..rng.below(90)).map(|_| token(rng)).collect();
+        Prompt { tokens, adapter: None, salt: None, image: None }
+    }
+
     /// Extras of one block, found token by token.
     fn extras(&self, size: usize, block: usize) -> Vec<Extra> {
         let holds = |span: &&MultimodalSpan| {
@@ -85,6 +94,9 @@ struct World {
     applied: Applied,
     /// Blocks of hits seen, so that a test that compares nothing but zeros fails.
     seen: [u64; 4],
+    /// What each endpoint holds, by slot, if all engines store what follows something that they
+    /// hold, and store it once.
+    orderly: Option<BTreeSet<(u16, EngineHash)>>,
 }
 
 impl World {
@@ -99,6 +111,60 @@ impl World {
             now: Time::ZERO,
             applied: Applied::default(),
             seen: [0; 4],
+            orderly: None,
+        }
+    }
+
+    /// What an engine does that has nothing in its way: the next blocks of a prompt come, or its
+    /// last ones go.
+    fn orderly_event(&mut self, id: EndpointId) -> Option<KvEvent> {
+        let held = self.orderly.as_ref()?;
+        let size = World::size(id);
+        let prompt = Prompt::long(&mut self.rng);
+        let names: Vec<EngineHash> =
+            prompt.chain(size).keys.iter().map(|key| self.hash(id, key.0, 0)).collect();
+        let is_held = |name: &&EngineHash| held.contains(&(id.slot, **name));
+        let from = names.iter().take_while(is_held).count();
+        let count = 1 + self.rng.below(4);
+        if self.rng.below(3) == 0 {
+            let last = names[..from].iter().rev().take(count);
+            let hashes = last.copied().collect();
+            return Some(KvEvent::Removed(BlockRemoved { hashes, tier: Tier::Gpu, group: None }));
+        }
+        let new = names[from..].iter().take(count).take_while(|name| !is_held(name)).count();
+        let until = from + new;
+        let tokens = prompt.tokens[from * size as usize..until * size as usize].to_vec();
+        (new > 0).then(|| {
+            KvEvent::Stored(BlockStored {
+                hashes: names[from..until].iter().copied().collect(),
+                parent: from.checked_sub(1).map(|parent| names[parent]),
+                tokens: tokens.into(),
+                block_size: size,
+                lora_name: None,
+                tier: Tier::Gpu,
+                extras: Vec::new(),
+                group: None,
+                kind: GroupKind::Full,
+            })
+        })
+    }
+
+    /// Follows what orderly engines hold.
+    fn follow(&mut self, slot: u16, event: Option<&KvEvent>) {
+        let Some(held) = &mut self.orderly else { return };
+        match event {
+            Some(KvEvent::Stored(stored)) => held.extend(stored.hashes.iter().map(|h| (slot, *h))),
+            Some(KvEvent::Removed(removed)) => {
+                removed.hashes.iter().for_each(|hash| _ = held.remove(&(slot, *hash)));
+            }
+            Some(KvEvent::Cleared) | None => held.retain(|(of, _)| *of != slot),
+        }
+    }
+
+    fn prompt(&mut self) -> Prompt {
+        match self.orderly {
+            Some(_) => Prompt::long(&mut self.rng),
+            None => Prompt::random(&mut self.rng),
         }
     }
 
@@ -128,7 +194,7 @@ impl World {
         let mut event = BlockStored {
             hashes: (from..until).map(hash).collect(),
             parent: from.checked_sub(1).map(hash),
-            tokens: prompt.tokens[from * size..until * size].to_vec(),
+            tokens: prompt.tokens[from * size..until * size].to_vec().into(),
             block_size: size as u32,
             lora_name: prompt.adapter.map(str::to_owned),
             tier: Tier::Gpu,
@@ -137,13 +203,17 @@ impl World {
             kind: GroupKind::Full,
         };
         event.tier = self.tier();
+        if event.extras.iter().all(Vec::is_empty) {
+            event.extras = Vec::new();
+        }
         if shape == Shape::Hybrid && self.rng.below(2) == 0 {
             let window = GroupKind::SlidingWindow { window: 5 };
             (event.group, event.kind) =
                 [(Some(0), window), (Some(2), GroupKind::Mamba)][self.rng.below(2)];
             event.hashes.remove(self.rng.below(event.hashes.len()));
         } else if self.rng.below(8) == 0 {
-            (event.tokens, event.extras, event.block_size) = (Vec::new(), Vec::new(), 0);
+            (event.tokens, event.extras) = (Vec::new().into(), Vec::new());
+            event.block_size = 0;
         }
         KvEvent::Stored(event)
     }
@@ -180,11 +250,12 @@ impl World {
             let (id, _) = self.endpoints.swap_remove(self.rng.below(self.endpoints.len()));
             self.index.remove_endpoint(id);
             self.model.remove_endpoint(id);
+            self.follow(id.slot, None);
         }
     }
 
     fn request(&mut self, id: EndpointId) {
-        let prompt = Prompt::random(&mut self.rng);
+        let prompt = self.prompt();
         let chain = prompt.chain(World::size(id));
         let prefix = prompt.prefix(World::size(id) as usize);
         match self.rng.below(4) {
@@ -216,6 +287,10 @@ impl World {
         }
         let (id, shape) = self.endpoints[self.rng.below(self.endpoints.len())];
         let event = match self.rng.below(20) {
+            0..15 if self.orderly.is_some() => match self.orderly_event(id) {
+                Some(event) => event,
+                None => return,
+            },
             0..10 => self.stored(id, shape),
             10..15 => self.removed(id, shape),
             15..18 => return self.request(id),
@@ -223,6 +298,7 @@ impl World {
             19 if self.rng.below(6) == 0 => {
                 self.index.clear_resident(id);
                 self.model.clear_resident(id);
+                self.follow(id.slot, None);
                 return;
             }
             _ => {
@@ -232,12 +308,17 @@ impl World {
                 return;
             }
         };
-        self.applied += self.index.apply(id, &event);
         self.model.apply(id, &event);
+        self.follow(id.slot, Some(&event));
+        let mut event = event;
+        if let (KvEvent::Stored(stored), 0) = (&mut event, self.rng.below(2)) {
+            stored.hash_tokens();
+        }
+        self.applied += self.index.apply(id, &event);
     }
 
     fn compare(&mut self, hits: &mut Hits, context: &str) {
-        let prompt = Prompt::random(&mut self.rng);
+        let prompt = self.prompt();
         for size in [2, 3] {
             self.index.lookup(&prompt.chain(size), &WEIGHTS, hits);
             let prefix = prompt.prefix(size as usize);
@@ -255,9 +336,16 @@ impl World {
     }
 }
 
-fn drive(seed: u64, steps: u32, limits: IndexLimits) -> (Applied, [u64; 4]) {
+/// What was applied, the sum of hits, and how many events took the short way.
+fn drive(
+    seed: u64,
+    steps: u32,
+    limits: IndexLimits,
+    orderly: bool,
+) -> (Applied, [u64; 4], [u64; 2]) {
     let start = Index::new(limits).usage();
     let mut world = World::new(seed, limits);
+    world.orderly = orderly.then(BTreeSet::new);
     let mut hits = Hits::new();
     for step in 0..steps {
         world.step();
@@ -271,13 +359,13 @@ fn drive(seed: u64, steps: u32, limits: IndexLimits) -> (Applied, [u64; 4]) {
     }
     world.index.check();
     assert_eq!(world.index.usage(), start, "seed {seed}: nothing is left behind");
-    (world.applied, world.seen)
+    (world.applied, world.seen, world.index.along)
 }
 
 fn drive_all(seeds: std::ops::Range<u64>, limits: IndexLimits) -> Applied {
     let (mut applied, mut seen) = (Applied::default(), [0; 4]);
     for seed in seeds {
-        let (one, hits) = drive(seed, 1000, limits);
+        let (one, hits, _) = drive(seed, 1000, limits, false);
         applied += one;
         seen.iter_mut().zip(hits).for_each(|(sum, n)| *sum += n);
     }
@@ -304,4 +392,17 @@ fn equals_the_model_when_lists_are_short() {
     };
     let applied = drive_all(1000..1025, short);
     assert!(applied.pending_dropped > 100 && applied.resolved > 100, "{applied:?}");
+}
+
+#[test]
+fn orderly_engines_equal_the_model_and_their_events_take_the_short_way() {
+    let (mut applied, mut along) = (Applied::default(), [0; 2]);
+    for seed in 2000..2010 {
+        let (one, _, short) = drive(seed, 1000, super::ROOMY, true);
+        applied += one;
+        along.iter_mut().zip(short).for_each(|(sum, n)| *sum += n);
+    }
+    assert!(along[0] > 300 && along[1] > 1000, "too few short ways: {along:?}");
+    assert!(applied.removed > 1000, "{applied:?}");
+    assert_eq!((applied.unknown, applied.pending, applied.duplicate), (0, 0, 0), "{applied:?}");
 }

@@ -52,8 +52,8 @@ fn tiers_are_apart_and_the_best_one_weighs() {
     store(&mut index, 0, &tokens, 0);
     // An offload names blocks only.
     let offload = BlockStored {
-        hashes: hashes(&tokens)[..2].to_vec(),
-        tokens: Vec::new(),
+        hashes: hashes(&tokens)[..2].to_vec().into(),
+        tokens: Vec::new().into(),
         block_size: 0,
         tier: Tier::Cpu,
         ..stored(&tokens, 0)
@@ -64,7 +64,7 @@ fn tiers_are_apart_and_the_best_one_weighs() {
     let left = hit(&index, 0, &tokens);
     assert_eq!((left.resident, left.resident_weighted), (2, 1.6));
     assert_eq!(left.by_tier, [0, 2, 0, 0]);
-    let unknown = BlockStored { tokens: Vec::new(), ..stored(&prompt(2, 1), 0) };
+    let unknown = BlockStored { tokens: Vec::new().into(), ..stored(&prompt(2, 1), 0) };
     assert_eq!(index.apply(id(0), &KvEvent::Stored(unknown)).unknown, 1);
 }
 
@@ -104,9 +104,9 @@ fn a_long_line_of_waiting_events_resolves_without_recursion() {
     for block in (0..20_000).rev() {
         let at = block * SIZE as usize;
         let one = BlockStored {
-            hashes: vec![all.hashes[block]],
+            hashes: vec![all.hashes[block]].into(),
             parent: block.checked_sub(1).map(|parent| all.hashes[parent]),
-            tokens: tokens[at..at + SIZE as usize].to_vec(),
+            tokens: tokens[at..at + SIZE as usize].to_vec().into(),
             ..stored(&tokens[..SIZE as usize], 0)
         };
         index.apply(id(0), &KvEvent::Stored(one));
@@ -235,7 +235,7 @@ fn the_block_size_is_learned_per_endpoint() {
     assert_eq!((index.block_size(id(0)), index.block_size(id(1))), (Some(4), Some(8)));
     assert_eq!((resident(&index, 0, &tokens), resident(&index, 1, &tokens)), (4, 0));
     // A short page of SGLang is no new block size; a larger one is.
-    let short = BlockStored { block_size: 3, tokens: vec![9; 3], ..stored(&tokens[..4], 0) };
+    let short = BlockStored { block_size: 3, tokens: vec![9; 3].into(), ..stored(&tokens[..4], 0) };
     let applied = index.apply(id(0), &KvEvent::Stored(short));
     assert_eq!(applied.skipped_for(SkipReason::PartialBlock), 1);
     let applied = index.apply(id(0), &KvEvent::Stored(large(&tokens)));
@@ -255,10 +255,10 @@ fn what_contradicts_itself_is_left_out_and_counted() {
     let table = [
         (BlockStored { block_size: 0, ..good() }, SkipReason::Malformed, 2, 0),
         (BlockStored { extras: vec![vec![]], ..good() }, SkipReason::Malformed, 2, 0),
-        (BlockStored { tokens: vec![1; 9], ..good() }, SkipReason::NotDense, 2, 0),
-        (BlockStored { tokens: vec![1; 4], ..good() }, SkipReason::NotDense, 2, 0),
-        (BlockStored { tokens: odd.clone(), ..grouped() }, SkipReason::NotDense, 2, 0),
-        (BlockStored { tokens: odd, ..good() }, SkipReason::PartialBlock, 1, 1),
+        (BlockStored { tokens: vec![1; 9].into(), ..good() }, SkipReason::NotDense, 2, 0),
+        (BlockStored { tokens: vec![1; 4].into(), ..good() }, SkipReason::NotDense, 2, 0),
+        (BlockStored { tokens: odd.clone().into(), ..grouped() }, SkipReason::NotDense, 2, 0),
+        (BlockStored { tokens: odd.into(), ..good() }, SkipReason::PartialBlock, 1, 1),
         (
             BlockStored { kind: GroupKind::NotIndexable, ..grouped() },
             SkipReason::NotIndexable,
@@ -305,11 +305,11 @@ fn a_name_given_to_other_content_names_only_that() {
     let mut index = index_of(ROOMY, 1);
     let (a, b) = (prompt(1, 2), prompt(2, 2));
     store(&mut index, 0, &a, 0);
-    let event = BlockStored { hashes: hashes(&a), ..stored(&b, 0) };
+    let event = BlockStored { hashes: hashes(&a).into(), ..stored(&b, 0) };
     // All names are there, so this looks announced again; a copy of one block does not.
     let one = BlockStored {
-        hashes: event.hashes[..1].to_vec(),
-        tokens: b[..SIZE as usize].to_vec(),
+        hashes: event.hashes[..1].to_vec().into(),
+        tokens: b[..SIZE as usize].to_vec().into(),
         ..event
     };
     index.apply(id(0), &KvEvent::Stored(one));
@@ -372,7 +372,8 @@ fn removals_find_their_group_and_copies_are_real_there() {
     }
     let last = hashes(&tokens)[2];
     let mut remove_from = |group| {
-        let removed = BlockRemoved { hashes: vec![last], tier: Tier::Gpu, group: Some(group) };
+        let removed =
+            BlockRemoved { hashes: vec![last].into(), tier: Tier::Gpu, group: Some(group) };
         let applied = index.apply(id(0), &KvEvent::Removed(removed));
         (applied.removed, resident(&index, 0, &longer))
     };

@@ -233,7 +233,7 @@ async fn wait(
 
 /// Does the event tell all blocks from the probe's first one on?
 fn is_about(stored: &BlockStored, probe: &Probe) -> bool {
-    let tokens = stored.tokens.as_slice();
+    let tokens = stored.tokens.ids();
     let dense = stored.hashes.len() * stored.block_size as usize == tokens.len();
     let opens = stored.parent.is_none() && stored.kind == GroupKind::Full;
     let same = probe.tokens.as_deref().is_none_or(|probe| probe.starts_with(tokens));
@@ -333,7 +333,7 @@ fn names(algorithms: &[HashAlgorithm]) -> String {
 
 fn is_made_with(algorithm: HashAlgorithm, seed: &str, stored: &BlockStored) -> bool {
     let mut hasher = BlockHasher::new(algorithm, seed);
-    let block = stored.tokens.get(..stored.block_size as usize);
+    let block = stored.tokens.ids().get(..stored.block_size as usize);
     let (Some(block), Some(hash)) = (block, stored.hashes.first()) else { return false };
     let root = hasher.root();
     hasher.next(&root, block, HashExtras::default()).key() == *hash
@@ -341,7 +341,7 @@ fn is_made_with(algorithm: HashAlgorithm, seed: &str, stored: &BlockStored) -> b
 
 #[cfg(test)]
 mod tests {
-    use kvroute_core::event::Tier;
+    use kvroute_core::event::{Hashes, Tier};
 
     use super::super::Stated;
     use super::*;
@@ -352,9 +352,9 @@ mod tests {
         let first = hasher.next(&hasher.root(), &tokens[..16], HashExtras::default());
         let second = hasher.next(&first, &tokens[16..], HashExtras::default());
         BlockStored {
-            hashes: vec![first.key(), second.key()],
+            hashes: [first.key(), second.key()].into_iter().collect(),
             parent: None,
-            tokens,
+            tokens: tokens.into(),
             block_size: 16,
             lora_name: None,
             tier: Tier::Gpu,
@@ -396,10 +396,10 @@ mod tests {
         let prompt = json!(tokens);
         let probe = Probe { prompt, tokens: Some(tokens), is_long: true };
         assert!(is_about(&event, &probe));
-        let other = BlockStored { tokens: (0..32).collect(), ..event.clone() };
+        let other = BlockStored { tokens: Vec::from_iter(0..32).into(), ..event.clone() };
         let later = BlockStored { parent: event.hashes.first().copied(), ..event.clone() };
-        let window = BlockStored { hashes: event.hashes[..1].to_vec(), ..event.clone() };
-        let update = BlockStored { hashes: vec![], tokens: vec![], ..event };
+        let window = BlockStored { hashes: event.hashes[..1].into(), ..event.clone() };
+        let update = BlockStored { hashes: Hashes::new(), tokens: vec![].into(), ..event };
         for event in [other, later, window, update] {
             assert!(!is_about(&event, &probe), "{event:?}");
         }
