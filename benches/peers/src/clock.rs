@@ -31,9 +31,3 @@ pub fn quantile(times: &mut [u64], q: f64) -> u64 {
     let at = ((times.len() - 1) as f64 * q).round() as usize;
     *times.select_nth_unstable(at).1
 }
-
-/// The middle of some numbers; not a number of none.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}

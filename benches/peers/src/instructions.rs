@@ -8,12 +8,12 @@ use dynamo_kv_router::RadixTree;
 use crate::Options;
 use crate::built::{COLLECTED, KINDS};
 use crate::lookup::CASES;
-use crate::subjects::{MESSAGE_EVENTS, Subject};
 use crate::subjects::kv_index::Chains;
 use crate::subjects::naive::Naive;
 use crate::subjects::ours::Ours;
+use crate::subjects::{MESSAGE_EVENTS, Subject};
 use crate::table::{Better, Cell, Table, grouped};
-use crate::workload::{Names, PROMPTS, Workload};
+use crate::workload::{Names, PROMPTS, Raw, Workload};
 
 /// Workloads are smaller here, because valgrind is slow: how many prompts there are changes the
 /// chance of a cache miss, not the instructions.
@@ -41,43 +41,44 @@ pub enum Pass {
     Remove,
 }
 
-/// Applies events under the profiler's eyes, some at a time.
-fn collected_applies<S: Subject, E>(
+/// Applies events some at a time, under the profiler's eyes: from tokens, or as they are prepared.
+fn apply_messages<S: Subject>(
     index: &mut S,
-    mut events: impl Iterator<Item = E>,
-    prepare: fn(E) -> S::Event,
+    mut raws: impl Iterator<Item = Raw>,
+    from_tokens: bool,
 ) {
-    let (mut message, mut prepared) = (Vec::new(), Vec::new());
+    let (mut message, mut events) = (Vec::new(), Vec::new());
     loop {
-        message.extend(events.by_ref().take(MESSAGE_EVENTS));
+        message.extend(raws.by_ref().take(MESSAGE_EVENTS));
         if message.is_empty() {
             return;
         }
-        collected_message(index, &mut message, &mut prepared, prepare);
+        if !from_tokens {
+            events.extend(message.drain(..).map(S::prepare));
+        }
+        collected_message(index, &mut message, &mut events);
     }
 }
 
 #[inline(never)]
-fn collected_message<S: Subject, E>(
+fn collected_message<S: Subject>(
     index: &mut S,
-    message: &mut Vec<E>,
-    prepared: &mut Vec<S::Event>,
-    prepare: fn(E) -> S::Event,
+    message: &mut Vec<Raw>,
+    events: &mut Vec<S::Event>,
 ) {
-    prepared.extend(message.drain(..).map(prepare));
-    index.apply_message(prepared);
+    events.extend(message.drain(..).map(S::prepare));
+    index.apply_message(events);
 }
 
 fn store_and_remove<S: Subject>(work: &Workload, names: Names, per_event: usize, pass: Pass) {
     let mut index = S::new(work.endpoints);
     let stores = work.stores(names, per_event);
     match pass {
-        Pass::StoreTokens => collected_applies(&mut index, stores, S::prepare),
-        Pass::Store => collected_applies(&mut index, stores.map(S::prepare), |event| event),
+        Pass::StoreTokens => apply_messages(&mut index, stores, true),
+        Pass::Store => apply_messages(&mut index, stores, false),
         Pass::Remove => {
             stores.for_each(|raw| index.apply(S::prepare(raw)));
-            let removals = work.removals(names, per_event).map(S::prepare);
-            collected_applies(&mut index, removals, |event: S::Event| event);
+            apply_messages(&mut index, work.removals(names, per_event), false);
         }
     }
 }
@@ -153,9 +154,5 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     table.print();
-    println!(
-        "\nkvroute hashes tokens while it applies, in every column, unless engines use its own \
-         names."
-    );
     Ok(())
 }

@@ -51,12 +51,19 @@ impl Index {
     /// Gets what these events will need from memory, all at once, so that applying them does not
     /// wait for it one after the other.
     pub fn expect<'a>(&self, events: impl Iterator<Item = &'a KvEvent>) {
-        let names = events.flat_map(|event| match event {
-            KvEvent::Stored(stored) => &stored.hashes[..],
-            KvEvent::Removed(removed) => &removed.hashes[..],
-            KvEvent::Cleared => &[],
-        });
-        self.tree.names.warm(names.map(|hash| hash.0).take(EXPECTED_MAX));
+        let mut left = EXPECTED_MAX;
+        for event in events {
+            let names = match event {
+                KvEvent::Stored(stored) => &stored.hashes[..],
+                KvEvent::Removed(removed) => &removed.hashes[..],
+                KvEvent::Cleared => &[],
+            };
+            if names.len() > left {
+                return;
+            }
+            left -= names.len();
+            self.tree.names.warm(names);
+        }
     }
 
     fn stored(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {
@@ -406,6 +413,7 @@ impl Index {
 }
 
 /// The keys of an event's blocks behind the one with key `parent`.
+#[inline]
 pub(super) fn keys_of(parent: BlockKey, event: &BlockStored, keys: &mut Vec<BlockKey>) {
     match &event.tokens {
         Tokens::Ids(ids) => blocks::extend(parent, event.block_size, ids, &event.extras, keys),

@@ -5,7 +5,10 @@
 //! gaps. Of even numbers in order, where one must be can be computed to within a few places. The
 //! segment implies at least the first eight bits, whose room in a word the place in the run takes.
 
+use std::ops::Range;
+
 use super::runs::Place;
+use crate::event::EngineHash;
 
 /// First bits that choose a segment, at least: as many as a word has no room for.
 const BITS_MIN: u32 = 8;
@@ -16,7 +19,7 @@ const SEGMENT_NAMES_MAX: usize = 128;
 /// Names that a full segment makes room for: what lies idle is half of it on average.
 const STEP: usize = 8;
 /// Names around the computed place that are looked at together.
-const NEAR: usize = 16;
+const NEAR: usize = 12;
 /// Names of a segment that may be gone before their room is taken back, at most.
 const GONE_MAX: usize = 1 << 14;
 /// Run of a name that is gone. Its room is taken back when there is reason to.
@@ -151,6 +154,23 @@ impl Segment {
         }
         self.len += 1;
         self.set(at, mixed, place);
+    }
+
+    /// Some of its names, of which none is gone, in no more room than they need.
+    fn part(&self, names: Range<usize>) -> Segment {
+        let (len, from) = (names.len(), self.room());
+        let room = len.next_multiple_of(STEP);
+        let mut data = vec![0; words_for(room, self.is_wide)];
+        data[..len].copy_from_slice(&self.data[names.clone()]);
+        let (runs, new) = (&self.data[from..], &mut data[room..]);
+        if self.is_wide {
+            let runs = &bytemuck::cast_slice::<u64, u32>(runs)[names];
+            bytemuck::cast_slice_mut::<u64, u32>(new)[..len].copy_from_slice(runs);
+        } else {
+            let runs = &bytemuck::cast_slice::<u64, u16>(runs)[names];
+            bytemuck::cast_slice_mut::<u64, u16>(new)[..len].copy_from_slice(runs);
+        }
+        Segment { data: data.into(), len: len as u32, ..*self }
     }
 
     /// The same names in room for this many.
@@ -288,10 +308,10 @@ impl Names {
 
     /// Reads from where each of these names must be. What names are found one after the other waits
     /// for memory each time; this waits for all of them at once.
-    pub fn warm(&self, names: impl Iterator<Item = u64>) {
+    pub fn warm(&self, names: &[EngineHash]) {
         let mut read = 0;
         for name in names {
-            let mixed = mix(name);
+            let mixed = mix(name.0);
             let Some(number) = self.number(mixed) else { return };
             let segment = &self.segments[number as usize];
             let at = segment.guess(mixed);
@@ -473,18 +493,9 @@ impl Names {
         let bits = u32::from(segment.bits);
         // Bit `bits` of a mixed name, counted from the first, as it lies in a word.
         let bit = 1u64 << (64 + 8 - bits);
-        let mut upper = Segment::new(bits);
-        upper.resize(segment.len as usize, segment.is_wide);
-        let mut count = 0;
-        for at in segment.words().partition_point(|word| word & bit == 0)..segment.len as usize {
-            upper.data[count] = segment.data[at];
-            upper.set_run(count, segment.run(at));
-            count += 1;
-        }
-        upper.len = count as u32;
-        segment.len -= count as u32;
-        segment.resize(0, segment.is_wide);
-        upper.resize(0, upper.is_wide);
+        let lower = segment.words().partition_point(|word| word & bit == 0);
+        let upper = segment.part(lower..segment.len as usize);
+        *segment = segment.part(0..lower);
         self.heap = self.heap + segment.bytes() + upper.bytes() - before;
         self.segments.push(upper);
         // Its entries of the directory lie together; the second half is the new segment's.
