@@ -11,7 +11,7 @@
 //! - A resident bit is set exactly while some engine hash of the endpoint with that key has at
 //!   least one copy in that tier; a copy ends with one removal.
 //! - `usage().bytes` counts capacities, not entries, and never exceeds `bytes_max` because of
-//!   blocks, speculations, history or pending events; the fixed part of endpoints (some 2,500
+//!   blocks, speculations, history or pending events; the fixed part of endpoints (some 3,500
 //!   bytes each) comes on top when the budget is smaller than that.
 //! - Removing an endpoint costs its own blocks only. Names that nobody uses any more are swept up
 //!   when they are a sixteenth of all: on average that is a few steps for each block that was
