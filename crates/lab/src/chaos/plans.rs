@@ -122,7 +122,7 @@ fn settings(rng: &mut Rng) -> Settings {
 
 /// Limits that are reached.
 fn small(rng: &mut Rng, settings: &mut Settings) {
-    settings.index_bytes_max = any(rng, &[16, 20, 28, 48, 1 << 20]) << 10;
+    settings.index_bytes_max = any(rng, &[21, 25, 33, 53, 1 << 20]) << 10;
     settings.history_blocks_per_endpoint_max = any(rng, &[0, 6, 40, 31_250]);
     settings.pending_blocks_per_endpoint_max = any(rng, &[0, 2, 9, 8_192]);
     settings.speculations_max = any(rng, &[0, 2, 8, 65_536]);
