@@ -397,7 +397,8 @@ impl Maker {
             },
             Expr::Call(call) => self.call(call),
             Expr::List(list) => Node::List(self.nodes(&list.items)),
-            Expr::Tuple(tuple) => Node::List(self.nodes(&tuple.items)),
+            // Like a list only as long as nothing is done with it.
+            Expr::Tuple(_) => Node::Unknown("a tuple"),
             Expr::Compare(_) => Node::Unknown("a chain of comparisons"),
             Expr::Map(_) => Node::Unknown("a dict"),
         }
@@ -435,7 +436,13 @@ impl Maker {
                     false => Node::Concat { parts: self.nodes(operands), are_strings },
                 }
             }
-            op => Node::Binary(op, self.pair(&binary.left, &binary.right)),
+            op => {
+                let right = match (op, &binary.right) {
+                    (BinOpKind::In, Expr::Tuple(tuple)) => Node::List(self.nodes(&tuple.items)),
+                    (_, right) => self.node(right),
+                };
+                Node::Binary(op, Box::new([self.node(&binary.left), right]))
+            }
         }
     }
 

@@ -291,7 +291,7 @@ fn rendering_is_bounded() {
 }
 
 #[test]
-fn sums_print_alike_in_parts_and_as_a_whole() {
+fn sums_print_alike_with_and_without_brackets() {
     let body = r#"{"messages": [{"role": "user", "content": "x\n"}], "tools": [1]}"#;
     let table = [
         ("'a' + messages[0].content + 'b'", Some("ax\nb")),
@@ -306,7 +306,6 @@ fn sums_print_alike_in_parts_and_as_a_whole() {
         ("'a' + messages[0].nothing.at.all", None),
     ];
     for (sum, want) in table {
-        // Nothing is rewritten inside of brackets.
         let [parts, whole] = [format!("{{{{- {sum} -}}}}"), format!("{{{{- ({sum}) -}}}}")]
             .map(|template| render(&with_template(&template), body));
         assert_eq!(parts, whole, "{sum}");

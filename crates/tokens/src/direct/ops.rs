@@ -154,6 +154,10 @@ impl<'v> Run<'v, '_> {
             _ => {}
         }
         let is_text = |value| matches!(value, Val::Text(_) | Val::Made(..));
+        let is_list = |value| matches!(value, Val::Messages(_) | Val::List(_));
+        if is_list(left) && is_list(right) && matches!(op, BinOpKind::Add) {
+            return self.list_sum(left, right);
+        }
         let (a, b) = match (left, right) {
             (Val::Int(a), Val::Int(b)) => (a, b),
             (left, right) if is_text(left) && is_text(right) => match op {
@@ -184,6 +188,21 @@ impl<'v> Run<'v, '_> {
             _ => None,
         };
         number.map(Val::Int).ok_or(Unhandled("a calculation"))
+    }
+
+    fn list_sum(&mut self, left: Val<'v>, right: Val<'v>) -> Result<Val<'v>> {
+        let had = self.scratch.stack.len();
+        for list in [left, right] {
+            for index in 0..self.len_of_list(list)? {
+                self.step()?;
+                let item = self.item(list, index);
+                self.scratch.stack.push(item);
+            }
+        }
+        match self.list_of(had)? {
+            Val::List(view) => Ok(Val::List(View { is_sequence: false, ..view })),
+            other => Ok(other),
+        }
     }
 
     fn is_equal(&self, left: Val<'v>, right: Val<'v>) -> Result<bool> {

@@ -123,7 +123,7 @@ impl Program {
 
 impl<'v> Run<'v, '_> {
     /// Charges for one operation.
-    fn step(&mut self) -> Result<()> {
+    pub(super) fn step(&mut self) -> Result<()> {
         self.steps_left = self.steps_left.checked_sub(1).ok_or(Unhandled("many steps"))?;
         Ok(())
     }

@@ -164,8 +164,8 @@ fn the_direct_form_gives_the_text_of_the_engine() {
 }
 
 const ATOMS: &str = "messages;messages[0];messages[-1].content;messages[1]['role'];nothing;none;\
-    messages[0].nothing;true;false;0;1;-3;7;'';' a b ';'é\\n';'a';'content';['a', 'b', 'a'];[1, 2];\
-    ns;ns.text;loop;loop.index0";
+    messages[0].nothing;true;false;0;1;-3;7;'';' a b ';'é\\n';'a';'content';['a', 'b', 'a'];\
+    [1, 2];('a', 1);ns;ns.text;loop;loop.index0";
 const OPERATORS: &str = "+;~;-;*;//;%;==;!=;<;>=;in;not in;and;or";
 const FILTERS: &str = "trim;length;upper;lower;string;first;last;list;reverse;tojson;join;\
     default('d');default('d', true);join('-');replace('a', 'xy');trim('a ');\
