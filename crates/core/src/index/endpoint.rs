@@ -445,11 +445,15 @@ impl Endpoint {
         self.by_tier[tier.index()] -= found.len() as u32;
         if stretch.planes & Plane::TIERS == 1 << Plane::tier(tier) {
             self.resident -= found.len();
+            let keys = tree.keys(stretch.span.run);
+            let is_hybrid = self.is_hybrid();
             for one in found {
-                let key = tree.key_of(one.place, one.name);
-                self.removals.note(key.0);
+                let key = keys.get(usize::from(one.place.at)).map_or(one.name, |key| key.0);
+                self.removals.note(key);
                 self.latest.forget(one.name);
-                self.forget_hash(key.0, one.name);
+                if is_hybrid {
+                    self.forget_hash(key, one.name);
+                }
             }
         }
         tree.unhold_found(stretch.span, stretch.set, self.hold(tier), found);

@@ -19,7 +19,7 @@ const SEGMENT_NAMES_MAX: usize = 128;
 /// Names that a full segment makes room for: what lies idle is half of it on average.
 const STEP: usize = 8;
 /// Names around the computed place that are looked at together.
-const NEAR: usize = 12;
+const NEAR: usize = 16;
 /// Names of a segment that may be gone before their room is taken back, at most.
 const GONE_MAX: usize = 1 << 14;
 /// Run of a name that is gone. Its room is taken back when there is reason to.
@@ -106,7 +106,9 @@ impl Segment {
         // Mostly it is near enough to be counted without a branch that nobody could foresee.
         let from = at.saturating_sub(NEAR / 2).min(words.len().saturating_sub(NEAR));
         if let Some(near) = words[from..].first_chunk::<NEAR>() {
-            let below: usize = near.iter().map(|near| usize::from(*near < word)).sum();
+            // Halves, so that a difference has room for its sign: what is below has it.
+            let is_below = |near: &u64| (near >> 1).wrapping_sub(word >> 1) >> 63;
+            let below = near.iter().map(is_below).sum::<u64>() as usize;
             at = from + below;
             if (below > 0 || from == 0) && (below < NEAR || at == words.len()) {
                 return at;
@@ -205,6 +207,22 @@ impl Segment {
                 kept += 1;
             }
         }
+        self.shrink(kept);
+    }
+
+    /// Takes back the room of names that are gone.
+    fn compact(&mut self) {
+        let (len, room) = (self.len as usize, self.room());
+        let (words, runs) = self.data.split_at_mut(room);
+        let kept = match self.is_wide {
+            true => keep_others(&mut words[..len], bytemuck::cast_slice_mut(runs), GONE),
+            false => keep_others(&mut words[..len], bytemuck::cast_slice_mut(runs), GONE_SHORT),
+        };
+        self.shrink(kept);
+    }
+
+    /// Its first names are those that are kept, in only the room that they need.
+    fn shrink(&mut self, kept: usize) {
         self.len = kept as u32;
         self.gone = 0;
         if self.room() >= kept + STEP {
@@ -212,6 +230,18 @@ impl Segment {
             self.resize(kept, is_wide);
         }
     }
+}
+
+/// Moves the names whose runs are not `gone` to the front; how many they are.
+fn keep_others<R: Copy + PartialEq>(words: &mut [u64], runs: &mut [R], gone: R) -> usize {
+    let mut kept = 0;
+    // Without a branch: which names are gone, nobody could foresee.
+    for at in 0..words.len() {
+        let run = runs[at];
+        (words[kept], runs[kept]) = (words[at], run);
+        kept += usize::from(run != gone);
+    }
+    kept
 }
 
 /// A name that was found: until names change.
@@ -359,7 +389,7 @@ impl Names {
             {
                 segment.insert(at, mixed, place);
             } else if segment.gone > 0 {
-                segment.retain(|_, _| true);
+                segment.compact();
                 self.heap = self.heap + segment.bytes() - before;
                 continue;
             } else {
@@ -402,7 +432,7 @@ impl Names {
         while let Some(number) = self.sparse.pop() {
             let segment = &mut self.segments[number as usize];
             let before = segment.bytes();
-            segment.retain(|_, _| true);
+            segment.compact();
             self.heap = self.heap + segment.bytes() - before;
         }
     }
