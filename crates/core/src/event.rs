@@ -143,6 +143,16 @@ impl Tokens {
         }
     }
 
+    /// Whether there are as many hashes as blocks, where they are hashed.
+    pub(crate) fn fit(&self, block_size: u32) -> bool {
+        match self {
+            Tokens::Ids(_) => true,
+            Tokens::Hashed { blocks, count } => {
+                blocks.len() == count.div_ceil(block_size.max(1)) as usize
+            }
+        }
+    }
+
     /// Bytes on the heap.
     pub fn heap_bytes(&self) -> usize {
         match self {

@@ -155,7 +155,7 @@ pub struct Index {
     evicted: Evicted,
     /// Endpoints with several KV cache groups.
     hybrids: usize,
-    /// Blocks that fit into the budget for certain.
+    /// Blocks that fit into the budget, as was found not long ago.
     room_left: usize,
     /// Of the endpoints, by slot; 0 where there is none.
     generations: Vec<u32>,
@@ -181,6 +181,9 @@ impl Scratch {
             + self.found.capacity() * size_of::<Found>()
     }
 }
+
+/// What an endpoint grows by when it changes is more than this only for a reason.
+const GROWTH_BYTES_SMALL: usize = 4096;
 
 impl Index {
     /// An index that knows nothing.
@@ -277,7 +280,12 @@ impl Index {
         let endpoint = self.slots[usize::from(slot)].as_mut().expect("callers checked the slot");
         let (before, hybrid_before) = (endpoint.bytes(), endpoint.is_hybrid());
         let result = change(endpoint, &mut self.tree);
-        self.endpoint_bytes = self.endpoint_bytes + endpoint.bytes() - before;
+        let after = endpoint.bytes();
+        if after > before + GROWTH_BYTES_SMALL {
+            // A table was made of much that was there: others may have to go.
+            self.room_left = 0;
+        }
+        self.endpoint_bytes = self.endpoint_bytes + after - before;
         self.hybrids =
             self.hybrids + usize::from(endpoint.is_hybrid()) - usize::from(hybrid_before);
         result

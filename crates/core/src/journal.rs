@@ -6,8 +6,9 @@
 //! [`Recorder`] and writes what it hears, one [`Entry`] after the other; [`Brain::apply`] carries
 //! a recorded [`Call`] out. Where entries are kept, and how they are written, is the host's own.
 //!
-//! A recording holds no prompt text, but the token ids of stored blocks and the names of models,
-//! adapters and requests: as confidential as the prompts themselves.
+//! A recording holds no prompt text, but hashes of stored blocks (of few tokens, where blocks are
+//! small, so that they can be guessed) and the names of models, adapters and requests: as
+//! confidential as the prompts themselves.
 
 pub(crate) mod exact;
 pub(crate) mod packed;

@@ -193,8 +193,8 @@ pub struct Serve {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 
-    /// Record all that decides to a new file, to be replayed later. It holds token ids of prompts:
-    /// keep it as you keep prompts.
+    /// Record all that decides to a new file, to be replayed later. It holds hashes of prompts'
+    /// blocks, which can be guessed where blocks are small: keep it as you keep prompts.
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
 }

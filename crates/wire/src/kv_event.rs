@@ -536,7 +536,8 @@ fn owned_text(text: &[u8], at: usize) -> Result<String, EventFault> {
 /// Appends `batch` in the map form of vLLM 0.32, byte for byte as its msgspec classes write it:
 /// the fields through `lora_name` always, later ones only when set, `extra_keys` with one entry
 /// per block for blocks with content. `lora_id`, `locality`, `ownership`, `session_id` and the
-/// offsets of multimodal items are not part of [`EventBatch`]: nil, absent and 0.
+/// offsets of multimodal items are not part of [`EventBatch`]: nil, absent and 0. Tokens that were
+/// hashed cannot be written: of such an event only the names are left.
 pub fn encode_batch(batch: &EventBatch, out: &mut Vec<u8>) {
     msgpack::write_array(out, 3);
     msgpack::write_f64(out, batch.timestamp_s);

@@ -31,7 +31,7 @@ impl Index {
     ) -> bool {
         let count = event.hashes.len();
         let is_whole = event.tokens.len() == count * event.block_size as usize;
-        if event.parent.is_none() || !self.has_room_left(count) {
+        if event.parent.is_none() || !self.has_room_left(count + 1) {
             return false;
         }
         let Index { slots, tree, scratch, .. } = self;
@@ -39,6 +39,7 @@ impl Index {
         let is_plain = is_whole
             && event.block_size == endpoint.block_size
             && event.extras.is_empty()
+            && event.tokens.fit(event.block_size)
             && (1..=usize::from(RUN_BLOCKS_MAX)).contains(&count)
             && endpoint.is_plain();
         let Some(parent) = event.parent.filter(|_| is_plain) else { return false };
@@ -64,6 +65,7 @@ impl Index {
         self.endpoint_bytes = self.endpoint_bytes + endpoint.runs_bytes() - before;
         let last = Place { run: place.run, at: (usize::from(place.at) + count) as u8 };
         endpoint.latest.put(blocks.names[count - 1].0, last);
+        tree.sets.tidy();
         applied.stored += count as u64;
         if planes & 1 << Plane::SPECULATIVE != 0 {
             self.confirm(slot);
@@ -132,7 +134,7 @@ impl Tree {
         }
         let is_same = match self.naming() {
             // Equal keys at one place are equal before it, and here they are the names.
-            Naming::Native => is_named && is_called(last),
+            Naming::Native => is_named && is_called(last) && is_called(0),
             Naming::Portable => {
                 self.runs.keys(span.run)[usize::from(span.to) - 1] == blocks.keys[last]
                     && match is_named {

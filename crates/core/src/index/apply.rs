@@ -163,7 +163,7 @@ impl Index {
         let (hashes, tokens) = (event.hashes.len(), event.tokens.len());
         let size = event.block_size as usize;
         let extras_fit = event.extras.is_empty() || event.extras.len() == hashes;
-        if size == 0 || !extras_fit {
+        if size == 0 || !extras_fit || !event.tokens.fit(event.block_size) {
             applied.skip(SkipReason::Malformed, hashes);
             return None;
         }
@@ -241,7 +241,7 @@ impl Index {
         // What had to go may have been the parent.
         let is_same = self.evicted == before;
         let parent = if is_same { Some(parent) } else { self.parent(slot, event) };
-        let Some((after, parent)) = parent.filter(|_| has_room) else {
+        let Some((mut after, parent)) = parent.filter(|_| has_room) else {
             applied.skip(SkipReason::OverBudget, blocks - gone.len());
             return false;
         };
@@ -253,7 +253,11 @@ impl Index {
             scratch.keys.extend(scratch.names.iter().map(|&name| BlockKey(name)));
         } else {
             keys_of(parent, event, &mut scratch.keys);
-            self.compare(slot, &scratch.keys, &scratch.names);
+            if self.compare(slot, &scratch.keys, &scratch.names) {
+                // With what was forgotten the parent may be gone, and its run.
+                let parent = event.parent.filter(|_| after.is_some());
+                after = parent.and_then(|parent| self.place_of(slot, parent)).map(|at| at.0);
+            }
         }
         let keys: &[BlockKey] = &scratch.keys;
         let hold = Hold { slot, plane: Plane::tier(event.tier) };
@@ -293,12 +297,12 @@ impl Index {
         takes
     }
 
-    /// Learns whether an endpoint's names are keys.
-    fn compare(&mut self, slot: u16, keys: &[BlockKey], names: &[u64]) {
+    /// Learns whether an endpoint's names are keys; whether it turned out that they are not.
+    fn compare(&mut self, slot: u16, keys: &[BlockKey], names: &[u64]) -> bool {
         let equal = keys.iter().zip(names).all(|(key, &name)| key.0 == name);
         match self.tree.naming() {
             Naming::Portable if equal && self.tree.names.len() == 0 => self.tree.go_native(),
-            Naming::Portable => return,
+            Naming::Portable => return false,
             Naming::Native => {}
         }
         self.change(slot, |endpoint, tree| {
@@ -312,6 +316,7 @@ impl Index {
                 endpoint.own_names(tree, &[]);
             }
         });
+        !equal
     }
 
     /// Places the events that waited for one of the blocks, and those that waited for them;

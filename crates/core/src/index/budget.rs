@@ -37,6 +37,9 @@ const EVICT_PART: usize = 16;
 /// More than a block can allocate in every list that there is.
 const BLOCK_BYTES_MAX: usize = 1024;
 
+/// Blocks that are let in before somebody looks again: what few things grow unasked for stays small.
+const ROOM_LEFT_MAX: usize = 4096;
+
 impl Index {
     /// Makes sure that so many more blocks of an endpoint, and `extra` bytes, can be added within
     /// the budget; whether that is so. Counts memory that growing tables need for a moment.
@@ -56,7 +59,7 @@ impl Index {
         if bytes + much <= self.limits.bytes_max {
             // It is for the next ones, too, when there is room for all to grow twice.
             let far = self.limits.bytes_max.saturating_sub(bytes * 9 / 4 + much + (64 << 10));
-            self.room_left = far / (BLOCK_BYTES_MAX * 9 / 4);
+            self.room_left = (far / (BLOCK_BYTES_MAX * 9 / 4)).min(ROOM_LEFT_MAX);
             return true;
         }
         let mut is_trimmed = true;

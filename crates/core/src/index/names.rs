@@ -13,7 +13,7 @@ use crate::event::EngineHash;
 /// First bits that choose a segment, at least: as many as a word has no room for.
 const BITS_MIN: u32 = 8;
 /// And at most, so that names which are no hashes cannot make the directory grow without end.
-const BITS_MAX: u32 = 26;
+const BITS_MAX: u32 = 22;
 /// Names of a segment before it splits, if its names can be told apart by their bits.
 const SEGMENT_NAMES_MAX: usize = 128;
 /// Names that a full segment makes room for: what lies idle is half of it on average.

@@ -162,3 +162,25 @@ fn a_block_takes_few_bytes() {
         assert!(bytes < most, "{blocks} blocks on {pods} endpoints: {bytes:.1} bytes per block");
     }
 }
+
+#[test]
+fn endpoints_that_turn_to_names_of_their_own_do_not_exceed_the_budget_for_long() {
+    let limits = IndexLimits { bytes_max: 400 << 10, ..ROOMY };
+    let mut index = index_of(limits, 16);
+    let tokens = prompt(1, 1024);
+    for slot in 0..16 {
+        assert_eq!(store(&mut index, slot, &tokens, 0).stored, 1024);
+    }
+    for slot in 0..16 {
+        // A name of the shared prompt for another block.
+        let other = prompt(2 + u32::from(slot), 1);
+        let event = BlockStored { hashes: hashes(&tokens)[..1].into(), ..stored(&other, 0) };
+        index.apply(id(slot), &KvEvent::Stored(event));
+        let next = prompt(100 + u32::from(slot), 1);
+        store(&mut index, slot, &next, 0);
+        let usage = index.usage();
+        assert!(usage.bytes <= usage.bytes_max, "after slot {slot}: {usage:?}");
+    }
+    assert!(index.usage().evicted.resident > 0, "it was filled");
+    index.check();
+}

@@ -1,7 +1,7 @@
 //! What each kind of event means.
 
 use super::*;
-use crate::event::Extra;
+use crate::event::{Extra, Tokens};
 
 #[test]
 fn a_block_stays_until_its_last_copy_is_removed() {
@@ -416,4 +416,50 @@ fn groups_are_learned_again_after_a_reset() {
     index.clear_resident(id(0));
     assert_eq!(index.apply(id(0), &changed).stored, 3);
     assert_eq!(resident(&index, 0, &tokens), 3, "one group now");
+}
+
+#[test]
+fn an_engine_whose_names_cease_to_be_keys_loses_what_it_told_and_nothing_else() {
+    let mut index = index_of(ROOMY, 1);
+    let tokens = prompt(1, 90);
+    let named_by_keys = |from: usize, to: usize| {
+        let until = &tokens[..to * SIZE as usize];
+        let keys: Vec<EngineHash> =
+            chain_of(until).keys.iter().map(|key| EngineHash(key.0)).collect();
+        let parent = from.checked_sub(1).map(|parent| keys[parent]);
+        BlockStored { hashes: keys[from..].into(), parent, ..stored(until, from) }
+    };
+    index.apply(id(0), &KvEvent::Stored(named_by_keys(0, 64)));
+    assert_eq!(index.usage().naming, Naming::Native);
+    for at in 64..88 {
+        let mut event = named_by_keys(at, at + 1);
+        // The event whose names are compared again is among these.
+        if at >= 72 {
+            event.hashes[0] = EngineHash(at as u64);
+            event.parent = event.parent.filter(|_| at == 72).or(Some(EngineHash(at as u64 - 1)));
+        }
+        index.apply(id(0), &KvEvent::Stored(event));
+        index.check();
+    }
+    assert!(index.endpoint_usage(id(0)).own_names);
+    assert_eq!(resident(&index, 0, &tokens), 0, "what was taken for keys may have been others'");
+}
+
+#[test]
+fn fewer_hashes_of_blocks_than_tokens_are_malformed() {
+    let mut index = index_of(ROOMY, 1);
+    let tokens = prompt(1, 4);
+    store(&mut index, 0, &tokens[..2 * SIZE as usize], 0);
+    let count = 2 * SIZE;
+    for hashed in [0, 1, 3] {
+        let blocks = (0..hashed).collect();
+        let event = BlockStored { tokens: Tokens::Hashed { blocks, count }, ..stored(&tokens, 2) };
+        let applied = index.apply(id(0), &KvEvent::Stored(event));
+        assert_eq!(applied.skipped_for(SkipReason::Malformed), 2, "{hashed} hashes");
+        index.check();
+    }
+    let mut event = stored(&tokens, 2);
+    event.hash_tokens();
+    assert_eq!(index.apply(id(0), &KvEvent::Stored(event)).stored, 2);
+    assert_eq!(resident(&index, 0, &tokens), 4);
 }
