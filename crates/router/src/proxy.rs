@@ -68,7 +68,7 @@ where
     let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
     let patience = ms(shared.settings.client_header_timeout_ms.max(1));
     let mut look_due = pin!(tokio::time::sleep(patience));
-    let mut asked_before = 0;
+    let mut looks = Looks::default();
     let mut is_watched = true;
     loop {
         let draining = *phase.borrow_and_update();
@@ -85,14 +85,50 @@ where
             // one that is idle, and a timer of hyper's would be set again for each request.
             () = look_due.as_mut(), if is_watched => {
                 let asked = presence.requests.load(Ordering::Relaxed);
-                if asked == asked_before && !presence.is_busy() {
-                    return Ok(());
+                match looks.next(asked, presence.is_busy()) {
+                    Look::Stay => {}
+                    // What was answered may still be on its way.
+                    Look::End => connection.as_mut().graceful_shutdown(),
+                    Look::Cut => return Ok(()),
                 }
-                asked_before = asked;
                 // HTTP/2 asks its clients whether they are there.
                 is_watched = !presence.is_http2.load(Ordering::Relaxed);
                 look_due.as_mut().reset(Instant::now() + CLIENT_IDLE.max(patience));
             }
+        }
+    }
+}
+
+/// What a look at a connection now and then finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    Stay,
+    /// It has been idle since the last look.
+    End,
+    /// It never asked anything, or would not end.
+    Cut,
+}
+
+#[derive(Default)]
+struct Looks {
+    /// Requests at the last look, if none was being answered.
+    idle_at: Option<u64>,
+    last: u32,
+}
+
+impl Looks {
+    fn next(&mut self, asked: u64, is_busy: bool) -> Look {
+        let idle_at = (!is_busy).then_some(asked);
+        let was_idle = idle_at.is_some() && idle_at == self.idle_at;
+        self.idle_at = idle_at;
+        match self.last {
+            _ if asked == 0 => Look::Cut,
+            1.. if was_idle => Look::Cut,
+            _ if was_idle => {
+                self.last += 1;
+                Look::End
+            }
+            _ => Look::Stay,
         }
     }
 }
@@ -139,4 +175,23 @@ fn server(settings: &Settings) -> auto::Builder<TokioExecutor> {
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
     server
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_connection_that_was_idle_for_a_whole_look_ends() {
+        let ask = |looks: &mut Looks, steps: &[(u64, bool)]| -> Vec<Look> {
+            steps.iter().map(|&(asked, is_busy)| looks.next(asked, is_busy)).collect()
+        };
+        use Look::{Cut, End, Stay};
+        assert_eq!(ask(&mut Looks::default(), &[(0, false)]), [Cut], "it never asked");
+        // The long answer ended just before the second look.
+        let steps = [(1, true), (1, false), (1, false), (1, false)];
+        assert_eq!(ask(&mut Looks::default(), &steps), [Stay, Stay, End, Cut]);
+        let steps = [(1, false), (2, false), (2, true), (2, false), (3, false), (3, false)];
+        assert_eq!(ask(&mut Looks::default(), &steps), [Stay, Stay, Stay, Stay, Stay, End]);
+    }
 }

@@ -9,7 +9,9 @@
 //! does not handle, an error, a limit that is hit, all end the run with [`Unhandled`], and the
 //! template engine renders the conversation from the start. So the engine stays the reference, and
 //! gives all errors. When a template is loaded, both render a few conversations; a form that
-//! differs in a byte is not used.
+//! differs in a byte is not used. Where the engine does not do as Python's Jinja does, this form
+//! does: `get` of a key that is missing gives its default even if that is undefined, and a macro
+//! may set a variable from the template's own of the same name.
 
 mod keywords;
 mod ops;

@@ -37,7 +37,7 @@ const EVICT_PART: usize = 16;
 /// More than a block can allocate in every list that there is.
 const BLOCK_BYTES_MAX: usize = 1024;
 
-/// Blocks that are let in before somebody looks again: what few things grow unasked for stays small.
+/// Blocks that are let in before somebody looks again: what grows unasked for stays small.
 const ROOM_LEFT_MAX: usize = 4096;
 
 impl Index {

@@ -353,8 +353,8 @@ impl Runs {
         self.scratch = made;
     }
 
-    /// Drops the last blocks of a run if all of them and the one before are held by the same; whether
-    /// they are.
+    /// Drops the last blocks of a run if all of them and the one before are held by the same;
+    /// whether they are.
     pub fn shorten(&mut self, span: Span) -> bool {
         let run = &mut self.runs[span.run as usize];
         if span.to != run.len || span.from == 0 {

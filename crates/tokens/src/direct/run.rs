@@ -18,6 +18,8 @@ use crate::template::RenderOptions;
 const TEXT_BYTES_MAX: usize = 16 << 20;
 /// Most items of lists that a template makes, and most of other things that it keeps.
 const ITEMS_MAX: usize = 1 << 18;
+/// Attributes of namespaces at one time: they are looked through one by one.
+const FIELDS_MAX: usize = 256;
 /// Most macros that call each other.
 const MACRO_DEPTH_MAX: usize = 8;
 
@@ -265,7 +267,7 @@ impl<'v> Run<'v, '_> {
 
     fn set_field(&mut self, space: u32, name: Name, value: Val<'v>) -> Result<()> {
         let fields = &mut self.scratch.fields;
-        let is_full = fields.len() >= ITEMS_MAX;
+        let is_full = fields.len() >= FIELDS_MAX;
         match fields.iter_mut().rev().find(|field| (field.0, field.1) == (space, name)) {
             Some(field) => field.2 = value,
             None if is_full => return unhandled("many attributes"),

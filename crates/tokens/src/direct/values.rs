@@ -49,7 +49,8 @@ impl View {
 
     /// The place of an item.
     pub(super) fn at(self, index: u32) -> Option<u32> {
-        let offset = if self.is_reversed { self.len.checked_sub(index + 1)? } else { index };
+        let offset =
+            if self.is_reversed { self.len.checked_sub(index)?.checked_sub(1)? } else { index };
         (index < self.len).then(|| self.first + offset)
     }
 
