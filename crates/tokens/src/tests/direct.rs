@@ -173,7 +173,7 @@ const FILTERS: &str = "trim;length;upper;lower;string;first;last;list;reverse;to
 const METHODS: &str = "startswith('a');endswith('\\n');strip();lstrip('a');rstrip();split('a');\
     split(' ', 1);replace('a', '');upper();lower();removeprefix(' ');removesuffix(' ');\
     get('role');get('x', 1)";
-const PLACES: &str = "0;1;-1;5;'role';'a';1:;:1;::-1;-2:;:-1;1:3;2:1;-9:9;::1;::2";
+const PLACES: &str = "0;1;-1;5;4294967295;'role';'a';1:;:1;::-1;-2:;:-1;1:3;2:1;-9:9;::1;::2";
 const TESTS: &str = "defined;undefined;none;string;number;integer;boolean;mapping;iterable;\
     sequence;true;false;eq 'a';in 'abc';odd;even;divisibleby 3;not none";
 
