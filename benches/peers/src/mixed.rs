@@ -260,7 +260,7 @@ pub fn run(options: &Options) -> Result<()> {
     println!(
         "\nWritten: 200 prompts of 112 blocks come and go, 50 at a time, {EVENT_BLOCKS} blocks an \
          event. Behind a lock: parking_lot's RwLock, held for one event; both spin for it, and the \
-         writer lets a reader that waits go first. kvroute's writer hashes tokens, too."
+         writer lets a reader that waits go first."
     );
     Ok(())
 }
