@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use kvroute_core::EndpointId;
 use kvroute_core::fleet::Name;
 use kvroute_core::settings::ms;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::error::{RouteError, failure_label};
@@ -186,8 +187,12 @@ async fn attempt(
     let sent = match &mut outgoing.payload {
         Payload::Whole(bytes) => within(limit, connection.send(&head, bytes, limit).await)?,
         Payload::Renamed([before, name, after]) => {
+            let begun = Instant::now();
             match within(limit, connection.send(&head, before, limit).await)? {
-                Ok(()) => within(limit, connection.send(name, after, limit).await)?,
+                Ok(()) => {
+                    let left = limit.saturating_sub(begun.elapsed());
+                    within(limit, connection.send(name, after, left).await)?
+                }
                 broken => broken,
             }
         }
