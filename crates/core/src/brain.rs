@@ -501,7 +501,7 @@ impl Brain {
         let order = stream.on(now, input, &mut |effect| match effect {
             StreamEffect::Apply(batch) => {
                 reset.applies(batch);
-                index.expect(batch.events.iter().take(SLICE_BLOCKS_MAX));
+                index.prefetch(batch.events.iter().take(SLICE_BLOCKS_MAX));
                 waiting.apply(batch, &mut room, |event| index.apply_to(id, event, applied));
             }
             StreamEffect::Reset => {

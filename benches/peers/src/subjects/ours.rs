@@ -73,7 +73,7 @@ impl Subject for Ours {
     }
 
     fn apply_message(&mut self, events: &mut Vec<(EndpointId, KvEvent)>) {
-        self.index.expect(events.iter().map(|(_, event)| event));
+        self.index.prefetch(events.iter().map(|(_, event)| event));
         events.iter().for_each(|(id, event)| self.index.apply_to(*id, event, &mut self.applied));
         events.clear();
     }

@@ -107,7 +107,7 @@ impl Brain {
         let entry = self.streams.get_mut(usize::from(id.slot)).and_then(Option::as_mut);
         let Some(entry) = entry.filter(|entry| entry.generation == id.generation) else { return };
         let (index, applied) = (&mut self.index, &mut entry.applied);
-        index.expect(entry.waiting.0.iter().take(SLICE_BLOCKS_MAX));
+        index.prefetch(entry.waiting.0.iter().take(SLICE_BLOCKS_MAX));
         entry.waiting.take(room, |event| index.apply_to(id, event, applied));
         if self.fleet.on_block_size(id, self.index.block_size(id)) {
             self.collect_specs();

@@ -76,9 +76,7 @@ impl Index {
         }
         true
     }
-}
 
-impl Index {
     /// Removes blocks of an endpoint of which nothing else must be looked at; whether that is so.
     pub(super) fn remove_along(
         &mut self,
@@ -123,6 +121,7 @@ impl Tree {
         }
     }
 
+    /// Holds blocks that are there, if all of it is as [`Tree::go_on`] says.
     fn join(&mut self, span: Span, blocks: &Blocks<'_>) -> Option<u8> {
         let (last, hold) = (blocks.keys.len() - 1, blocks.hold);
         let is_called = |at: usize| self.names.get(blocks.names[at].0) == Some(span.place(at));

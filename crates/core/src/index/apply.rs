@@ -15,7 +15,7 @@ use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent, To
 /// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
 pub(super) const COMPARED_MIN: u32 = 64;
 /// Names that are looked for in advance: more would drive one another out of the nearest caches.
-const EXPECTED_MAX: usize = 512;
+const PREFETCHED_MAX: usize = 512;
 /// From then on the names of one event of so many are compared.
 pub(super) const COMPARED_EVERY: u32 = 16;
 
@@ -50,8 +50,8 @@ impl Index {
 
     /// Gets what these events will need from memory, all at once, so that applying them does not
     /// wait for it one after the other.
-    pub fn expect<'a>(&self, events: impl Iterator<Item = &'a KvEvent>) {
-        let mut left = EXPECTED_MAX;
+    pub fn prefetch<'a>(&self, events: impl Iterator<Item = &'a KvEvent>) {
+        let mut left = PREFETCHED_MAX;
         for event in events {
             let names = match event {
                 KvEvent::Stored(stored) => &stored.hashes[..],
@@ -62,7 +62,7 @@ impl Index {
                 return;
             }
             left -= names.len();
-            self.tree.names.warm(names);
+            self.tree.names.prefetch(names);
         }
     }
 

@@ -338,7 +338,7 @@ impl Names {
 
     /// Reads from where each of these names must be. What names are found one after the other waits
     /// for memory each time; this waits for all of them at once.
-    pub fn warm(&self, names: &[EngineHash]) {
+    pub fn prefetch(&self, names: &[EngineHash]) {
         let mut read = 0;
         for name in names {
             let mixed = mix(name.0);

@@ -244,3 +244,21 @@ fn expressions_mean_what_they_mean_to_the_engine() {
     println!("{alike} alike, {left} left to the engine");
     assert!(alike > 150, "{alike} of {rounds} were compared");
 }
+
+#[test]
+fn a_namespace_for_each_of_many_messages_is_left_to_the_engine() {
+    let source = "{% for m in messages %}{% set ns = namespace(x=m.content) %}{{ ns.x }}\
+                  {% endfor %}";
+    let templates = templates_of(source, 1_000_000);
+    let (mut direct, mut engine, mut scratch) = (String::new(), String::new(), Scratch::default());
+    for (messages, is_direct) in [(100, true), (1000, false)] {
+        let message = r#"{"role":"user","content":"a"}"#;
+        let json = format!(r#"{{"messages":[{}]}}"#, vec![message; messages].join(","));
+        let body = request::parse(Api::ChatCompletions, json.as_bytes()).unwrap();
+        let Prompt::Chat(chat) = &body.prompt else { panic!("no conversation") };
+        assert_eq!(templates.render_by_jinja(chat, &mut engine), Ok(()));
+        let rendered = templates.render_direct(chat, &mut direct, &mut scratch);
+        assert_eq!(rendered.is_ok(), is_direct, "{messages} messages: {rendered:?}");
+        assert!(!is_direct || direct == engine, "{direct}");
+    }
+}
