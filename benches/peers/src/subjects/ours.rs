@@ -73,8 +73,13 @@ impl Subject for Ours {
     }
 
     fn apply_message(&mut self, events: &mut Vec<(EndpointId, KvEvent)>) {
-        self.index.prefetch(events.iter().map(|(_, event)| event));
-        events.iter().for_each(|(id, event)| self.index.apply_to(*id, event, &mut self.applied));
+        let mut rest = &events[..];
+        while !rest.is_empty() {
+            let soon = self.index.prefetch(rest.iter().map(|(_, event)| event));
+            let (now, later) = rest.split_at(soon);
+            now.iter().for_each(|(id, event)| self.index.apply_to(*id, event, &mut self.applied));
+            rest = later;
+        }
         events.clear();
     }
 

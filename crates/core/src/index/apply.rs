@@ -15,7 +15,9 @@ use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent, To
 /// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
 pub(super) const COMPARED_MIN: u32 = 64;
 /// Names that are looked for in advance: more would drive one another out of the nearest caches.
-const PREFETCHED_MAX: usize = 512;
+const PREFETCHED_MAX: usize = 256;
+/// Smaller tables of names stay in caches.
+const PREFETCHED_FROM_BYTES: usize = 1 << 20;
 /// From then on the names of one event of so many are compared.
 pub(super) const COMPARED_EVERY: u32 = 16;
 
@@ -48,22 +50,28 @@ impl Index {
         }
     }
 
-    /// Gets what these events will need from memory, all at once, so that applying them does not
-    /// wait for it one after the other.
-    pub fn prefetch<'a>(&self, events: impl Iterator<Item = &'a KvEvent>) {
-        let mut left = PREFETCHED_MAX;
+    /// Gets what the first of these events will need from memory, all at once, so that applying
+    /// them does not wait for it one after the other; how many events these are, one at least.
+    pub fn prefetch<'a>(&self, events: impl Iterator<Item = &'a KvEvent>) -> usize {
+        if self.tree.names.bytes() < PREFETCHED_FROM_BYTES {
+            return events.count().max(1);
+        }
+        let (mut left, mut count) = (PREFETCHED_MAX, 0);
         for event in events {
             let names = match event {
                 KvEvent::Stored(stored) => &stored.hashes[..],
                 KvEvent::Removed(removed) => &removed.hashes[..],
                 KvEvent::Cleared => &[],
             };
-            if names.len() > left {
-                return;
+            if names.len() > left && count > 0 {
+                return count;
             }
+            let names = &names[..names.len().min(left)];
             left -= names.len();
             self.tree.names.prefetch(names);
+            count += 1;
         }
+        count.max(1)
     }
 
     fn stored(&mut self, slot: u16, event: &BlockStored, applied: &mut Applied) {

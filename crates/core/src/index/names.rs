@@ -103,12 +103,14 @@ impl Segment {
     fn lower_bound(&self, mixed: u64) -> usize {
         let (words, word) = (self.words(), mixed << 8);
         let mut at = self.guess(mixed);
-        // Mostly it is near enough to be counted without a branch that nobody could foresee.
+        // Mostly it is near enough to be found by halves, without a branch nobody could foresee.
         let from = at.saturating_sub(NEAR / 2).min(words.len().saturating_sub(NEAR));
         if let Some(near) = words[from..].first_chunk::<NEAR>() {
-            // Halves, so that a difference has room for its sign: what is below has it.
-            let is_below = |near: &u64| (near >> 1).wrapping_sub(word >> 1) >> 63;
-            let below = near.iter().map(is_below).sum::<u64>() as usize;
+            let mut below = 0;
+            for half in [8, 4, 2, 1] {
+                below += half * usize::from(near[(below + half - 1) % NEAR] < word);
+            }
+            below += usize::from(near[below % NEAR] < word);
             at = from + below;
             if (below > 0 || from == 0) && (below < NEAR || at == words.len()) {
                 return at;
@@ -346,7 +348,8 @@ impl Names {
             let segment = &self.segments[number as usize];
             let at = segment.guess(mixed);
             let run = segment.room() + at / if segment.is_wide { 2 } else { 4 };
-            read ^= segment.data.get(at).copied().unwrap_or(0);
+            read ^= segment.data.get(at.saturating_sub(NEAR / 2)).copied().unwrap_or(0);
+            read ^= segment.data.get(at + NEAR / 2 - 1).copied().unwrap_or(0);
             read ^= segment.data.get(run).copied().unwrap_or(0);
         }
         std::hint::black_box(read);
