@@ -1,250 +1,20 @@
 //! Which block does a name mean? Eight bytes a name, and two or four for the run it lies in.
 //!
-//! Names are hashes: a mixed name's first bits choose a segment (extendible hashing: a full segment
-//! splits alone, so nothing is ever rebuilt as a whole), inside of which names are sorted, without
-//! gaps. Of even numbers in order, where one must be can be computed to within a few places. The
-//! segment implies at least the first eight bits, whose room in a word the place in the run takes.
+//! Names are hashes: a mixed name's last bits choose a segment by linear hashing (Litwin, 1980: the
+//! table grows by one segment at a time, which takes its names from one other), inside of which it
+//! is found by its first bits. A segment's number implies at least the last eight bits, whose room in a
+//! word the place in the run takes.
 
-use std::ops::Range;
+mod segment;
 
 use super::runs::Place;
 use crate::event::EngineHash;
+use segment::{STEP, Segment};
 
-/// First bits that choose a segment, at least: as many as a word has no room for.
-const BITS_MIN: u32 = 8;
-/// And at most, so that names which are no hashes cannot make the directory grow without end.
-const BITS_MAX: u32 = 22;
-/// Names of a segment before it splits, if its names can be told apart by their bits.
-const SEGMENT_NAMES_MAX: usize = 128;
-/// Names that a full segment makes room for: what lies idle is half of it on average.
-const STEP: usize = 8;
-/// Names around the computed place that are looked at together.
-const NEAR: usize = 16;
-/// Names of a segment that may be gone before their room is taken back, at most.
-const GONE_MAX: usize = 1 << 14;
-/// Run of a name that is gone. Its room is taken back when there is reason to.
-const GONE: u32 = u32::MAX;
-const GONE_SHORT: u16 = u16::MAX;
-
-/// Names in order, then the runs they lie in: two bytes each where that is enough, or four.
-#[derive(Debug)]
-struct Segment {
-    /// For each name a word: the mixed name without its first byte, then the place in the run.
-    data: Box<[u64]>,
-    len: u32,
-    gone: u16,
-    /// First bits that all its names share.
-    bits: u8,
-    is_wide: bool,
-}
-
-/// Words that so many names take.
-const fn words_for(names: usize, is_wide: bool) -> usize {
-    names + names / if is_wide { 2 } else { 4 }
-}
-
-impl Segment {
-    fn new(bits: u32) -> Segment {
-        Segment { data: Box::default(), len: 0, gone: 0, bits: bits as u8, is_wide: false }
-    }
-
-    fn bytes(&self) -> usize {
-        self.data.len() * size_of::<u64>()
-    }
-
-    #[inline]
-    fn room(&self) -> usize {
-        if self.is_wide { self.data.len() / 3 * 2 } else { self.data.len() / 5 * 4 }
-    }
-
-    #[inline]
-    fn words(&self) -> &[u64] {
-        &self.data[..self.len as usize]
-    }
-
-    #[inline]
-    fn run(&self, at: usize) -> u32 {
-        let runs = &self.data[self.room()..];
-        if self.is_wide {
-            return bytemuck::cast_slice::<u64, u32>(runs)[at];
-        }
-        match bytemuck::cast_slice::<u64, u16>(runs)[at] {
-            GONE_SHORT => GONE,
-            run => u32::from(run),
-        }
-    }
-
-    fn set_run(&mut self, at: usize, run: u32) {
-        let room = self.room();
-        let runs = &mut self.data[room..];
-        match self.is_wide {
-            true => bytemuck::cast_slice_mut::<u64, u32>(runs)[at] = run,
-            false => {
-                let short = if run == GONE { GONE_SHORT } else { run as u16 };
-                bytemuck::cast_slice_mut::<u64, u16>(runs)[at] = short;
-            }
-        }
-    }
-
-    fn fits(&self, run: u32) -> bool {
-        self.is_wide || run < u32::from(GONE_SHORT) || run == GONE
-    }
-
-    /// Where a mixed name is, give or take a few.
-    #[inline]
-    fn guess(&self, mixed: u64) -> usize {
-        // The bits after those that all share say which part of the names comes before.
-        let fraction = (mixed << self.bits) >> 32;
-        ((fraction * u64::from(self.len)) >> 32) as usize
-    }
-
-    /// The first place whose word is not below that of a mixed name.
-    #[inline]
-    fn lower_bound(&self, mixed: u64) -> usize {
-        let (words, word) = (self.words(), mixed << 8);
-        let mut at = self.guess(mixed);
-        // Mostly it is near enough to be found by halves, without a branch nobody could foresee.
-        let from = at.saturating_sub(NEAR / 2).min(words.len().saturating_sub(NEAR));
-        if let Some(near) = words[from..].first_chunk::<NEAR>() {
-            let mut below = 0;
-            for half in [8, 4, 2, 1] {
-                below += half * usize::from(near[(below + half - 1) % NEAR] < word);
-            }
-            below += usize::from(near[below % NEAR] < word);
-            at = from + below;
-            if (below > 0 || from == 0) && (below < NEAR || at == words.len()) {
-                return at;
-            }
-        }
-        while at < words.len() && words[at] < word {
-            at += 1;
-        }
-        while at > 0 && words[at - 1] >= word {
-            at -= 1;
-        }
-        at
-    }
-
-    #[inline]
-    fn place(&self, at: usize) -> Option<Place> {
-        let run = self.run(at);
-        (run != GONE).then(|| Place { run, at: self.data[at] as u8 })
-    }
-
-    #[inline]
-    fn is(&self, at: usize, mixed: u64) -> bool {
-        self.words().get(at).is_some_and(|word| (word ^ (mixed << 8)) >> 8 == 0)
-    }
-
-    fn set(&mut self, at: usize, mixed: u64, place: Place) {
-        if !self.fits(place.run) {
-            self.resize(self.room(), true);
-        }
-        self.data[at] = mixed << 8 | u64::from(place.at);
-        self.set_run(at, place.run);
-    }
-
-    fn insert(&mut self, at: usize, mixed: u64, place: Place) {
-        let len = self.len as usize;
-        if len == self.room() || !self.fits(place.run) {
-            self.resize(len + STEP, !self.fits(place.run) || self.is_wide);
-        }
-        let room = self.room();
-        let (words, runs) = self.data.split_at_mut(room);
-        words.copy_within(at..len, at + 1);
-        match self.is_wide {
-            true => bytemuck::cast_slice_mut::<u64, u32>(runs).copy_within(at..len, at + 1),
-            false => bytemuck::cast_slice_mut::<u64, u16>(runs).copy_within(at..len, at + 1),
-        }
-        self.len += 1;
-        self.set(at, mixed, place);
-    }
-
-    /// Some of its names, of which none is gone, in no more room than they need.
-    fn part(&self, names: Range<usize>) -> Segment {
-        let (len, from) = (names.len(), self.room());
-        let room = len.next_multiple_of(STEP);
-        let mut data = vec![0; words_for(room, self.is_wide)];
-        data[..len].copy_from_slice(&self.data[names.clone()]);
-        let (runs, new) = (&self.data[from..], &mut data[room..]);
-        if self.is_wide {
-            let runs = &bytemuck::cast_slice::<u64, u32>(runs)[names];
-            bytemuck::cast_slice_mut::<u64, u32>(new)[..len].copy_from_slice(runs);
-        } else {
-            let runs = &bytemuck::cast_slice::<u64, u16>(runs)[names];
-            bytemuck::cast_slice_mut::<u64, u16>(new)[..len].copy_from_slice(runs);
-        }
-        Segment { data: data.into(), len: len as u32, ..*self }
-    }
-
-    /// The same names in room for this many.
-    fn resize(&mut self, names: usize, is_wide: bool) {
-        let names = names.max(self.len as usize).next_multiple_of(STEP);
-        let mut new = Segment {
-            data: vec![0; words_for(names, is_wide)].into(),
-            len: self.len,
-            gone: self.gone,
-            bits: self.bits,
-            is_wide,
-        };
-        let len = self.len as usize;
-        new.data[..len].copy_from_slice(self.words());
-        if is_wide == self.is_wide {
-            let (from, to) = (&self.data[self.room()..], new.room());
-            let runs = from.len().min(new.data.len() - to);
-            new.data[to..to + runs].copy_from_slice(&from[..runs]);
-        } else {
-            (0..len).for_each(|at| new.set_run(at, self.run(at)));
-        }
-        *self = new;
-    }
-
-    /// Keeps the names of which that is said, and only the room that they need.
-    fn retain(&mut self, mut keep: impl FnMut(u64, Place) -> bool) {
-        let mut kept = 0;
-        for at in 0..self.len as usize {
-            if let Some(place) = self.place(at).filter(|place| keep(self.data[at], *place)) {
-                self.data[kept] = self.data[at];
-                self.set_run(kept, place.run);
-                kept += 1;
-            }
-        }
-        self.shrink(kept);
-    }
-
-    /// Takes back the room of names that are gone.
-    fn compact(&mut self) {
-        let (len, room) = (self.len as usize, self.room());
-        let (words, runs) = self.data.split_at_mut(room);
-        let kept = match self.is_wide {
-            true => keep_others(&mut words[..len], bytemuck::cast_slice_mut(runs), GONE),
-            false => keep_others(&mut words[..len], bytemuck::cast_slice_mut(runs), GONE_SHORT),
-        };
-        self.shrink(kept);
-    }
-
-    /// Its first names are those that are kept, in only the room that they need.
-    fn shrink(&mut self, kept: usize) {
-        self.len = kept as u32;
-        self.gone = 0;
-        if self.room() >= kept + STEP {
-            let is_wide = self.is_wide && (0..kept).any(|at| self.run(at) >= GONE_SHORT.into());
-            self.resize(kept, is_wide);
-        }
-    }
-}
-
-/// Moves the names whose runs are not `gone` to the front; how many they are.
-fn keep_others<R: Copy + PartialEq>(words: &mut [u64], runs: &mut [R], gone: R) -> usize {
-    let mut kept = 0;
-    // Without a branch: which names are gone, nobody could foresee.
-    for at in 0..words.len() {
-        let run = runs[at];
-        (words[kept], runs[kept]) = (words[at], run);
-        kept += usize::from(run != gone);
-    }
-    kept
-}
+/// Segments at least, so that a name's last byte follows from where it is.
+const SEGMENTS_MIN: usize = 1 << 8;
+/// Names of a segment on average, at most.
+const SEGMENT_NAMES: usize = 64;
 
 /// A name that was found: until names change.
 #[derive(Clone, Copy, Debug)]
@@ -258,10 +28,10 @@ pub(super) struct Found {
 /// The names of all blocks that have one.
 #[derive(Debug)]
 pub(super) struct Names {
-    /// By the first `bits` bits of a mixed name: the segment.
-    directory: Vec<u32>,
-    bits: u32,
     segments: Vec<Segment>,
+    /// Last bits of a mixed name that say the segment, unless there is none with that number yet:
+    /// then the first of them does not count.
+    mask: u64,
     len: usize,
     /// Bytes of all segments' contents.
     heap: usize,
@@ -288,24 +58,18 @@ const fn inverse(odd: u64) -> u64 {
 #[inline]
 fn mix(name: u64) -> u64 {
     let mixed = name.wrapping_mul(MULTIPLY[0]);
-    (mixed ^ mixed >> 32).wrapping_mul(MULTIPLY[1])
+    let mixed = (mixed ^ mixed >> 32).wrapping_mul(MULTIPLY[1]);
+    mixed ^ mixed >> 32
 }
 
 fn unmix(mixed: u64) -> u64 {
-    let name = mixed.wrapping_mul(DIVIDE[1]);
+    let name = (mixed ^ mixed >> 32).wrapping_mul(DIVIDE[1]);
     (name ^ name >> 32).wrapping_mul(DIVIDE[0])
 }
 
 impl Names {
     pub const fn new() -> Names {
-        Names {
-            directory: Vec::new(),
-            bits: 1,
-            segments: Vec::new(),
-            len: 0,
-            heap: 0,
-            sparse: Vec::new(),
-        }
+        Names { segments: Vec::new(), mask: 0, len: 0, heap: 0, sparse: Vec::new() }
     }
 
     pub fn len(&self) -> usize {
@@ -314,7 +78,7 @@ impl Names {
 
     /// Bytes on the heap.
     pub fn bytes(&self) -> usize {
-        (self.directory.capacity() + self.sparse.capacity()) * size_of::<u32>()
+        self.sparse.capacity() * size_of::<u32>()
             + self.segments.capacity() * size_of::<Segment>()
             + self.heap
     }
@@ -322,20 +86,21 @@ impl Names {
     /// Most bytes that `names` more can allocate, with what is copied while the old is there.
     pub fn growth_bytes(&self, names: usize) -> usize {
         let word = size_of::<u64>() + size_of::<u32>();
-        let segments = match self.segments.is_empty() {
-            true => 1 << BITS_MIN,
-            false => segments_next(self.segments.len()),
-        };
-        names * word
-            + names.min(segments) * STEP * word
-            + 2 * (SEGMENT_NAMES_MAX + STEP) * word
+        let segments = segments_next(self.segments.len());
+        // Each that gets a name, or is cut in two, may have room for some more than it needs.
+        let touched = segments.min(names + 2 * names.div_ceil(SEGMENT_NAMES));
+        (names + touched * STEP + 2 * (2 * SEGMENT_NAMES + STEP)) * word
             + segments * size_of::<Segment>()
-            + self.directory.len().max(1 << BITS_MIN) * 2 * size_of::<u32>()
     }
 
+    /// The segment of a mixed name; too high if there is none at all.
     #[inline]
-    fn number(&self, mixed: u64) -> Option<u32> {
-        self.directory.get((mixed >> (64 - self.bits)) as usize).copied()
+    fn number(&self, mixed: u64) -> usize {
+        let number = (mixed & self.mask) as usize;
+        match number < self.segments.len() {
+            true => number,
+            false => number & (self.mask >> 1) as usize,
+        }
     }
 
     /// Reads from where each of these names must be. What names are found one after the other waits
@@ -344,13 +109,8 @@ impl Names {
         let mut read = 0;
         for name in names {
             let mixed = mix(name.0);
-            let Some(number) = self.number(mixed) else { return };
-            let segment = &self.segments[number as usize];
-            let at = segment.guess(mixed);
-            let run = segment.room() + at / if segment.is_wide { 2 } else { 4 };
-            read ^= segment.data.get(at.saturating_sub(NEAR / 2)).copied().unwrap_or(0);
-            read ^= segment.data.get(at + NEAR / 2 - 1).copied().unwrap_or(0);
-            read ^= segment.data.get(run).copied().unwrap_or(0);
+            let Some(segment) = self.segments.get(self.number(mixed)) else { return };
+            read ^= segment.touch(mixed);
         }
         std::hint::black_box(read);
     }
@@ -358,11 +118,11 @@ impl Names {
     #[inline]
     pub fn find(&self, name: u64) -> Option<Found> {
         let mixed = mix(name);
-        let number = self.number(mixed)?;
-        let segment = &self.segments[number as usize];
-        let at = segment.lower_bound(mixed);
-        let place = segment.is(at, mixed).then(|| segment.place(at)).flatten()?;
-        Some(Found { name, segment: number, at: at as u32, place })
+        let number = self.number(mixed);
+        let segment = self.segments.get(number)?;
+        let at = segment.find(mixed).ok()?;
+        let place = segment.place(at)?;
+        Some(Found { name, segment: number as u32, at: at as u32, place })
     }
 
     #[inline]
@@ -373,36 +133,22 @@ impl Names {
     /// What the name means already, or nothing and from now on this place.
     pub fn get_or_insert(&mut self, name: u64, place: Place) -> Option<Place> {
         let mixed = mix(name);
-        if self.directory.is_empty() {
-            self.open();
+        if self.len >= self.segments.len() * SEGMENT_NAMES {
+            self.grow();
         }
-        loop {
-            let number = self.directory[(mixed >> (64 - self.bits)) as usize] as usize;
-            let segment = &mut self.segments[number];
-            let at = segment.lower_bound(mixed);
-            let before = segment.bytes();
-            if segment.is(at, mixed) {
-                if let Some(known) = segment.place(at) {
-                    return Some(known);
-                }
-                segment.gone -= 1;
-                segment.set(at, mixed, place);
-            } else if (segment.len as usize) < SEGMENT_NAMES_MAX
-                || u32::from(segment.bits) >= BITS_MAX
-            {
-                segment.insert(at, mixed, place);
-            } else if segment.gone > 0 {
-                segment.compact();
-                self.heap = self.heap + segment.bytes() - before;
-                continue;
-            } else {
-                self.split(number, mixed);
-                continue;
-            }
-            self.heap = self.heap + self.segments[number].bytes() - before;
-            self.len += 1;
-            return None;
+        let number = self.number(mixed);
+        let segment = &mut self.segments[number];
+        let before = segment.bytes();
+        match segment.find(mixed) {
+            Err(at) => segment.insert(at, mixed, place),
+            Ok(at) => match segment.place(at) {
+                Some(known) => return Some(known),
+                None => segment.set(at, place),
+            },
         }
+        self.heap = self.heap + segment.bytes() - before;
+        self.len += 1;
+        None
     }
 
     /// Gives a name that is there another place.
@@ -410,18 +156,15 @@ impl Names {
         if let Some(Found { segment, at, .. }) = self.find(name) {
             let segment = &mut self.segments[segment as usize];
             let before = segment.bytes();
-            segment.set(at as usize, mix(name), place);
+            segment.set(at as usize, place);
             self.heap = self.heap + segment.bytes() - before;
         }
     }
 
     /// Takes a name away. What was found before can still be taken.
     pub fn take(&mut self, found: Found) {
-        let segment = &mut self.segments[found.segment as usize];
-        segment.set_run(found.at as usize, GONE);
-        segment.gone += 1;
         self.len -= 1;
-        if usize::from(segment.gone) == (segment.len as usize / 4).clamp(STEP, GONE_MAX) {
+        if self.segments[found.segment as usize].take(found.at as usize) {
             self.sparse.push(found.segment);
         }
     }
@@ -450,39 +193,20 @@ impl Names {
         found.is_some()
     }
 
-    /// The first byte of all mixed names under an entry of the directory, in its place.
-    fn first_byte(&self, entry: usize) -> u64 {
-        ((entry as u64) << (64 - self.bits)) & !(u64::MAX >> BITS_MIN)
-    }
-
-    /// Entries of the directory that begin a segment, with its number.
-    fn starts(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
-        let mut last = None;
-        let entries = self.directory.iter().copied().enumerate();
-        entries.filter(move |(_, number)| last.replace(*number) != Some(*number))
-    }
-
-    /// All names with their places, in an order that only the names decide.
+    /// All names with their places.
     pub fn iter(&self) -> impl Iterator<Item = (u64, Place)> + '_ {
-        self.starts().flat_map(|(entry, number)| {
-            let segment = &self.segments[number as usize];
-            let first = self.first_byte(entry);
-            let name = move |at: usize| unmix(segment.data[at] >> 8 | first);
-            let all = 0..segment.len as usize;
-            all.filter_map(move |at| Some((name(at), segment.place(at)?)))
+        (0..).zip(&self.segments).flat_map(|(number, segment)| {
+            segment.iter().map(move |(mixed, place)| (unmix(mixed | number & 0xFF), place))
         })
     }
 
     /// Keeps the names of which that is said, and gives back memory. Cost: all names.
     pub fn retain(&mut self, mut keep: impl FnMut(u64, Place) -> bool) {
-        let starts: Vec<(usize, u32)> = self.starts().collect();
-        for (entry, number) in starts {
-            let first = self.first_byte(entry);
-            let segment = &mut self.segments[number as usize];
-            let before = (segment.bytes(), segment.len - u32::from(segment.gone));
-            segment.retain(|word, place| keep(unmix(word >> 8 | first), place));
-            self.heap = self.heap + segment.bytes() - before.0;
-            self.len -= (before.1 - segment.len) as usize;
+        (self.len, self.heap) = (0, 0);
+        for (number, segment) in (0..).zip(&mut self.segments) {
+            segment.retain(|word, place| keep(unmix(word & !0xFF | number & 0xFF), place));
+            self.len += segment.live();
+            self.heap += segment.bytes();
         }
         self.sparse = Vec::new();
         if self.len == 0 {
@@ -491,16 +215,10 @@ impl Names {
         self.close_sparse();
     }
 
-    fn open(&mut self) {
-        self.bits = BITS_MIN;
-        self.directory = (0..1 << BITS_MIN).collect();
-        self.segments = (0..1 << BITS_MIN).map(|_| Segment::new(BITS_MIN)).collect();
-    }
-
     /// A table of few names in many segments is made anew.
     fn close_sparse(&mut self) {
-        if self.segments.len() > 1 << BITS_MIN
-            && self.len < self.segments.len() * (SEGMENT_NAMES_MAX / 16)
+        if self.segments.len() > SEGMENTS_MIN
+            && self.len < self.segments.len() * (SEGMENT_NAMES / 16)
         {
             let old = std::mem::replace(self, Names::new());
             for (name, place) in old.iter() {
@@ -509,37 +227,32 @@ impl Names {
         }
     }
 
-    /// Cuts the segment of a mixed name in two by its next bit.
-    fn split(&mut self, number: usize, mixed: u64) {
-        if u32::from(self.segments[number].bits) == self.bits {
-            self.directory = self.directory.iter().flat_map(|&number| [number; 2]).collect();
-            self.bits += 1;
+    /// Adds a segment, or the first ones.
+    fn grow(&mut self) {
+        let count = self.segments.len();
+        if count == 0 {
+            self.segments.resize_with(SEGMENTS_MIN, Segment::default);
+            self.mask = 2 * SEGMENTS_MIN as u64 - 1;
+            return;
         }
-        if self.segments.len() == self.segments.capacity() {
-            let next = segments_next(self.segments.len());
-            self.segments.reserve_exact(next - self.segments.len());
+        if count == self.segments.capacity() {
+            self.segments.reserve_exact(segments_next(count) - count);
         }
-        let new = self.segments.len() as u32;
-        let segment = &mut self.segments[number];
+        // The highest bit of the new one's number tells its names from those that stay.
+        let half = (self.mask >> 1) as usize;
+        let segment = &mut self.segments[count & half];
         let before = segment.bytes();
-        segment.bits += 1;
-        let bits = u32::from(segment.bits);
-        // Bit `bits` of a mixed name, counted from the first, as it lies in a word.
-        let bit = 1u64 << (64 + 8 - bits);
-        let lower = segment.words().partition_point(|word| word & bit == 0);
-        let upper = segment.part(lower..segment.len as usize);
-        *segment = segment.part(0..lower);
-        self.heap = self.heap + segment.bytes() + upper.bytes() - before;
-        self.segments.push(upper);
-        // Its entries of the directory lie together; the second half is the new segment's.
-        let share = 1usize << (self.bits - bits);
-        let first = (mixed >> (64 - self.bits)) as usize & !(2 * share - 1);
-        self.directory[first + share..first + 2 * share].fill(new);
+        let new = segment.split_off(self.mask - half as u64);
+        self.heap = self.heap + segment.bytes() + new.bytes() - before;
+        self.segments.push(new);
+        if count as u64 == self.mask {
+            self.mask = 2 * self.mask + 1;
+        }
     }
 }
 
 fn segments_next(segments: usize) -> usize {
-    segments + segments / 8 + 16
+    (segments + segments / 8 + 16).max(SEGMENTS_MIN)
 }
 
 #[cfg(test)]
@@ -605,8 +318,8 @@ mod tests {
     #[test]
     fn behaves_like_a_map() {
         for seed in 0..24 {
-            let spread = [1, 0x9E37_79B9_7F4A_7C15, 1 << 32][seed as usize % 3];
-            drive(seed, [20, 300, 20_000][seed as usize / 8], spread);
+            let spread = [1, 0x9E37_79B9_7F4A_7C15, 1 << 32, 1 << 48][seed as usize % 4];
+            drive(seed, [20, 300, 20_000][seed as usize % 3], spread);
         }
     }
 
