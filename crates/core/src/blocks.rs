@@ -152,28 +152,60 @@ pub fn chain(
     if block_size == 0 {
         return Chain { spec, keys: Vec::new(), tokens: tokens_count };
     }
-    let full = tokens.len() / block_size;
-    let hashed = if spec.partial_tail { tokens.len() } else { full * block_size };
+    let mut keys = Vec::with_capacity(tokens.len().div_ceil(block_size));
     let mut items: Vec<&MultimodalSpan> = extras.items.iter().collect();
     items.sort_by_key(|item| item.offset);
-    let mut keys = Vec::with_capacity(hashed.div_ceil(block_size));
-    let mut key = root(spec.block_size, spec.space, root_of).0;
-    for (index, block) in tokens[..hashed].chunks(block_size).enumerate() {
-        let mut seed = key;
-        if !items.is_empty() {
-            let start = (index * block_size) as u64;
-            let end = start + block.len() as u64;
-            for item in items.iter().filter(|item| overlaps(item, start, end)) {
-                seed = fold(seed, item.identifier.as_bytes());
-            }
-        }
-        if let (0, Some(salt)) = (index, extras.cache_salt) {
-            seed = fold(seed, salt.as_bytes());
-        }
-        key = hash(block, seed);
-        keys.push(BlockKey(key));
+    let last = items.iter().map(|item| u64::from(item.offset) + u64::from(item.length)).max();
+    // Blocks with something in them beside tokens, of which a salt is in the first.
+    let mixed = last.map_or(0, |last| last.div_ceil(block_size as u64) as usize);
+    let mixed = mixed.max(usize::from(extras.cache_salt.is_some()));
+    let mixed = (mixed * block_size).min(tokens.len());
+    let mut key = root(spec.block_size, spec.space, root_of);
+    let (first, rest) = tokens.split_at(mixed - mixed % block_size);
+    for (index, block) in first.chunks_exact(block_size).enumerate() {
+        key = BlockKey(hash(block, seed(key, index * block_size, block, &items, extras)));
+        keys.push(key);
+    }
+    let (full, tail) = rest.split_at(rest.len() - rest.len() % block_size);
+    append(key, block_size, full, &mut keys);
+    if spec.partial_tail && !tail.is_empty() {
+        let key = keys.last().copied().unwrap_or(key);
+        let start = tokens.len() - tail.len();
+        keys.push(BlockKey(hash(tail, seed(key, start, tail, &items, extras))));
     }
     Chain { spec, keys, tokens: tokens_count }
+}
+
+/// What a block that begins at token `start` is hashed with after another one.
+fn seed(
+    before: BlockKey,
+    start: usize,
+    block: &[u32],
+    items: &[&MultimodalSpan],
+    extras: &PromptExtras<'_>,
+) -> u64 {
+    let (from, to) = (start as u64, (start + block.len()) as u64);
+    let inside = items.iter().filter(|item| overlaps(item, from, to));
+    let seed = inside.fold(before.0, |seed, item| fold(seed, item.identifier.as_bytes()));
+    match extras.cache_salt {
+        Some(salt) if start == 0 => fold(seed, salt.as_bytes()),
+        _ => seed,
+    }
+}
+
+/// Appends the keys of blocks that hold tokens alone. Blocks of a size that engines use are hashed
+/// by code made for that size.
+fn append(before: BlockKey, block_size: usize, tokens: &[u32], keys: &mut Vec<BlockKey>) {
+    let mut key = before.0;
+    let mut next = |block: &[u32]| {
+        key = hash(block, key);
+        BlockKey(key)
+    };
+    match block_size {
+        16 => keys.extend(tokens.as_chunks::<16>().0.iter().map(|block| next(block))),
+        32 => keys.extend(tokens.as_chunks::<32>().0.iter().map(|block| next(block))),
+        size => keys.extend(tokens.chunks_exact(size).map(next)),
+    }
 }
 
 /// Appends to `keys` the keys of the blocks of an event: `tokens` in blocks of `block_size` after
@@ -189,11 +221,14 @@ pub fn extend(
     if block_size == 0 {
         return;
     }
-    let mut key = parent.0;
-    for (index, block) in tokens.chunks_exact(block_size as usize).enumerate() {
-        key = hash(block, extras.get(index).map_or(key, |extras| folded(key, extras)));
-        keys.push(BlockKey(key));
+    let mut key = parent;
+    let with_extras = (extras.len() * block_size as usize).min(tokens.len());
+    let (first, rest) = tokens.split_at(with_extras - with_extras % block_size as usize);
+    for (block, extras) in first.chunks_exact(block_size as usize).zip(extras) {
+        key = BlockKey(hash(block, folded(key.0, extras)));
+        keys.push(key);
     }
+    append(key, block_size as usize, rest, keys);
 }
 
 /// The same for blocks of which only the [`content`] is known.

@@ -146,23 +146,18 @@ impl Segment {
 
     /// Adds a name that is not there, where it belongs.
     pub fn insert(&mut self, at: usize, mixed: u64, place: Place) {
-        if !self.fits(place.run) {
-            self.resize(self.room(), true);
-        }
         let len = self.len as usize;
-        if len == self.room() {
-            self.resize(len + STEP, self.is_wide);
+        if len == self.room() || !self.fits(place.run) {
+            self.resize(len + 1, self.is_wide || !self.fits(place.run));
         }
         let room = self.room();
         let (words, runs) = self.data.split_at_mut(room);
-        words.copy_within(at..len, at + 1);
+        put(words, at, len, mixed & !AT | u64::from(place.at));
         match self.is_wide {
-            true => bytemuck::cast_slice_mut::<u64, u32>(runs).copy_within(at..len, at + 1),
-            false => bytemuck::cast_slice_mut::<u64, u16>(runs).copy_within(at..len, at + 1),
+            true => put(bytemuck::cast_slice_mut(runs), at, len, place.run),
+            false => put(bytemuck::cast_slice_mut(runs), at, len, place.run as u16),
         }
         self.len += 1;
-        self.data[at] = mixed & !AT | u64::from(place.at);
-        self.set_run(at, place.run);
     }
 
     /// A name is gone; whether so many are now that their room should be taken back.
@@ -224,6 +219,14 @@ impl Segment {
         let all = 0..self.len as usize;
         all.filter_map(|at| Some((self.data[at] & !AT, self.place(at)?)))
     }
+}
+
+/// Moves one in between the first `len` of a list that has room for it.
+#[inline]
+fn put<T: Copy>(list: &mut [T], at: usize, len: usize, one: T) {
+    let list = &mut list[..=len];
+    list.copy_within(at..len, at + 1);
+    list[at] = one;
 }
 
 /// Moves what is kept to the front; how much that is.
