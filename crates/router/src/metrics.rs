@@ -76,6 +76,12 @@ pub(crate) struct ReasonLabel {
     pub reason: &'static str,
 }
 
+/// Which of several ways was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct WayLabel {
+    pub way: &'static str,
+}
+
 /// How something came out.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ResultLabel {
@@ -164,6 +170,7 @@ pub(crate) struct Metrics {
     pub rejects: Family<ReasonLabel, Counter>,
     pub fallbacks: Family<ReasonLabel, Counter>,
     pub tokenize_failures: Family<ReasonLabel, Counter>,
+    pub chats_rendered: Family<WayLabel, Counter>,
     pub retries: Family<ReasonLabel, Counter>,
     upstream_failures: Family<EndpointReason, Counter>,
     pub client_aborts: Counter,
@@ -251,6 +258,7 @@ impl Metrics {
             rejects: Family::default(),
             fallbacks: Family::default(),
             tokenize_failures: Family::default(),
+            chats_rendered: Family::default(),
             retries: Family::default(),
             upstream_failures: Family::default(),
             client_aborts: Counter::default(),
@@ -327,6 +335,12 @@ impl Metrics {
             "tokenize_failures",
             "Prompts without exact tokens, by reason",
             self.tokenize_failures.clone(),
+        );
+        r.register(
+            "chats_rendered",
+            "Chats made into text by their template, by way: in a `direct` form, or by the slower \
+             `jinja` where tools, contents in parts or the template itself ask for it",
+            self.chats_rendered.clone(),
         );
         r.register("retries", "Requests sent to another endpoint, by reason", self.retries.clone());
         r.register("upstream_failures", "Failed exchanges", self.upstream_failures.clone());

@@ -392,3 +392,25 @@ async fn a_prompt_that_cannot_be_tokenized_is_routed_by_load() {
     assert_eq!(page["decision"]["reason"], "events-not-expected", "{page}");
     assert!(page["decision"]["prompt_tokens"].as_u64().unwrap() > 1_000);
 }
+
+#[tokio::test]
+async fn chats_that_take_the_slow_way_to_text_are_counted() {
+    let engine = Mock::start().await;
+    let mut config = config(&[engine.addr], settings());
+    let tokenizer = kvroute_tokens::Tokenizer::demo();
+    config.tokenizers = Tokenizers { default: Some(tokenizer), ..Tokenizers::default() };
+    let router = kvroute_router::start(config).await.unwrap();
+    let plain = r#"{"model":"m","messages":[{"role":"user","content":"hello"}]}"#;
+    let with_tool = r#"{"model":"m","messages":[{"role":"user","content":"hello"}],
+        "tools":[{"type":"function","function":{"name":"clock","parameters":{}}}]}"#;
+    let mut want = [0.0, 0.0];
+    for (body, way) in [(plain, 0), (plain, 0), (with_tool, 1)] {
+        let got = send(router.http_addr(), post("/v1/chat/completions", body)).await;
+        assert_eq!(got.status, 200);
+        want[way] += 1.0;
+        for (way, want) in ["direct", "jinja"].iter().zip(want) {
+            let series = format!("kvroute_chats_rendered_total{{way=\"{way}\"}}");
+            assert_eq!(metric(&router, &series).await, want, "{series}");
+        }
+    }
+}

@@ -14,7 +14,9 @@ use serde::Serialize;
 
 use crate::events::Subscription;
 use crate::events::bound::BoundView;
-use crate::metrics::{EndpointLabel, EndpointState, EndpointTier, STREAM_STATES, mirror};
+use crate::metrics::{
+    EndpointLabel, EndpointState, EndpointTier, STREAM_STATES, WayLabel, mirror,
+};
 use crate::shared::Shared;
 use crate::upstream::Upstream;
 
@@ -304,8 +306,20 @@ pub(super) fn mirror_metrics(shared: &Shared) {
         mirror_stream(shared, &brain, upstream);
         mirror_load(shared, &brain, upstream);
     }
+    mirror_templates(shared);
     if let Some(names) = &shared.metrics.upstream {
         names.pool().mirror(&brain, &upstreams);
+    }
+}
+
+fn mirror_templates(shared: &Shared) {
+    let (mut direct, mut jinja) = (0, 0);
+    for tokenizer in shared.tokenizers.default.iter().chain(shared.tokenizers.by_model.values()) {
+        let stats = tokenizer.template_stats();
+        (direct, jinja) = (direct + stats.direct, jinja + stats.by_jinja);
+    }
+    for (way, chats) in [("direct", direct), ("jinja", jinja)] {
+        mirror(&shared.metrics.chats_rendered.get_or_create(&WayLabel { way }), chats);
     }
 }
 

@@ -46,6 +46,7 @@ pub(super) fn filled() -> Metrics {
     metrics.count_upstream_failure(&endpoint(), "r");
     metrics.count_ext_proc_end(Code::Ok);
     metrics.certificate_reloads.get_or_create_owned(&ResultLabel { result: "ok" });
+    metrics.chats_rendered.get_or_create_owned(&WayLabel { way: "direct" });
     metrics.count_rewrite("r", "a", "b", |_| false);
     let tier = EndpointTier { endpoint: endpoint(), tier: "gpu" };
     metrics.index_blocks.get_or_create_owned(&tier);
