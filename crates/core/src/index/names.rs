@@ -1,9 +1,9 @@
 //! Which block does a name mean? Eight bytes a name, and two or four for the run it lies in.
 //!
 //! Names are hashes: a mixed name's last bits choose a segment by linear hashing (Litwin, 1980: the
-//! table grows by one segment at a time, which takes its names from one other), inside of which it
-//! is found by its first bits. A segment's number implies at least the last eight bits, whose room in a
-//! word the place in the run takes.
+//! table grows by one segment at a time, which takes its names from one other), in which its first
+//! bits say where it is. A segment's number implies at least a name's last eight bits, whose room
+//! in a word the place in the run takes.
 
 mod segment;
 

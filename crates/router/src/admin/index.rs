@@ -14,9 +14,7 @@ use serde::Serialize;
 
 use crate::events::Subscription;
 use crate::events::bound::BoundView;
-use crate::metrics::{
-    EndpointLabel, EndpointState, EndpointTier, STREAM_STATES, WayLabel, mirror,
-};
+use crate::metrics::{EndpointLabel, EndpointState, EndpointTier, STREAM_STATES, WayLabel, mirror};
 use crate::shared::Shared;
 use crate::upstream::Upstream;
 

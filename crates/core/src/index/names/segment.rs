@@ -135,7 +135,7 @@ impl Segment {
         if !self.fits(place.run) {
             self.resize(self.room(), true);
         }
-        self.gone -= u16::from(self.run(at) == GONE);
+        self.gone = self.gone.saturating_sub(u16::from(self.run(at) == GONE));
         self.data[at] = self.data[at] & !AT | u64::from(place.at);
         self.set_run(at, place.run);
     }
@@ -163,7 +163,7 @@ impl Segment {
     /// A name is gone; whether so many are now that their room should be taken back.
     pub fn take(&mut self, at: usize) -> bool {
         self.set_run(at, GONE);
-        self.gone += 1;
+        self.gone = self.gone.saturating_add(1);
         usize::from(self.gone) == (self.len as usize / 4).clamp(STEP, GONE_MAX)
     }
 
