@@ -163,9 +163,9 @@ pub fn run(options: &Options) -> Result<()> {
     println!(
         "\nSmall: 8 endpoints hold 150 prefixes each, 126,000 entries; big: 1.05 million distinct \
          blocks. One thread, messages of 128 events, the best of several rounds. Events are freed \
-         inside the time. kvroute looks for all names of a message first. PositionalIndexer \
-         demands names that it can compute, so it has no row where each engine has its own; the \
-         radix trees follow an event only if engines share their names."
+         inside the time. kvroute reads where the names of some events lie before it applies \
+         them. PositionalIndexer demands names that it can compute, so it has no row where each \
+         engine has its own; the radix trees follow an event only if engines share their names."
     );
     Ok(())
 }
