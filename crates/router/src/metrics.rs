@@ -315,6 +315,7 @@ impl Metrics {
             upstream: None,
         };
         metrics.register_requests();
+        metrics.register_prompts();
         metrics.register_knowledge();
         metrics.register_bound();
         metrics.register_recording();
@@ -330,17 +331,6 @@ impl Metrics {
             "Requests routed with less knowledge than configured, by reason, unless that lies in \
              the request itself",
             self.fallbacks.clone(),
-        );
-        r.register(
-            "tokenize_failures",
-            "Prompts without exact tokens, by reason",
-            self.tokenize_failures.clone(),
-        );
-        r.register(
-            "chats_rendered",
-            "Chats made into text by their template, by way: in a `direct` form, or by the slower \
-             `jinja` where tools, contents in parts or the template itself ask for it",
-            self.chats_rendered.clone(),
         );
         r.register("retries", "Requests sent to another endpoint, by reason", self.retries.clone());
         r.register("upstream_failures", "Failed exchanges", self.upstream_failures.clone());
@@ -370,12 +360,6 @@ impl Metrics {
         );
         r.register_with_unit("decision", "One decision", seconds(), self.decision.clone());
         r.register_with_unit(
-            "tokenize",
-            "Reading a body into tokens and block keys",
-            seconds(),
-            self.tokenize.clone(),
-        );
-        r.register_with_unit(
             "request_body",
             "Sizes of request bodies",
             Unit::Bytes,
@@ -387,13 +371,34 @@ impl Metrics {
             Unit::Bytes,
             self.bodies_held.clone(),
         );
-        r.register("prompt_tokens", "Lengths of prompts in tokens", self.prompt_tokens.clone());
         r.register(
             "model_rewrites",
             "Requests whose model a rule (or, without one, the client's header) chose",
             self.model_rewrites.clone(),
         );
         r.register("model_mode", "1 for the mode a model is routed in", self.model_mode.clone());
+    }
+
+    fn register_prompts(&mut self) {
+        let r = &mut self.registry;
+        r.register(
+            "tokenize_failures",
+            "Prompts without exact tokens, by reason",
+            self.tokenize_failures.clone(),
+        );
+        r.register(
+            "chats_rendered",
+            "Chats made into text by their template, by way: in a `direct` form, or by the slower \
+             `jinja` where tools, contents in parts or the template itself ask for it",
+            self.chats_rendered.clone(),
+        );
+        r.register_with_unit(
+            "tokenize",
+            "Reading a body into tokens and block keys",
+            Unit::Seconds,
+            self.tokenize.clone(),
+        );
+        r.register("prompt_tokens", "Lengths of prompts in tokens", self.prompt_tokens.clone());
     }
 
     fn register_knowledge(&mut self) {

@@ -83,13 +83,18 @@ impl Names {
             + self.heap
     }
 
-    /// Most bytes that `names` more can allocate, with what is copied while the old is there.
-    pub fn growth_bytes(&self, names: usize) -> usize {
+    /// Most bytes that `names` more can allocate, with what is copied while the old is there, when
+    /// the runs that they lie in are below `runs`.
+    pub fn growth_bytes(&self, names: usize, runs: usize) -> usize {
         let word = size_of::<u64>() + size_of::<u32>();
         let segments = segments_next(self.segments.len());
-        // Each that gets a name, or is cut in two, may have room for some more than it needs.
+        // Each that gets a name, or is cut in two, may have room for some more than it needs, and
+        // give all its runs four bytes.
         let touched = segments.min(names + 2 * names.div_ceil(SEGMENT_NAMES));
-        (names + touched * STEP + 2 * (2 * SEGMENT_NAMES + STEP)) * word
+        let names_max = 2 * SEGMENT_NAMES + STEP;
+        let wider = if runs > usize::from(u16::MAX) { 2 * names_max } else { 0 };
+        (names + touched * STEP + 2 * names_max) * word
+            + touched * wider
             + segments * size_of::<Segment>()
     }
 
@@ -282,7 +287,7 @@ mod tests {
             let name = (rng.below(count) as u64).wrapping_mul(spread);
             match rng.below(6) {
                 0..3 => {
-                    let room = names.bytes() + names.growth_bytes(1);
+                    let room = names.bytes() + names.growth_bytes(1, usize::MAX);
                     let known = names.get_or_insert(name, place(step * 7));
                     assert!(names.bytes() <= room, "seed {seed}");
                     assert_eq!(known, model.get(&name).copied(), "seed {seed}");
@@ -320,6 +325,24 @@ mod tests {
         for seed in 0..24 {
             let spread = [1, 0x9E37_79B9_7F4A_7C15, 1 << 32, 1 << 48][seed as usize % 4];
             drive(seed, [20, 300, 20_000][seed as usize % 3], spread);
+        }
+    }
+
+    #[test]
+    fn growth_is_foretold_where_runs_need_more_bytes() {
+        let mut rng = Rng::seeded(1);
+        let mut names = Names::new();
+        let short = Place { run: 7, at: 0 };
+        for _ in 0..50_000 {
+            names.get_or_insert(rng.next_u64(), short);
+        }
+        for more in [1, 100, 1_000, 10_000] {
+            let most = names.bytes() + names.growth_bytes(more, 1 << 20);
+            let long = Place { run: (1 << 20) - 1, at: 0 };
+            for _ in 0..more {
+                names.get_or_insert(rng.next_u64(), long);
+            }
+            assert!(names.bytes() <= most, "{more}: {} > {most}", names.bytes());
         }
     }
 

@@ -181,6 +181,11 @@ impl Runs {
             + usize::from(RUN_BLOCKS_MAX) * 16
     }
 
+    /// Beyond the numbers of all runs so far.
+    pub fn numbers(&self) -> usize {
+        self.runs.len()
+    }
+
     fn next(&self) -> usize {
         self.runs.len() + self.runs.len() / 8 + 16
     }

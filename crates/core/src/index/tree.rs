@@ -108,7 +108,7 @@ impl Tree {
         let tainted = (self.tainted.len() * 2).max(4) * 4;
         self.runs.growth_bytes(blocks)
             + self.sets.growth_bytes(slots)
-            + self.names.growth_bytes(blocks)
+            + self.names.growth_bytes(blocks, self.runs.numbers() + blocks)
             + self.starts.growth_bytes()
             + tainted
     }
