@@ -55,7 +55,7 @@ use crate::event::{EngineHash, Tier};
 use crate::{EndpointId, Time};
 use budget::Class;
 use endpoint::Endpoint;
-use names::Found;
+use names::Search;
 use runs::Span;
 use sets::Plane;
 use speculations::{Speculation, Speculations};
@@ -171,14 +171,14 @@ struct Scratch {
     parts: Vec<Part>,
     keys: Vec<BlockKey>,
     names: Vec<u64>,
-    found: Vec<Found>,
+    search: Search,
 }
 
 impl Scratch {
     fn bytes(&self) -> usize {
         self.parts.capacity() * size_of::<Part>()
             + (self.keys.capacity() + self.names.capacity()) * 8
-            + self.found.capacity() * size_of::<Found>()
+            + self.search.bytes()
     }
 }
 

@@ -90,7 +90,7 @@ impl Index {
             return false;
         }
         // Of what a plain endpoint has, nothing grows or shrinks when a block goes.
-        let missing = endpoint.remove(tree, &event.hashes, event.tier, &mut scratch.found);
+        let missing = endpoint.remove(tree, &event.hashes, event.tier, &mut scratch.search);
         applied.removed += (event.hashes.len() - missing) as u64;
         applied.unknown += missing as u64;
         tree.sweep_if_due();

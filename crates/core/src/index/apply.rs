@@ -4,6 +4,7 @@ use super::Index;
 use super::applied::{Applied, SkipReason};
 use super::budget::Class;
 use super::endpoint::{OwnBlock, Route};
+use super::names::PREFETCHED_FROM_BYTES;
 use super::pending::{self, Waiting};
 use super::runs::{Place, Span};
 use super::sets::Plane;
@@ -11,13 +12,12 @@ use super::tree::{Hold, Naming, Part};
 use crate::EndpointId;
 use crate::blocks::{self, BlockKey, Root, TokenSpace};
 use crate::event::{BlockRemoved, BlockStored, EngineHash, GroupKind, KvEvent, Tokens};
+use smallvec::SmallVec;
 
 /// Blocks of an endpoint whose names are compared with their keys before they are taken for keys.
 pub(super) const COMPARED_MIN: u32 = 64;
 /// Names that are looked for in advance: more would drive one another out of the nearest caches.
-const PREFETCHED_MAX: usize = 256;
-/// Smaller tables of names stay in caches.
-const PREFETCHED_FROM_BYTES: usize = 1 << 20;
+const PREFETCHED_MAX: usize = 128;
 /// From then on the names of one event of so many are compared.
 pub(super) const COMPARED_EVERY: u32 = 16;
 
@@ -57,20 +57,29 @@ impl Index {
             return events.count().max(1);
         }
         let (mut left, mut count) = (PREFETCHED_MAX, 0);
+        let mut alone: SmallVec<[EngineHash; PREFETCHED_MAX]> = SmallVec::new();
         for event in events {
-            let names = match event {
-                KvEvent::Stored(stored) => &stored.hashes[..],
-                KvEvent::Removed(removed) => &removed.hashes[..],
-                KvEvent::Cleared => &[],
+            let (names, are_new) = match event {
+                KvEvent::Stored(stored) => (&stored.hashes[..], true),
+                KvEvent::Removed(removed) => (&removed.hashes[..], false),
+                KvEvent::Cleared => (&[][..], false),
             };
             if names.len() > left && count > 0 {
-                return count;
+                break;
             }
             let names = &names[..names.len().min(left)];
             left -= names.len();
-            self.tree.names.prefetch(names);
+            self.tree.names.prefetch(names, are_new);
+            if let (&[name], false) = (names, are_new) {
+                alone.push(name);
+            }
             count += 1;
         }
+        // Names that leave together are sought together; others wait for their runs, too.
+        let places = alone.iter().filter_map(|name| self.tree.names.get(name.0));
+        std::hint::black_box(
+            places.fold(0, |all, place| all ^ self.tree.runs.get(place.run).len()),
+        );
         count.max(1)
     }
 
@@ -400,7 +409,7 @@ impl Index {
         if self.remove_along(slot, event, applied) {
             return;
         }
-        let mut found = std::mem::take(&mut self.scratch.found);
+        let mut search = std::mem::take(&mut self.scratch.search);
         let blocks = event.hashes.len();
         self.change(slot, |endpoint, tree| {
             let missing = match endpoint.route(tree, event.group, None) {
@@ -414,13 +423,13 @@ impl Index {
                     let missing = hashes.by_ref();
                     missing.filter(|&&h| !endpoint.remove_beside(at, h, event.tier)).count()
                 }
-                Route::Indexed => endpoint.remove(tree, &event.hashes, event.tier, &mut found),
+                Route::Indexed => endpoint.remove(tree, &event.hashes, event.tier, &mut search),
             };
             applied.removed += (blocks - missing) as u64;
             applied.unknown += missing as u64;
             endpoint.trim(4);
         });
-        self.scratch.found = found;
+        self.scratch.search = search;
         self.tree.sweep_if_due();
     }
 }

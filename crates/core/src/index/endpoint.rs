@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::apply::{COMPARED_EVERY, COMPARED_MIN};
 use super::history::History;
-use super::names::Found;
+use super::names::{Found, Search, Sought};
 use super::pending::Pending;
 use super::removals::Removals;
 use super::runs::{Place, Span};
@@ -21,6 +21,9 @@ use crate::event::{EngineHash, GroupKind, Tier};
 use latest::Latest;
 use own::Own;
 pub(super) use own::OwnBlock;
+
+/// Names that are sought before the first of them is found.
+const SOUGHT_MAX: usize = 32;
 
 /// Copies of a block per tier, in a group that is not indexed by tokens.
 #[derive(Clone, Copy, Debug)]
@@ -382,7 +385,7 @@ impl Endpoint {
         tree: &mut Tree,
         hashes: &[EngineHash],
         tier: Tier,
-        found: &mut Vec<Found>,
+        search: &mut Search,
     ) -> usize {
         let mut missing = 0;
         if self.own.is_some() {
@@ -392,15 +395,21 @@ impl Endpoint {
             }
             return missing;
         }
-        let mut rest = hashes;
-        while let Some((&hash, others)) = rest.split_first() {
-            rest = others;
-            match self.gather(tree, hash, others, tier, found) {
-                None => missing += usize::from(!self.pending.remove(hash, tier)),
-                Some(_) if take_one(&mut self.copies, (hash.0, 1 << Plane::tier(tier))) => {}
-                Some(stretch) => {
-                    rest = &others[found.len() - 1..];
-                    self.drop_found(tree, stretch, found, tier);
+        for hashes in hashes.chunks(SOUGHT_MAX) {
+            let Search { sought, found } = search;
+            sought.clear();
+            sought.extend(tree.names.seek(hashes));
+            let mut rest = &sought[..];
+            while let Some((first, others)) = rest.split_first() {
+                rest = others;
+                let hash = EngineHash(first.name);
+                match self.gather(tree, first, others, tier, found) {
+                    None => missing += usize::from(!self.pending.remove(hash, tier)),
+                    Some(_) if take_one(&mut self.copies, (hash.0, 1 << Plane::tier(tier))) => {}
+                    Some(stretch) => {
+                        rest = &others[found.len() - 1..];
+                        self.drop_found(tree, stretch, found, tier);
+                    }
                 }
             }
         }
@@ -413,12 +422,12 @@ impl Endpoint {
     fn gather(
         &self,
         tree: &Tree,
-        hash: EngineHash,
-        others: &[EngineHash],
+        first: &Sought,
+        others: &[Sought],
         tier: Tier,
         found: &mut Vec<Found>,
     ) -> Option<Stretch> {
-        let first = tree.names.find(hash.0)?;
+        let first = tree.names.find_sought(first)?;
         let (held, set) = tree.runs.stretch(first.place);
         let planes = tree.sets.get(set).of(self.slot);
         if planes & 1 << Plane::tier(tier) == 0 {
@@ -429,7 +438,8 @@ impl Endpoint {
         let mut span = Span::of(first.place);
         // Each of its own where a block may have several copies.
         for other in others.iter().take_while(|_| self.copies.is_empty()) {
-            let Some(next) = tree.names.find(other.0).filter(|n| held.has(n.place)) else { break };
+            let next = tree.names.find_sought(other).filter(|next| held.has(next.place));
+            let Some(next) = next else { break };
             match u16::from(next.place.at) {
                 at if at + 1 == span.from => span.from = at,
                 at if at == span.to => span.to += 1,

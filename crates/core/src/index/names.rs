@@ -1,20 +1,28 @@
 //! Which block does a name mean? Eight bytes a name, and two or four for the run it lies in.
 //!
 //! Names are hashes: a mixed name's last bits choose a segment by linear hashing (Litwin, 1980: the
-//! table grows by one segment at a time, which takes its names from one other), in which its first
-//! bits say where it is. A segment's number implies at least a name's last eight bits, whose room
-//! in a word the place in the run takes.
+//! table grows by one segment at a time, which takes its names from one other). A segment's number
+//! implies at least a name's last eight bits, whose room in a word the place in the run takes.
 
 mod segment;
 
 use super::runs::Place;
 use crate::event::EngineHash;
-use segment::{STEP, Segment};
+use segment::Segment;
 
 /// Segments at least, so that a name's last byte follows from where it is.
 const SEGMENTS_MIN: usize = 1 << 8;
 /// Names of a segment on average, at most.
-const SEGMENT_NAMES: usize = 64;
+const SEGMENT_NAMES: usize = 96;
+/// Names that a full segment makes room for: what lies idle is half of it on average.
+const STEP: usize = 8;
+/// The same in large tables, where making room takes longer.
+const STEP_MAX: usize = 16;
+/// Segments of a large table.
+const LARGE_FROM_SEGMENTS: usize = 1 << 12;
+
+/// Smaller tables stay in caches.
+pub(super) const PREFETCHED_FROM_BYTES: usize = 1 << 20;
 
 /// A name that was found: until names change.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +31,27 @@ pub(super) struct Found {
     segment: u32,
     at: u32,
     pub place: Place,
+}
+
+/// A name, and where in its segment it may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sought {
+    pub name: u64,
+    at: u32,
+}
+
+/// Lists of an event's names, which are used again.
+#[derive(Debug, Default)]
+pub(super) struct Search {
+    pub sought: Vec<Sought>,
+    pub found: Vec<Found>,
+}
+
+impl Search {
+    /// Bytes on the heap.
+    pub fn bytes(&self) -> usize {
+        self.sought.capacity() * size_of::<Sought>() + self.found.capacity() * size_of::<Found>()
+    }
 }
 
 /// The names of all blocks that have one.
@@ -86,14 +115,13 @@ impl Names {
     /// Most bytes that `names` more can allocate, with what is copied while the old is there, when
     /// the runs that they lie in are below `runs`.
     pub fn growth_bytes(&self, names: usize, runs: usize) -> usize {
-        let word = size_of::<u64>() + size_of::<u32>();
         let segments = segments_next(self.segments.len());
         // Each that gets a name, or is cut in two, may have room for some more than it needs, and
         // give all its runs four bytes.
         let touched = segments.min(names + 2 * names.div_ceil(SEGMENT_NAMES));
-        let names_max = 2 * SEGMENT_NAMES + STEP;
+        let names_max = 2 * SEGMENT_NAMES + STEP_MAX;
         let wider = if runs > usize::from(u16::MAX) { 2 * names_max } else { 0 };
-        (names + touched * STEP + 2 * names_max) * word
+        (names + touched * STEP_MAX + 2 * names_max) * Segment::NAME_BYTES_MAX
             + touched * wider
             + segments * size_of::<Segment>()
     }
@@ -108,14 +136,14 @@ impl Names {
         }
     }
 
-    /// Reads from where each of these names must be. What names are found one after the other waits
-    /// for memory each time; this waits for all of them at once.
-    pub fn prefetch(&self, names: &[EngineHash]) {
+    /// Reads from where each of these names must be, and from where they go if they are new. What
+    /// names are found one after the other waits for memory each time; this waits for all at once.
+    pub fn prefetch(&self, names: &[EngineHash], are_new: bool) {
         let mut read = 0;
         for name in names {
-            let mixed = mix(name.0);
-            let Some(segment) = self.segments.get(self.number(mixed)) else { return };
-            read ^= segment.touch(mixed);
+            let Some(segment) = self.segments.get(self.number(mix(name.0))) else { return };
+            read ^= segment.touch();
+            read ^= if are_new { segment.touch_end() } else { 0 };
         }
         std::hint::black_box(read);
     }
@@ -125,9 +153,40 @@ impl Names {
         let mixed = mix(name);
         let number = self.number(mixed);
         let segment = self.segments.get(number)?;
-        let at = segment.find(mixed).ok()?;
+        let at = segment.find(mixed)?;
         let place = segment.place(at)?;
         Some(Found { name, segment: number as u32, at: at as u32, place })
+    }
+
+    /// Looks where names may be, if that waits for memory: so it does for all of them at once.
+    #[inline]
+    pub fn seek<'a>(&'a self, names: &'a [EngineHash]) -> impl Iterator<Item = Sought> + 'a {
+        let waits = names.len() > 1 && self.bytes() >= PREFETCHED_FROM_BYTES;
+        names.iter().map(move |&EngineHash(name)| {
+            if !waits {
+                return Sought { name, at: u32::MAX };
+            }
+            let mixed = mix(name);
+            let segment = self.segments.get(self.number(mixed));
+            Sought { name, at: segment.map_or(u32::MAX, |segment| segment.seek(mixed) as u32) }
+        })
+    }
+
+    /// A name that was sought; others may have been taken since.
+    #[inline]
+    pub fn find_sought(&self, sought: &Sought) -> Option<Found> {
+        let Sought { name, at } = *sought;
+        if at == u32::MAX {
+            return self.find(name);
+        }
+        let mixed = mix(name);
+        let number = self.number(mixed);
+        let segment = self.segments.get(number)?;
+        if !segment.is_at(at as usize, mixed) {
+            return self.find(name);
+        }
+        let place = segment.place(at as usize)?;
+        Some(Found { name, segment: number as u32, at, place })
     }
 
     #[inline]
@@ -142,11 +201,12 @@ impl Names {
             self.grow();
         }
         let number = self.number(mixed);
+        let step = if self.segments.len() < LARGE_FROM_SEGMENTS { STEP } else { STEP_MAX };
         let segment = &mut self.segments[number];
         let before = segment.bytes();
         match segment.find(mixed) {
-            Err(at) => segment.insert(at, mixed, place),
-            Ok(at) => match segment.place(at) {
+            None => segment.insert(mixed, place, step),
+            Some(at) => match segment.place(at) {
                 Some(known) => return Some(known),
                 None => segment.set(at, place),
             },
@@ -188,6 +248,15 @@ impl Names {
         }
     }
 
+    /// Takes back the room of all names that are gone. Cost: the segments that have some.
+    pub fn trim(&mut self) {
+        self.sparse.clear();
+        let all = (0..).zip(&self.segments);
+        self.sparse.extend(all.filter(|(_, segment)| segment.has_idle()).map(|(number, _)| number));
+        self.settle();
+        self.sparse = Vec::new();
+    }
+
     #[cfg(test)]
     fn remove(&mut self, name: u64) -> bool {
         let found = self.find(name);
@@ -210,7 +279,7 @@ impl Names {
         (self.len, self.heap) = (0, 0);
         for (number, segment) in (0..).zip(&mut self.segments) {
             segment.retain(|word, place| keep(unmix(word & !0xFF | number & 0xFF), place));
-            self.len += segment.live();
+            self.len += segment.len();
             self.heap += segment.bytes();
         }
         self.sparse = Vec::new();
@@ -355,7 +424,7 @@ mod tests {
             }
             let bytes = names.bytes() as f64 / count as f64;
             println!("{count} names: {bytes:.2} bytes each");
-            assert!(bytes < 11.2, "{count} names: {bytes:.2} bytes each");
+            assert!(bytes < 11.6, "{count} names: {bytes:.2} bytes each");
         }
     }
 }

@@ -475,6 +475,7 @@ impl Tree {
         self.sharing.truncate(slots.div_ceil(64));
         self.sharing.shrink_to_fit();
         self.sweep_if_due();
+        self.names.trim();
         self.sets.forget_unused();
         self.starts.trim(2);
         if self.tainted.is_empty() {
